@@ -1,0 +1,156 @@
+"""Causal attention inside documents: one contract, several backends.
+
+    attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E], mask) -> [B, T, H, E]
+
+A token sees itself and the tokens before it in its own document. Without document boundaries every row is one
+document. The boundaries are the `cu_seqlens` of `PackedBatch`; `AttentionMask` turns them once per forward into what
+the chosen backend wants, so all layers share that work.
+
+| backend  | where           | packed documents                                                |
+|----------|-----------------|-----------------------------------------------------------------|
+| sdpa     | CPU, CUDA       | one `scaled_dot_product_attention` a document: no wasted blocks |
+| flex     | CUDA (CPU: forward only, torch has no CPU backward) | block mask, compiled        |
+| xformers | CUDA            | `BlockDiagonalCausalMask`                                       |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "sdpa", "flex", "xformers")
+
+
+class AttentionMask:
+    """Document boundaries of one forward, and which backend reads them.
+
+    Args:
+        backend: "sdpa", "flex" or "xformers" (already resolved, see `resolve_backend`).
+        cu_seqlens: [S + 1] int32 boundaries over the B * T flattened tokens, or None for one document a row.
+    """
+
+    def __init__(self, backend: str, cu_seqlens: Tensor | None = None) -> None:
+        self.attend = _ATTEND[backend]
+        self.cu_seqlens = cu_seqlens
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """[start, end) of each document among the flattened tokens, as plain integers."""
+        assert self.cu_seqlens is not None
+        bounds = self.cu_seqlens.tolist()
+        return list(zip(bounds[:-1], bounds[1:]))
+
+    @cached_property
+    def flex_mask(self) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        cu = self.cu_seqlens
+        assert cu is not None
+        n = int(cu[-1])
+        doc = torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), torch.diff(cu))
+
+        def same_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (doc[i] == doc[j])
+
+        return create_block_mask(same_document, None, None, n, n, device=cu.device)
+
+    @cached_property
+    def xformers_bias(self) -> Any:
+        bias = _xformers().attn_bias.BlockDiagonalCausalMask
+        return bias.from_seqlens([end - start for start, end in self.spans])
+
+
+def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
+    """The backend that `auto` means on `device`; `name` itself otherwise, once it is known to work there.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot train on this device, with the reason.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"trainer.attention is {name!r}; allowed: {', '.join(BACKENDS)}")
+    if name == "auto":
+        return "flex" if packed and device.type == "cuda" else "sdpa"
+    if name in ("flex", "xformers") and device.type != "cuda":
+        raise ValueError(f"trainer.attention={name} needs a CUDA device, this run is on {device.type}; use auto or sdpa")
+    if name == "xformers":
+        _probe_xformers(device)
+    return name
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    if mask.cu_seqlens is None:
+        return _causal(q, k, v)
+    B, T, H, E = q.shape
+    q, k, v = (x.reshape(1, B * T, x.shape[2], E) for x in (q, k, v))
+    parts = [_causal(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in mask.spans]
+    return torch.cat(parts, dim=1).view(B, T, H, E)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+_compiled_flex: Callable[..., Tensor] | None = None
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    if mask.cu_seqlens is None:
+        return _causal(q, k, v)
+    global _compiled_flex
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if q.is_cuda:
+        _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
+        run = _compiled_flex
+    else:  # eager and forward only: the tests hold it against the other backends
+        run = flex_attention
+    B, T, H, E = q.shape
+    q, k, v = (x.reshape(1, B * T, x.shape[2], E).transpose(1, 2) for x in (q, k, v))
+    out = run(q, k, v, block_mask=mask.flex_mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).reshape(B, T, H, E)
+
+
+def _xformers() -> Any:
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:
+        raise ValueError(
+            f"trainer.attention=xformers, but xformers does not import ({error}); pip install 'nb_lightning[xformers]'"
+        ) from error
+    return fmha
+
+
+def _probe_xformers(device: torch.device) -> None:
+    """One tiny forward and backward: its extension may import and still lack a kernel for this device."""
+    q = torch.zeros(1, 16, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    mask = AttentionMask("xformers", torch.tensor([0, 7, 16], dtype=torch.int32, device=device))
+    try:
+        mask.attend(q, q, q, mask).sum().backward()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"trainer.attention=xformers does not work on {device}: {error}") from error
+
+
+def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    fmha = _xformers()
+    B, T, H, E = q.shape
+    groups = H // k.shape[2]
+    # Grouped queries: xformers wants equal head counts; an expanded view costs no memory.
+    k, v = (x.unsqueeze(3).expand(-1, -1, -1, groups, -1).reshape(B, T, H, E) for x in (k, v))
+    if mask.cu_seqlens is None:
+        return fmha.memory_efficient_attention(q, k, v, attn_bias=fmha.attn_bias.LowerTriangularMask())
+    q, k, v = (x.reshape(1, B * T, H, E) for x in (q, k, v))
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=mask.xformers_bias).view(B, T, H, E)
+
+
+_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]] = {
+    "sdpa": _sdpa,
+    "flex": _flex,
+    "xformers": _memory_efficient,
+}
