@@ -82,13 +82,18 @@ def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
     return name
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    if mask.cu_seqlens is None:
-        return _causal(q, k, v)
+@torch.compiler.disable  # a loop over ragged documents would be compiled anew for each batch
+def _per_document(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     B, T, H, E = q.shape
     q, k, v = (x.reshape(1, B * T, x.shape[2], E) for x in (q, k, v))
     parts = [_causal(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in mask.spans]
     return torch.cat(parts, dim=1).view(B, T, H, E)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    if mask.cu_seqlens is None:
+        return _causal(q, k, v)
+    return _per_document(q, k, v, mask)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,6 +105,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _compiled_flex: Callable[..., Tensor] | None = None
 
 
+@torch.compiler.disable  # it is compiled on its own below
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     if mask.cu_seqlens is None:
         return _causal(q, k, v)
@@ -137,6 +143,7 @@ def _probe_xformers(device: torch.device) -> None:
         raise ValueError(f"trainer.attention=xformers does not work on {device}: {error}") from error
 
 
+@torch.compiler.disable
 def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     fmha = _xformers()
     B, T, H, E = q.shape

@@ -6,6 +6,7 @@ B rows, T tokens per row, D model, H query heads, K key-value heads, E head dime
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,11 +14,21 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from nb_lightning.attention import AttentionMask
 
 R = TypeVar("R")
+
+
+@torch.no_grad()
+def copy_into(parameter: Tensor, whole: Tensor) -> None:
+    """Fill a parameter, sharded or not, from the whole tensor that every rank holds; nothing is communicated."""
+    if isinstance(parameter, DTensor):
+        whole = whole.to(parameter.device)
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
 
 
 @dataclass(frozen=True)
@@ -166,17 +177,26 @@ class Transformer(nn.Module):
         self.rope = RoPE(shape.head_dim, shape.rope_theta)
         self.attention_backend = "sdpa"
         self.activation_checkpointing = False
-        self.reset_parameters()
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
 
-    def reset_parameters(self) -> None:
-        """Normal(0, init_std); what writes into the residual stream is scaled by 1 / sqrt(2 n_layers) (GPT-2)."""
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Normal(0, init_std); what writes into the residual stream is scaled by 1 / sqrt(2 n_layers) (GPT-2).
+
+        Each parameter draws from a generator of its own, so the weights depend on `seed` alone and not on the order,
+        the device or the sharding: a sharded parameter keeps its part of the same whole.
+        """
         std = self.shape.init_std
         residual = std / (2 * self.shape.n_layers) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                nn.init.ones_(p)
-            else:
-                nn.init.normal_(p, std=residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std)
+                p.fill_(1.0)
+                continue
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            whole = torch.empty(p.shape, dtype=torch.float32).normal_(std=scale, generator=generator)
+            copy_into(p, whole)
 
     def forward(
         self,

@@ -13,13 +13,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, zip_longest
+from typing import Any
 
 SHAPES = ("linear", "cosine", "one_minus_sqrt", "exponential")
 MIXTURE_DECIMALS = 4
+_NEW_RUN = "resume with the same plan, or start a new run from its weights with init_from="
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,33 @@ class PhasePlan:
             step -= phase.steps
             tokens += phase.tokens
         return tokens
+
+    def require_same_past(self, saved: list[dict[str, Any]], tokens_seen: int) -> None:
+        """Refuse to continue a run whose steps so far were made under another plan.
+
+        Phases not yet begun may differ: several decays can grow from one stable checkpoint.
+
+        Args:
+            saved: the phases of the checkpoint's plan, as `dataclasses.asdict` gives them.
+            tokens_seen: the checkpoint's clock.
+
+        Raises:
+            ValueError: a phase begun before `tokens_seen` differs; names the first field that does.
+        """
+        start = 0
+        for old, phase in zip_longest(saved, self.phases):
+            if start >= tokens_seen:
+                return
+            if old is None or phase is None:
+                name = (old or asdict(phase))["name"]
+                raise ValueError(f"the checkpoint has {tokens_seen} tokens under another plan (phase {name!r}); {_NEW_RUN}")
+            for key, value in asdict(phase).items():
+                if old[key] != value:
+                    raise ValueError(
+                        f"stage.phases.{phase.name}.{key} is {value}, but the checkpoint's {tokens_seen} tokens "
+                        f"were trained with {old[key]}; {_NEW_RUN}"
+                    )
+            start += old["tokens"]
 
     def validate(self, path: str, sources: Mapping[str, object], world_size: int = 1) -> None:
         """Raise `ValueError` naming the YAML key below `path` for a plan that cannot run."""

@@ -1,0 +1,37 @@
+"""The mixture as it was realised: share of each source in what was trained, and how often a source was repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phases import Phase
+
+
+class DataMixtureShift(PhaseCallback):
+    """Announces each shift and logs `data/share/<source>` and `data/repeats/<source>`.
+
+    The shift itself needs no switch to be thrown: which source a row comes from is a function of the row's number
+    (data/mixture.py), so it happens at its exact row, whatever the loader has prefetched.
+    """
+
+    def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+        shares = ", ".join(f"{name} {weight:.0%}" for name, weight in phase.mixture.items())
+        module.print(f"phase {phase.name} at {module.tokens_seen:,} tokens: {shares}")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        order = trainer.datamodule.order
+        taken = order.consumed(module.tokens_seen)
+        before = order.consumed(module.tokens_seen - batch.tokens)
+        values: dict[str, float] = {}
+        for name, tokens in taken.items():
+            values[f"data/share/{name}"] = (tokens - before[name]) / batch.tokens
+            values[f"data/repeats/{name}"] = tokens / order.tokens[name]
+        module.log_dict(values, batch_size=1)

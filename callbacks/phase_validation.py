@@ -1,0 +1,19 @@
+"""Validate at the end of every phase, besides the trainer's regular interval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phases import Phase
+
+
+class PhaseValidation(PhaseCallback):
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+        trainer.val_check_batch = trainer.val_check_interval
+
+    def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+        trainer.val_check_batch = 1  # Lightning asks after this hook whether the batch's number divides by it

@@ -1,0 +1,155 @@
+"""Two pictures in the run folder: `plan.png`, what was planned, and `curves.png`, what happened."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from callbacks.progress import human
+from nb_lightning.phases import PhasePlan
+
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455")  # Tol, colour-blind safe
+
+
+class Plots(pl.Callback):
+    """Draws both pictures when training ends, finished or stopped. `python train.py dry_run=true` draws the plan too."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._draw(trainer, module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if module.tokens_seen > 0:
+            self._draw(trainer, module)
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        run = Path(trainer.default_root_dir)
+        for logger in trainer.loggers:
+            logger.save()
+        plot_plan(module.plan, run / "plan.png")
+        plot_curves(module.plan, read_metrics(run), run / "curves.png")
+
+
+def read_metrics(run: Path) -> dict[str, np.ndarray]:
+    """All metrics of a run as {name: [n, 2] of (tokens_seen, value)}, over all its restarts.
+
+    Where a restart went over the same tokens again, the later value counts.
+    """
+    series: dict[str, dict[float, float]] = {}
+    versions = sorted((run / "metrics").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+    for version in versions:
+        if not (version / "metrics.csv").is_file():
+            continue
+        with open(version / "metrics.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if not row.get("tokens_seen"):
+                    continue
+                for name, value in row.items():
+                    if value and name not in ("tokens_seen", "step", "epoch"):
+                        series.setdefault(name, {})[float(row["tokens_seen"])] = float(value)
+    return {name: np.array(sorted(points.items())) for name, points in series.items()}
+
+
+def plot_plan(plan: PhasePlan, path: Path) -> None:
+    """Learning rate over tokens, above the stacked mixture; phases, context and RoPE base are written in."""
+    plt = _pyplot()
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(10, 5.6), sharex=True, height_ratios=(3, 2), constrained_layout=True
+    )
+    tokens, rates = [], []
+    for index, phase in enumerate(plan.phases):
+        start = plan.start_of(index)
+        progress = np.linspace(0, 1, 100)
+        tokens.append(start + progress * phase.tokens)
+        rates.append([phase.lr.at(x) for x in progress])
+    top.plot(np.concatenate(tokens), np.concatenate(rates), color="#222222", linewidth=2)
+    top.set_ylabel("learning rate")
+    top.set_ylim(0, max(map(max, rates)) * 1.35)
+    names = list(dict.fromkeys(name for phase in plan.phases for name in phase.mixture))
+    edges = np.repeat([0, *plan.ends], 2)[1:-1]
+    shares = [np.repeat([phase.mixture.get(name, 0.0) for phase in plan.phases], 2) for name in names]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
+    bottom.stackplot(edges, shares, labels=names, colors=colors, alpha=0.85, linewidth=0)
+    bottom.set_ylabel("mixture")
+    bottom.set_ylim(0, 1)
+    bottom.set_xlim(0, plan.total_tokens)
+    bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=min(len(names), 6), frameon=False)
+    _mark_phases(plan, (top, bottom), labelled=top)
+    _token_axis(bottom)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> None:
+    """Training loss and gradient norm, held-out perplexity of each source, realised mixture shares."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
+    (loss, perplexity), (shares, norm) = axes
+    for axis, title in ((loss, "training loss (nats per token)"), (perplexity, "held-out perplexity"),
+                        (shares, "share of each source in a step"), (norm, "gradient norm before clipping")):  # fmt: skip
+        axis.set_title(title, fontsize=10, loc="left")
+    for axis, name in ((loss, "train/loss"), (norm, "optim/grad_norm")):
+        if name in metrics:
+            x, y = metrics[name].T
+            axis.plot(x, y, color=COLORS[0], alpha=0.35, linewidth=1)
+            axis.plot(x, _smooth(y), color=COLORS[0], linewidth=1.8)
+    if "train/loss" in metrics and len(metrics["train/loss"]) > 20:
+        loss.set_ylim(top=np.quantile(metrics["train/loss"][:, 1], 0.98) * 1.1)
+    norm.set_yscale("log")
+    for axis, prefix, mark in ((perplexity, "val/perplexity/", "o"), (shares, "data/share/", "")):
+        for i, name in enumerate(sorted(key for key in metrics if key.startswith(prefix))):
+            x, y = metrics[name].T
+            y = y if mark else _smooth(y)
+            axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name.removeprefix(prefix))
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+    if perplexity.lines:
+        perplexity.set_yscale("log")
+    _mark_phases(plan, axes.flat, labelled=None)
+    for axis in axes[1]:
+        _token_axis(axis)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
+    """Mean over a centred window, shortened at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    i = np.arange(len(values))
+    low, high = np.maximum(i - window // 2, 0), np.minimum(i + window // 2 + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _mark_phases(plan: PhasePlan, axes: Any, labelled: Any) -> None:
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        for end in plan.ends[:-1]:
+            axis.axvline(end, color="#888888", linestyle=":", linewidth=1)
+    if labelled is None:
+        return
+    for index, phase in enumerate(plan.phases):
+        if phase.tokens < 0.05 * plan.total_tokens:  # too narrow to write in
+            continue
+        middle = plan.start_of(index) + phase.tokens / 2
+        text = f"{phase.name.replace('_', ' ')}\n{human(phase.tokens)} tokens · {phase.seq_len} ctx · θ {phase.rope_theta:g}"
+        labelled.text(middle, labelled.get_ylim()[1] * 0.98, text, ha="center", va="top", fontsize=8)
+
+
+def _token_axis(axis: Any) -> None:
+    axis.xaxis.set_major_formatter(lambda value, _: human(value))
+    axis.set_xlabel("tokens seen")
+    axis.set_xlim(left=0)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,86 @@
+"""What ran: resolved config, plan, versions, commit, callbacks and data hashes, beside the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from omegaconf import OmegaConf
+
+from nb_lightning.config import plain
+
+PACKAGES = ("nb_lightning", "torch", "lightning", "litdata", "hydra-core", "tokenizers", "numpy", "bitsandbytes", "xformers")
+
+
+class RunManifest(pl.Callback):
+    """Writes `config.yaml` and `manifest.json` when training starts and completes the manifest when it ends."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        run = Path(trainer.default_root_dir)
+        (run / "config.yaml").write_text(OmegaConf.to_yaml(module.cfg, resolve=True), encoding="utf-8")
+        data = trainer.datamodule
+        self._write(
+            trainer,
+            command=sys.argv,
+            versions={"python": platform.python_version(), **_versions()},
+            git=_git(Path(__file__).parent),
+            world_size=trainer.world_size,
+            device=str(module.device),
+            parameters=module.shape.parameters(),
+            started_at_tokens=module.tokens_seen,
+            plan=[plain(phase) for phase in module.plan.phases],
+            callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
+            data={
+                name: {"tokens": source.tokens, "documents": source.manifest.documents, "sha256": source.manifest.digest}
+                for name, source in data.train.items()
+            },
+            tokenizer=data.tokenizer.digest,
+            finished=False,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._write(
+                trainer,
+                finished=True,
+                tokens_seen=module.tokens_seen,
+                skipped_steps=module.skipped_steps,
+                metrics=metrics,
+            )
+
+    def _write(self, trainer: pl.Trainer, **fields: Any) -> None:
+        path = Path(trainer.default_root_dir) / "manifest.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and fields["finished"] else {}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**known, **fields}, indent=1), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout and whether it had changes, or None outside one."""
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return {"commit": run("rev-parse", "HEAD"), "modified": bool(run("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

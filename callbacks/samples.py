@@ -1,0 +1,35 @@
+"""Text from the model in training: a few lines at the end of every phase, in `samples.txt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from nb_lightning.generate import sample
+from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phases import Phase
+
+
+class TextSample(PhaseCallback):
+    """Args:
+    prompt: what the model goes on from.
+    max_new_tokens: length of each sample.
+    temperature: of the softmax; 0 is greedy.
+    """
+
+    def __init__(self, prompt: str, max_new_tokens: int = 200, temperature: float = 0.7) -> None:
+        self.prompt, self.max_new_tokens, self.temperature = prompt, max_new_tokens, temperature
+
+    def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+        tokenizer = trainer.datamodule.tokenizer
+        prompt = tokenizer.tokenizer.encode(self.prompt, add_special_tokens=False).ids
+        input_ids = torch.tensor([prompt], device=module.device)
+        # Every rank takes part: under FSDP a forward is a collective. The seed makes them agree.
+        completion = sample(module.model, input_ids, self.max_new_tokens, self.temperature, tokenizer.eos_id, seed=0)
+        if trainer.is_global_zero:
+            with open(Path(trainer.default_root_dir) / "samples.txt", "a", encoding="utf-8") as file:
+                ids = completion[0].tolist()
+                text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
+                file.write(f"=== end of {phase.name}, {module.tokens_seen:,} tokens ===\n{self.prompt}{text}\n\n")

@@ -1,0 +1,169 @@
+"""Which row comes i-th: a pure function of (seed, plan, sizes of the sources, i).
+
+Inside a phase the sources alternate in a fixed pattern that meets every weight to within one row after any number of
+rows (`balanced_pattern`). The rows a phase takes from a source are one stretch of that source's endless token stream:
+it starts at the token where the previous phase stopped, whatever the context length was there, so a change of context
+loses no token and repeats none. Within the stretch rows are shuffled window by window (which keeps streamed reads
+local); the stream repeats the source's chunks in a new order each time it runs out.
+
+So the whole state of the data is one integer, resume is exact with any number of workers or ranks, and a shift of the
+mixture takes effect at its exact row.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data.source import Source
+from nb_lightning.phases import PhasePlan, exact
+
+SHUFFLE_WINDOW_TOKENS = 2**26
+
+
+def balanced_pattern(weights: list[float]) -> np.ndarray:
+    """Order in which sources alternate: [L] indices into `weights`, repeated for ever.
+
+    After any number n of rows each source was drawn within one of weight * n times. L is the least common denominator
+    of the weights (as written in decimal), so after L rows every count is exact. This is Pfair scheduling on one
+    processor: the j-th draw of a source with weight w is due in a window of rows, and earliest deadline first meets
+    every window (Baruah et al. 1996).
+    """
+    fractions = [exact(w) for w in weights]
+    assert sum(fractions) == 1, weights
+    length = math.lcm(*(f.denominator for f in fractions))
+    quota = [f.numerator * (length // f.denominator) for f in fractions]
+    drawn = [0] * len(weights)
+    pattern = np.empty(length, dtype=np.int64)
+    for row in range(length):
+        # Draw j (from 0) of a source is allowed from row floor(j L / q) on and due by row ceil((j + 1) L / q) - 1.
+        due = [
+            (-(-(drawn[s] + 1) * length // q), s)
+            for s, q in enumerate(quota)
+            if drawn[s] < q and drawn[s] * length // q <= row
+        ]
+        source = min(due)[1]
+        pattern[row] = source
+        drawn[source] += 1
+    return pattern
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where one row of tokens lies."""
+
+    phase: int
+    source: str
+    start: int  # token offset in the source's endless stream
+    seq_len: int
+
+
+class _PhaseOrder:
+    """The order of rows inside one phase."""
+
+    def __init__(self, names: list[str], weights: list[float], rows: int, starts: dict[str, int]) -> None:
+        self.names, self.rows, self.starts = names, rows, starts
+        self.pattern = balanced_pattern(weights)
+        onehot = self.pattern[:, None] == np.arange(len(names))
+        self.before = np.concatenate([np.zeros((1, len(names)), np.int64), np.cumsum(onehot, axis=0)])
+
+    def drawn(self, row: int) -> np.ndarray:
+        """[sources] rows drawn from each source before `row` of the phase."""
+        rounds, rest = divmod(row, len(self.pattern))
+        return rounds * self.before[-1] + self.before[rest]
+
+
+class RowOrder:
+    """The run's one global order of rows.
+
+    Args:
+        plan: the plan as it runs (`PhasePlan.in_whole_steps`).
+        tokens: size of each source in tokens.
+        seed: fixes every shuffle.
+    """
+
+    def __init__(self, plan: PhasePlan, tokens: Mapping[str, int], seed: int) -> None:
+        self.plan, self.tokens, self.seed = plan, dict(tokens), seed
+        self._phases: list[_PhaseOrder] = []
+        self._first_row: list[int] = []
+        reached = dict.fromkeys(tokens, 0)
+        first = 0
+        for phase in plan.phases:
+            names = [name for name, weight in phase.mixture.items() if weight > 0]
+            rows = phase.tokens // phase.seq_len
+            order = _PhaseOrder(names, [phase.mixture[name] for name in names], rows, {n: reached[n] for n in names})
+            self._phases.append(order)
+            self._first_row.append(first)
+            first += rows
+            for name, count in zip(names, order.drawn(rows)):
+                reached[name] += int(count) * phase.seq_len
+        self.total_rows = first
+
+    def first_row_of_step(self, step: int) -> int:
+        """Global number of the first row of optimizer step `step`."""
+        index = self.plan.index_at(self.plan.tokens_at(step))
+        steps_before = sum(phase.steps for phase in self.plan.phases[:index])
+        return self._first_row[index] + (step - steps_before) * self.plan.phases[index].rows_per_step
+
+    def locate(self, row: int) -> Row:
+        """The row that comes `row`-th in the run."""
+        index = int(np.searchsorted(self._first_row, row, side="right")) - 1
+        phase, order = self.plan.phases[index], self._phases[index]
+        within = row - self._first_row[index]
+        assert 0 <= within < order.rows, row
+        source = int(order.pattern[within % len(order.pattern)])
+        name = order.names[source]
+        nth, count = int(order.drawn(within)[source]), int(order.drawn(order.rows)[source])
+        window = max(1, SHUFFLE_WINDOW_TOKENS // phase.seq_len)
+        base = nth - nth % window
+        place = base + int(shuffled(min(window, count - base), self.seed, name, index, nth // window)[nth % window])
+        return Row(index, name, order.starts[name] + place * phase.seq_len, phase.seq_len)
+
+    def consumed(self, tokens_seen: int) -> dict[str, int]:
+        """Tokens taken from each source after `tokens_seen` tokens of the run."""
+        taken = dict.fromkeys(self.tokens, 0)
+        for index, (phase, order) in enumerate(zip(self.plan.phases, self._phases)):
+            seen = min(max(tokens_seen - self.plan.start_of(index), 0), phase.tokens)
+            for name, count in zip(order.names, order.drawn(seen // phase.seq_len)):
+                taken[name] += int(count) * phase.seq_len
+        return taken
+
+
+@lru_cache(maxsize=64)
+def shuffled(n: int, *key: int | str) -> np.ndarray:
+    """A permutation of 0..n-1 that depends on `key` only, in every process and numpy version (legacy MT19937)."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part % 2**32 for part in key]
+    return np.random.RandomState(words).permutation(n)
+
+
+class TokenStream:
+    """The endless token stream of a source: its chunks in shuffled order, again and again.
+
+    Repeat number r covers tokens [r * size, (r + 1) * size) and reads every token of the source exactly once.
+    """
+
+    def __init__(self, name: str, source: Source, seed: int) -> None:
+        self.name, self.source, self.seed = name, source, seed
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """[n] int64 tokens from token `start` on."""
+        parts = []
+        while n > 0:
+            repeat, offset = divmod(start, self.source.tokens)
+            order, ends = self._layout(repeat)
+            slot = int(np.searchsorted(ends, offset, side="right"))
+            take = min(n, int(ends[slot]) - offset)
+            chunk = int(order[slot])
+            parts.append(self.source.read(chunk, offset - int(ends[slot] - self.source.chunk_tokens[chunk]), take))
+            start, n = start + take, n - take
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _layout(self, repeat: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the chunks in one repeat, and the cumulative tokens at the end of each."""
+        order = shuffled(len(self.source.chunk_tokens), self.seed, self.name, "repeat", repeat)
+        return order, np.cumsum(self.source.chunk_tokens[order])

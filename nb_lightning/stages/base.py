@@ -1,0 +1,168 @@
+"""What all stages share: one `training_step` is one optimizer step.
+
+A batch holds all the rows this rank contributes to the step, as micro-batches. The step runs them forward and
+backward, divides by the *global* number of trained tokens, clips, and steps. So the loss is right under any
+accumulation, packing or world size, and no checkpoint falls inside an accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
+from torch import Tensor
+
+from nb_lightning.attention import resolve_backend
+from nb_lightning.batch import PackedBatch, StepBatch
+from nb_lightning.checkpoints import load_weights, resolve
+from nb_lightning.config import Config, plain
+from nb_lightning.metrics import Perplexity
+from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.optim import build_optimizer, clip_grad_norm
+from nb_lightning.phases import Phase, PhasePlan
+from nb_lightning.strategies import build_model
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many optimizer steps in a row had a loss or gradient that was not finite."""
+
+
+class BaseStage(pl.LightningModule):
+    """A plan, a backbone, and the clock.
+
+    Attributes:
+        plan: what runs, in whole steps.
+        model: the backbone; set by `configure_model`.
+        tokens_seen: the clock: tokens over all ranks whose step is done. The only thing schedules read.
+        skipped_steps: steps whose update was left out because the loss or gradient was not finite.
+    """
+
+    def __init__(self, cfg: Config, plan: PhasePlan) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.cfg, self.plan = cfg, plan
+        self.shape = ModelShape(**plain(cfg.model), rope_theta=plan.phases[0].rope_theta)
+        self.model: Transformer | None = None
+        self.tokens_seen = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._perplexity: dict[str, Perplexity] = {}
+
+    # What a stage defines -------------------------------------------------------------------------------------------
+
+    def loss(self, batch: PackedBatch) -> Tensor:
+        """Summed loss over the trained tokens of one micro-batch, a 0-d tensor."""
+        raise NotImplementedError
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        strategy, trainer = self.trainer.strategy, self.cfg.trainer
+        device = strategy.root_device
+        mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+        backend = resolve_backend(trainer.attention, device, self.cfg.data.mask_documents)
+        self.model = build_model(self.shape, trainer, backend, device, mesh, self.cfg.seed)
+        if self.cfg.init_from:
+            load_weights(self.model, resolve(self.cfg.init_from))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.cfg.stage.optim
+        assert self.model is not None
+        return build_optimizer(self.model, optim.name, tuple(optim.betas), optim.eps, optim.weight_decay)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return self.plan.phase_at(self.tokens_seen)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
+        optimizer = self.optimizers()
+        trained = self._sum_over_ranks(torch.stack([micro.trained_tokens for micro in batch.micro_batches]).sum())
+        # DDP and FSDP2 average gradients over ranks; times the world size makes that the sum the loss is.
+        scale = self.trainer.world_size / trained.clamp(min=1)
+        total = torch.zeros((), device=self.device)
+        for micro in batch.micro_batches:
+            with self._synchronise(micro is batch.micro_batches[-1]):
+                loss = self.loss(micro)
+                self.manual_backward(loss * scale)
+            total += loss.detach()
+        loss = self._sum_over_ranks(total) / trained.clamp(min=1)
+        grad_norm = clip_grad_norm(self.model.parameters(), self.cfg.stage.optim.clip_norm)
+        if bool(torch.isfinite(loss + grad_norm)):  # the same number on every rank, so all decide alike
+            optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self._skip_step(float(loss), float(grad_norm))
+        optimizer.zero_grad()
+        self.tokens_seen += batch.tokens
+        metrics = {"train/loss": loss, "optim/grad_norm": grad_norm}
+        self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
+        return metrics
+
+    def _clock(self) -> Tensor:
+        """`tokens_seen` for the loggers; float64 holds every count up to 9e15 exactly, float32 only up to 16.7 M."""
+        return torch.tensor(self.tokens_seen, dtype=torch.float64)
+
+    def _skip_step(self, loss: float, grad_norm: float) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        where = f"at {self.tokens_seen} tokens (phase {self.phase.name}): loss {loss}, gradient norm {grad_norm}"
+        if self._skipped_in_a_row >= self.cfg.stage.optim.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{self._skipped_in_a_row} optimizer steps in a row were not finite, the last one {where}. The weights "
+                "are as before them. Lower the phase's lr, or look at the data of these steps; then resume=true"
+            )
+        self.print(f"skipped an optimizer step {where} ({self.skipped_steps} in all)")
+
+    @contextmanager
+    def _synchronise(self, last: bool) -> Iterator[None]:
+        """Exchange gradients between ranks in the backward of the last micro-batch only."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            self.model.set_requires_gradient_sync(last)
+        elif isinstance(strategy, DDPStrategy) and not last:
+            with strategy.block_backward_sync():
+                yield
+            return
+        yield
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
+
+    # Validation: perplexity of each source on held-out rows ---------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._perplexity = {name: Perplexity().to(self.device) for name in self.trainer.datamodule.val_names}
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        name = self.trainer.datamodule.val_names[dataloader_idx]
+        self._perplexity[name].update(self.loss(batch), batch.trained_tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
+        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["nb_lightning"] = {
+            "tokens_seen": self.tokens_seen,
+            "skipped_steps": self.skipped_steps,
+            "model": {**plain(self.shape), "rope_theta": self.model.rope.theta},
+            "plan": [plain(phase) for phase in self.plan.phases],
+            "world_size": self.trainer.world_size if isinstance(self.trainer.strategy, ParallelStrategy) else 1,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["nb_lightning"]
+        self.plan.require_same_past(saved["plan"], saved["tokens_seen"])
+        self.tokens_seen = saved["tokens_seen"]
+        self.skipped_steps = saved["skipped_steps"]

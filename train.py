@@ -1,0 +1,161 @@
+"""Train: `python train.py stage=pretrain|sft|dpd|rl model=... trainer=... key=value`.
+
+The one composition root: check the config, build stage, data, callbacks and trainer, and fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from nb_lightning.config import Config, check, plan_of, register, run_dir
+
+log = logging.getLogger("train")
+register()
+
+
+@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+def main(cfg: Config) -> None:
+    try:
+        check(cfg, trusted_packages())
+        run(cfg)
+    except ValueError as error:  # the user's mistake: one line, no traceback
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"error: {error}")
+
+
+def trusted_packages() -> list[str]:
+    """Packages named by `hydra.searchpath=[pkg://...]`: whoever adds one trusts its code."""
+    return [
+        source.path.removeprefix("pkg://").split(".")[0]
+        for source in HydraConfig.get().runtime.config_sources
+        if source.provider.startswith("hydra.searchpath") and source.schema == "pkg"
+    ]
+
+
+def run(cfg: Config) -> None:
+    # Heavy imports come after the config has passed, so that a typo costs nothing.
+    import lightning.pytorch as pl
+    import torch
+
+    from nb_lightning import dry_run
+    from nb_lightning.strategies import resolve_accelerator
+
+    folder = run_dir(cfg)
+    if cfg.dry_run:
+        from callbacks.plots import plot_plan
+
+        print(dry_run.describe(cfg))
+        plot_plan(plan_of(cfg.stage).in_whole_steps(), folder / "plan.png")
+        print(f"picture: {folder / 'plan.png'}")
+        return
+    accelerator = resolve_accelerator(cfg.trainer)
+    checkpoint = starting_point(cfg, folder)
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    quieten()
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    plan = plan_of(cfg.stage).in_whole_steps()
+    module, data = build_stage(cfg, plan)
+    data.prepare()
+    require_room(cfg, module.shape.parameters(), folder)
+    trainer = build_trainer(cfg, accelerator, folder)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        log.info("finished: %s tokens; everything is in %s", f"{module.tokens_seen:,}", folder)
+
+
+def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
+    """The stage and its data."""
+    if cfg.stage.name == "pretrain":
+        from data.pretrain import PretrainData
+        from nb_lightning.stages.pretrain import PretrainStage
+
+        return PretrainStage(cfg, plan), PretrainData(cfg, plan)
+    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain")
+
+
+def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+    from nb_lightning.strategies import build_strategy, lightning_precision
+
+    t = cfg.trainer
+    callbacks = [hydra.utils.instantiate(node) for node in cfg.callbacks.values() if node is not None]
+    if not t.progress_bar:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=build_strategy(t),
+        precision=lightning_precision(t),
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=[hydra.utils.instantiate(node) for node in cfg.logger.values() if node is not None],
+        max_epochs=1,  # the whole plan is one epoch: a phase an epoch loses steps on resume
+        val_check_interval=t.val_every_n_steps,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=t.log_every_n_steps,
+        num_sanity_val_steps=0,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=t.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the data deals its own shares
+        inference_mode=False,  # FSDP2 gathers parameters in no_grad, not in inference mode
+    )
+
+
+def starting_point(cfg: Config, folder: Path) -> Path | None:
+    """The checkpoint state to continue this run from, or None to begin it."""
+    from nb_lightning import checkpoints
+
+    if cfg.ckpt_path:
+        return checkpoints.resolve(cfg.ckpt_path) / checkpoints.STATE
+    if cfg.resume:
+        found, problems = checkpoints.newest(folder)
+        for problem in problems:
+            log.warning("left aside: %s", problem)
+        if found is None and problems:
+            raise ValueError(f"no checkpoint in {folder} is whole; begin again with another run_name")
+        log.info("resuming from %s" if found else "nothing to resume in %s yet: beginning", found or folder)
+        return found / checkpoints.STATE if found else None
+    if checkpoints.all_checkpoints(folder):
+        raise ValueError(f"{folder} holds a run already: continue it with resume=true, or choose another run_name")
+    if cfg.init_from and Path(cfg.init_from).resolve() == folder.resolve():
+        raise ValueError(f"init_from={cfg.init_from} is this very run; continue it with resume=true")
+    return None
+
+
+def require_room(cfg: Config, parameters: int, folder: Path) -> None:
+    """Refuse to begin where the checkpoints would not fit: weights and two moments, for each one kept."""
+    size = parameters * (6 if cfg.trainer.precision == "bf16-true" else 12)
+    needed = size * (len(cfg.stage.phases) + cfg.trainer.keep_last + 1)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"paths.runs: {folder} has {free / 1e9:.1f} GB free; the checkpoints of this run need about "
+            f"{needed / 1e9:.1f} GB (lower trainer.keep_last, or move paths.root)"
+        )
+
+
+def quieten() -> None:
+    """Keep Lightning's hints off the screen; errors and our own lines stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "litdata"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*`isinstance.treespec, LeafSpec.`.*", ".*Checkpoint directory.*"):
+        warnings.filterwarnings("ignore", text)
+
+
+if __name__ == "__main__":
+    main()
