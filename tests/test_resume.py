@@ -1,0 +1,113 @@
+"""Stopped anywhere, by anything, a run goes on to the same losses and the same rows, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import TRACE, Train, command, environment, read_trace, run_train
+
+@pytest.fixture(scope="session")
+def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    root = tmp_path_factory.mktemp("unbroken")
+    run_train(corpus, root, *TRACE)
+    trace = read_trace(root / "runs/pretrain")
+    assert sorted(trace) == list(range(20))
+    return trace
+
+
+def start(corpus: Path, root: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(corpus, root, *TRACE, *overrides),
+        cwd=root,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for_step(root: Path, process: subprocess.Popen[bytes], step: int) -> None:
+    trace = root / "runs/pretrain/trace.jsonl"
+    while process.poll() is None:
+        if trace.exists() and trace.read_text().count("\n") > step:
+            return
+        time.sleep(0.002)
+
+
+def finish(corpus: Path, root: Path, *overrides: str) -> dict[int, dict]:
+    run_train(corpus, root, *TRACE, "resume=true", *overrides)
+    return read_trace(root / "runs/pretrain")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [2, 5, 11])  # inside a phase, at a regular save, at a phase boundary
+def test_sigterm(corpus: Path, tmp_path: Path, unbroken: dict[int, dict], step: int, workers: int) -> None:
+    process = start(corpus, tmp_path, f"data.workers={workers}")
+    wait_for_step(tmp_path, process, step)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    stopped_at = len(read_trace(tmp_path / "runs/pretrain"))
+    trace = finish(corpus, tmp_path, f"data.workers={2 - workers}")
+    assert trace == unbroken
+    # The stop saved the step in hand: none was run twice.
+    lines = (tmp_path / "runs/pretrain/trace.jsonl").read_text().splitlines()
+    assert len(lines) == 20 and stopped_at < 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sigkill_at_random_places(corpus: Path, tmp_path: Path, unbroken: dict[int, dict], seed: int) -> None:
+    rng = random.Random(seed)
+    for round_ in range(3):  # three kills in one run
+        process = start(corpus, tmp_path, "resume=true", "data.workers=0")
+        wait_for_step(tmp_path, process, 4 + 5 * round_)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+    assert finish(corpus, tmp_path) == unbroken
+
+
+def test_sigkill_inside_a_save(corpus: Path, tmp_path: Path, unbroken: dict[int, dict]) -> None:
+    """Killed while a checkpoint is being written: it does not count, the one before does."""
+    process = start(corpus, tmp_path)
+    folder = tmp_path / "runs/pretrain/checkpoints"
+    while not list(folder.glob(".writing-step-00000010*/state")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert list(folder.glob(".writing-*")), "the kill came after the save; the test proves nothing"
+    assert finish(corpus, tmp_path) == unbroken
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
+    corpus: Path, tmp_path: Path, unbroken: dict[int, dict]
+) -> None:
+    process = start(corpus, tmp_path)
+    wait_for_step(tmp_path, process, 13)
+    process.kill()
+    process.wait()
+    newest = sorted((tmp_path / "runs/pretrain/checkpoints").glob("step-*"))[-1] / "state"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    done = run_train(corpus, tmp_path, *TRACE, "resume=true")
+    assert f"{newest.relative_to(tmp_path)} is damaged" in done.stderr
+    assert read_trace(tmp_path / "runs/pretrain") == unbroken
+
+
+def test_a_finished_run_resumes_to_nothing(corpus: Path, tmp_path: Path, train: Train) -> None:
+    train()
+    checkpoints = sorted((tmp_path / "runs/pretrain/checkpoints").iterdir())
+    train("resume=true")
+    assert sorted((tmp_path / "runs/pretrain/checkpoints").iterdir()) == checkpoints
+
+
+def test_a_second_start_without_resume_is_refused(train: Train) -> None:
+    train()
+    again = train(check=False)
+    assert again.returncode == 1
+    assert "holds a run already: continue it with resume=true, or choose another run_name" in again.stderr
