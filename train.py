@@ -17,6 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from nb_lightning.config import Config, check, plan_of, register, run_dir
+from nb_lightning.errors import RunStopped
 
 log = logging.getLogger("train")
 register()
@@ -27,10 +28,11 @@ def main(cfg: Config) -> None:
     try:
         check(cfg, trusted_packages())
         run(cfg)
-    except ValueError as error:  # the user's mistake: one line, no traceback
+    except (ValueError, RunStopped) as error:  # a mistake or a fault outside the program: one line, no traceback
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"error: {error}")
+        # A loader worker hands over its whole traceback; its last line is the error.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
 
 
 def trusted_packages() -> list[str]:
@@ -153,7 +155,7 @@ def quieten() -> None:
     """Keep Lightning's hints off the screen; errors and our own lines stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "litdata"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*`isinstance.treespec, LeafSpec.`.*", ".*Checkpoint directory.*"):
+    for text in (".*does not have many workers.*", ".*`isinstance.treespec, LeafSpec.`.*", ".*Checkpoint directory.*", ".*buffer is not writable.*"):
         warnings.filterwarnings("ignore", text)
 
 

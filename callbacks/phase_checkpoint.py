@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from nb_lightning import checkpoints
+from nb_lightning.errors import RunStopped
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 
@@ -85,7 +86,7 @@ class PhaseCheckpoint(PhaseCallback, Checkpoint):
                 self._drop_old(folder)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise RuntimeError(
+            raise RunStopped(
                 f"could not save {final}: {error}. Earlier checkpoints are whole; make room, then resume=true"
             ) from error
         trainer.strategy.barrier("checkpoint")

@@ -1,7 +1,7 @@
 """Checkpoint folders that are whole or not there, and known to be what was written.
 
     checkpoints/step-00000200/state     what Lightning wrote: a file, or a folder of shards
-                              manifest.json   size and SHA-256 of every file, tokens_seen, phase
+                              checkpoint.json size and SHA-256 of every file, tokens_seen, phase
 
 A checkpoint is written into a hidden folder beside its place, synced, and renamed: a kill, a full disk or a separate
 file system leaves either the whole checkpoint or none. Before one is loaded its files are compared with the manifest.
@@ -23,7 +23,7 @@ from torch import nn
 from nb_lightning.model import copy_into
 
 STATE = "state"
-MANIFEST = "manifest.json"
+MANIFEST = "checkpoint.json"
 
 
 class DamagedCheckpoint(ValueError):

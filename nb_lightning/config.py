@@ -185,7 +185,7 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     _one_of("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", "cuda"))
     _one_of("trainer.strategy", cfg.trainer.strategy, ("single", "ddp", "fsdp"))
     _one_of("trainer.precision", cfg.trainer.precision, ("32-true", "bf16-mixed", "bf16-true"))

@@ -20,15 +20,12 @@ from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints import load_weights, resolve
 from nb_lightning.config import Config, plain
+from nb_lightning.errors import RunStopped
 from nb_lightning.metrics import Perplexity
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer, clip_grad_norm
 from nb_lightning.phases import Phase, PhasePlan
 from nb_lightning.strategies import build_model
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many optimizer steps in a row had a loss or gradient that was not finite."""
 
 
 class BaseStage(pl.LightningModule):
@@ -116,7 +113,7 @@ class BaseStage(pl.LightningModule):
         self._skipped_in_a_row += 1
         where = f"at {self.tokens_seen} tokens (phase {self.phase.name}): loss {loss}, gradient norm {grad_norm}"
         if self._skipped_in_a_row >= self.cfg.stage.optim.max_skipped_steps:
-            raise TrainingDiverged(
+            raise RunStopped(
                 f"{self._skipped_in_a_row} optimizer steps in a row were not finite, the last one {where}. The weights "
                 "are as before them. Lower the phase's lr, or look at the data of these steps; then resume=true"
             )
