@@ -49,7 +49,7 @@ def run(cfg: Config) -> None:
     import lightning.pytorch as pl
     import torch
 
-    from nb_lightning import dry_run
+    from nb_lightning import checkpoints, dry_run
     from nb_lightning.strategies import resolve_accelerator
 
     folder = run_dir(cfg)
@@ -69,9 +69,12 @@ def run(cfg: Config) -> None:
     plan = plan_of(cfg.stage).in_whole_steps()
     module, data = build_stage(cfg, plan)
     data.prepare()
+    if checkpoint is not None:
+        require_same_run(checkpoint, module, data)
     require_room(cfg, module.shape.parameters(), folder)
     trainer = build_trainer(cfg, accelerator, folder)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    state = checkpoint / checkpoints.STATE if checkpoint else None
+    trainer.fit(module, datamodule=data, ckpt_path=state, weights_only=True)
     if trainer.is_global_zero:
         log.info("finished: %s tokens; everything is in %s", f"{module.tokens_seen:,}", folder)
 
@@ -119,11 +122,11 @@ def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:
 
 
 def starting_point(cfg: Config, folder: Path) -> Path | None:
-    """The checkpoint state to continue this run from, or None to begin it."""
+    """The checkpoint to continue from, known to be whole, or None to begin."""
     from nb_lightning import checkpoints
 
     if cfg.ckpt_path:
-        return checkpoints.resolve(cfg.ckpt_path) / checkpoints.STATE
+        return checkpoints.resolve(cfg.ckpt_path)
     if cfg.resume:
         found, problems = checkpoints.newest(folder)
         for problem in problems:
@@ -131,12 +134,29 @@ def starting_point(cfg: Config, folder: Path) -> Path | None:
         if found is None and problems:
             raise ValueError(f"no checkpoint in {folder} is whole; begin again with another run_name")
         log.info("resuming from %s" if found else "nothing to resume in %s yet: beginning", found or folder)
-        return found / checkpoints.STATE if found else None
+        return found
     if checkpoints.all_checkpoints(folder):
         raise ValueError(f"{folder} holds a run already: continue it with resume=true, or choose another run_name")
     if cfg.init_from and Path(cfg.init_from).resolve() == folder.resolve():
         raise ValueError(f"init_from={cfg.init_from} is this very run; continue it with resume=true")
     return None
+
+
+def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
+    """Refuse to continue a checkpoint with another model, past, seed or data than made it."""
+    from nb_lightning import checkpoints
+    from nb_lightning.config import plain
+
+    saved = checkpoints.read_info(checkpoint)
+    module.plan.require_same_past(saved["plan"], saved["tokens_seen"])
+    for key, value in plain(module.shape).items():
+        if key != "rope_theta" and saved["model"][key] != value:
+            raise ValueError(f"model.{key} is {value}, but {checkpoint} has {saved['model'][key]}")
+    if saved["seed"] != module.cfg.seed:
+        raise ValueError(f"seed is {module.cfg.seed}, but {checkpoint} was trained with {saved['seed']}")
+    for name, digest in data.digests.items():
+        if name in saved["sources"] and saved["sources"][name] != digest:
+            raise ValueError(f"data.sources.{name} holds other data than {checkpoint} was trained on")
 
 
 def require_room(cfg: Config, parameters: int, folder: Path) -> None:

@@ -81,8 +81,7 @@ class PhaseCheckpoint(PhaseCallback, Checkpoint):
             trainer.strategy.barrier("checkpoint")
             trainer.save_checkpoint(temporary / checkpoints.STATE)
             if trainer.is_global_zero:
-                done = module.plan.phase_at(module.tokens_seen - 1).name
-                checkpoints.commit(temporary, final, {"tokens_seen": module.tokens_seen, "step": step, "phase": done})
+                checkpoints.commit(temporary, final, module.state())
                 self._drop_old(folder)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)

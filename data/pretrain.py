@@ -157,6 +157,11 @@ class PretrainData(pl.LightningDataModule):
         self.order = RowOrder(self.plan, {n: s.tokens for n, s in self.train.items()}, self.cfg.seed)
         self.val_names = list(self.val)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Hash of the training data of each source."""
+        return {name: source.manifest.digest for name, source in self.train.items()}
+
     def train_dataloader(self) -> StepLoader:
         assert self.trainer is not None
         start = self.plan.step_at(self.trainer.lightning_module.tokens_seen)

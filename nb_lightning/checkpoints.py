@@ -1,7 +1,7 @@
 """Checkpoint folders that are whole or not there, and known to be what was written.
 
     checkpoints/step-00000200/state     what Lightning wrote: a file, or a folder of shards
-                              checkpoint.json size and SHA-256 of every file, tokens_seen, phase
+                              checkpoint.json size and SHA-256 of every file; model, plan, tokens_seen
 
 A checkpoint is written into a hidden folder beside its place, synced, and renamed: a kill, a full disk or a separate
 file system leaves either the whole checkpoint or none. Before one is loaded its files are compared with the manifest.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nb_lightning.model import copy_into
 
@@ -47,20 +48,30 @@ def commit(temporary: Path, final: Path, info: dict[str, Any]) -> None:
     _sync(final.parent)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as written.
+def read_info(folder: Path) -> dict[str, Any]:
+    """What `checkpoint.json` says: the stage's `state()` and the files.
+
+    Raises:
+        DamagedCheckpoint: it is missing or damaged.
+    """
+    try:
+        info = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(info["files"], dict):
+            raise ValueError("'files' is not a mapping")
+        return info
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{folder} is not a whole checkpoint: it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} is damaged: {error}") from error
+
+
+def verify(folder: Path) -> None:
+    """Compare every file of a checkpoint with what was written.
 
     Raises:
         DamagedCheckpoint: names the file and what is wrong with it.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        expected = manifest["files"]
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{folder} is not a whole checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is damaged: {error}") from error
-    for name, entry in expected.items():
+    for name, entry in read_info(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"checkpoint file {path} is missing")
@@ -68,7 +79,6 @@ def verify(folder: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(f"checkpoint file {path} has {path.stat().st_size} bytes, not {entry['bytes']}")
         if _sha256(path) != entry["sha256"]:
             raise DamagedCheckpoint(f"checkpoint file {path} is damaged: its SHA-256 differs from {MANIFEST}")
-    return manifest
 
 
 def all_checkpoints(run: Path) -> list[Path]:
@@ -120,17 +130,23 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "model.") -> None
     """
     state = folder / STATE
     weights = _read_sharded(state, prefix) if state.is_dir() else _read_single(state, prefix)
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() ^ weights.keys()):
-        # Tied weights are one parameter here and two entries in a state dict.
-        if name in parameters or model.get_parameter(name) is None:
-            raise ValueError(f"{folder}: parameter {name} is {'missing' if name in parameters else 'unknown'}")
-    for name, parameter in parameters.items():
+    known = model.state_dict()
+    for name in sorted(known.keys() ^ weights.keys()):
+        raise ValueError(f"{folder}: parameter {name} is {'missing' if name in known else 'unknown to the model'}")
+    for name, parameter in known.items():
         if weights[name].shape != parameter.shape:
             raise ValueError(
                 f"{folder}: parameter {name} is {list(weights[name].shape)}, the model's is {list(parameter.shape)}"
             )
-        copy_into(parameter, weights[name])
+    for name, parameter in model.named_parameters():
+        copy_into(parameter, weights.pop(name))
+    for name, value in weights.items():  # what is left shares its memory with a parameter above: tied embeddings
+        if not torch.equal(_whole(known[name]), value.to(known[name].dtype)):
+            raise ValueError(f"{folder}: {name} differs from the parameter that the model ties it to (model.tie_embeddings)")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def _read_single(state: Path, prefix: str) -> dict[str, torch.Tensor]:

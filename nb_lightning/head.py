@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nb_lightning.batch import IGNORE
 
@@ -41,6 +42,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 
 
 
 def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():  # inside a Function `needs_input_grad` would still say yes
+        hidden, weight = hidden.detach(), weight.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return hidden.to(dtype), weight.to(dtype)
@@ -92,6 +95,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
@@ -113,14 +117,16 @@ class _TokenLogprobs(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_accumulator(hidden.dtype))
-        for part, kept, logprobs, index in _log_softmax_chunks(hidden, weight, labels, ctx.chunk):
-            grad = _grad_of_chunk(logprobs, index, grad_out[part] * kept).to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[part])
-            _accumulate(grad_weight, grad.T, hidden[part])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, kept, logprobs, index in _log_softmax_chunks(hidden, weight, labels, ctx.chunk):
+                grad = _grad_of_chunk(logprobs, index, grad_out[part] * kept).to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[part])
+                _accumulate(grad_weight, grad.T, hidden[part])
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 

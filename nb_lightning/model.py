@@ -106,7 +106,7 @@ class RoPE:
         if table is None or table.shape[0] < T or table.device != x.device:
             # torch.compile'd or meta callers see plain tensor ops only: the table is built outside the layers.
             half = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-            angles = torch.outer(torch.arange(T, device=x.device).float(), self._theta**-half)
+            angles = torch.outer(torch.arange(T, device=x.device).float(), 1.0 / self._theta**half)
             table = self._table = torch.cat((angles.cos(), angles.sin()), dim=-1)
         rows = table[:T].unsqueeze(0) if position_ids is None else table[position_ids]
         cos, sin = rows.unsqueeze(2).to(x.dtype).chunk(2, dim=-1)
@@ -114,9 +114,12 @@ class RoPE:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [B, T, H, E]: component e pairs with e + E / 2, as in released Llama weights."""
+    """Rotate `x` [B, T, H, E]: component e pairs with e + E / 2, as in released Llama weights.
+
+    The result has the dtype of `x`: under autocast the angles are wider, and backends want q, k and v alike.
+    """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -193,7 +196,8 @@ class Transformer(nn.Module):
             if p.dim() == 1:
                 p.fill_(1.0)
                 continue
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+            # The seed is hashed in: a CPU generator reads only the low 32 bits of what it is given.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std
             whole = torch.empty(p.shape, dtype=torch.float32).normal_(std=scale, generator=generator)
             copy_into(p, whole)

@@ -93,7 +93,7 @@ class PhasePlan:
 
     @property
     def total_tokens(self) -> int:
-        return self.ends[-1]
+        return self.ends[-1] if self.ends else 0
 
     @property
     def total_steps(self) -> int:
@@ -129,6 +129,8 @@ class PhasePlan:
 
     def scaled(self, total_tokens: int) -> PhasePlan:
         """The same plan over `total_tokens`: every phase keeps its share, boundaries rounded to whole tokens."""
+        if self.total_tokens <= 0:
+            return self  # nothing to keep a share of; `validate` names what is wrong
         factor = Fraction(total_tokens, self.total_tokens)
         ends = [round(end * factor) for end in self.ends]
         return PhasePlan(tuple(replace(p, tokens=b - a) for p, a, b in zip(self.phases, [0, *ends], ends)))
@@ -137,14 +139,16 @@ class PhasePlan:
         """The plan as it runs: each phase lasts a whole number of optimizer steps, at least one.
 
         Learning rate, mixture, context and RoPE base then move at one and the same token, and no step is ragged.
-        A phase moves by at most half a step; `nb_lightning` prints planned and realised tokens side by side.
+        A boundary moves by at most half a step of the phase it ends: what rounding took from one phase, the next
+        makes up for. `nb_lightning` prints planned and realised tokens side by side.
         """
-        return PhasePlan(
-            tuple(
-                replace(p, tokens=max(1, round(Fraction(p.tokens, p.global_batch_tokens))) * p.global_batch_tokens)
-                for p in self.phases
-            )
-        )
+        phases: list[Phase] = []
+        start = 0
+        for phase, end in zip(self.phases, self.ends):
+            steps = max(1, round(Fraction(end - start, phase.global_batch_tokens)))
+            phases.append(replace(phase, tokens=steps * phase.global_batch_tokens))
+            start += phases[-1].tokens
+        return PhasePlan(tuple(phases))
 
     def step_at(self, tokens_seen: int) -> int:
         """How many whole optimizer steps lie before `tokens_seen` (for a plan in whole steps)."""
@@ -204,8 +208,8 @@ def exact(weight: float) -> Fraction:
 
 def _validate_phase(phase: Phase, path: str, sources: Mapping[str, object], world_size: int) -> None:
     for key in ("tokens", "seq_len", "global_batch_tokens", "micro_batch_size", "rope_theta"):
-        if getattr(phase, key) <= 0:
-            raise ValueError(f"{path}.{key} is {getattr(phase, key)}; it must be positive")
+        if not 0 < getattr(phase, key) < math.inf:
+            raise ValueError(f"{path}.{key} is {getattr(phase, key)}; it must be positive and finite")
     _validate_lr(phase.lr, f"{path}.lr")
     _validate_mixture(phase.mixture, f"{path}.mixture", sources)
     rows = phase.micro_batch_size * world_size

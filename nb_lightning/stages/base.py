@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from nb_lightning.attention import resolve_backend
@@ -149,17 +149,22 @@ class BaseStage(pl.LightningModule):
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["nb_lightning"] = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, as plain values; `checkpoint.json` shows it without loading a tensor."""
+        return {
             "tokens_seen": self.tokens_seen,
+            "step": self.plan.step_at(self.tokens_seen),
+            "phase": self.plan.phase_at(self.tokens_seen - 1).name,
             "skipped_steps": self.skipped_steps,
+            "seed": self.cfg.seed,
             "model": {**plain(self.shape), "rope_theta": self.model.rope.theta},
             "plan": [plain(phase) for phase in self.plan.phases],
-            "world_size": self.trainer.world_size if isinstance(self.trainer.strategy, ParallelStrategy) else 1,
+            "sources": self.trainer.datamodule.digests,
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["nb_lightning"] = self.state()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["nb_lightning"]
-        self.plan.require_same_past(saved["plan"], saved["tokens_seen"])
-        self.tokens_seen = saved["tokens_seen"]
-        self.skipped_steps = saved["skipped_steps"]
+        self.tokens_seen = checkpoint["nb_lightning"]["tokens_seen"]
+        self.skipped_steps = checkpoint["nb_lightning"]["skipped_steps"]
