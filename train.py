@@ -175,7 +175,12 @@ def quieten() -> None:
     """Keep Lightning's hints off the screen; errors and our own lines stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "litdata"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*`isinstance.treespec, LeafSpec.`.*", ".*Checkpoint directory.*", ".*buffer is not writable.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*`isinstance.treespec, LeafSpec.`.*",
+        ".*Checkpoint directory.*",
+        ".*buffer is not writable.*",
+    ):
         warnings.filterwarnings("ignore", text)
 
 

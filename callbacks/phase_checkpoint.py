@@ -64,7 +64,9 @@ class PhaseCheckpoint(PhaseCallback, Checkpoint):
             self._save(trainer, module)
         if stop:
             number = self._stop or signal.SIGTERM
-            module.print(f"stopped by {signal.Signals(number).name} at {module.tokens_seen:,} tokens; go on with resume=true")
+            module.print(
+                f"stopped by {signal.Signals(number).name} at {module.tokens_seen:,} tokens; go on with resume=true"
+            )
             raise SystemExit(128 + number)
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, suffix: str = "") -> None:

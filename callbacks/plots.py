@@ -12,11 +12,20 @@ import numpy as np
 from callbacks.progress import human
 from nb_lightning.phases import PhasePlan
 
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455")  # Tol, colour-blind safe
+COLORS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#bbbbbb",
+    "#994455",
+)  # Tol, colour-blind safe
 
 
 class Plots(pl.Callback):
-    """Draws both pictures when training ends, finished or stopped. `python train.py dry_run=true` draws the plan too."""
+    """Draws both pictures when training ends, finished or stopped; `train.py dry_run=true` draws the plan too."""
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._draw(trainer, module)
@@ -90,9 +99,10 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
     plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
     (loss, perplexity), (shares, norm) = axes
-    for axis, title in ((loss, "training loss (nats per token)"), (perplexity, "held-out perplexity"),
-                        (shares, "share of each source in a step"), (norm, "gradient norm before clipping")):  # fmt: skip
-        axis.set_title(title, fontsize=10, loc="left")
+    loss.set_title("training loss (nats per token)", fontsize=10, loc="left")
+    perplexity.set_title("held-out perplexity", fontsize=10, loc="left")
+    shares.set_title("share of each source in a step", fontsize=10, loc="left")
+    norm.set_title("gradient norm before clipping", fontsize=10, loc="left")
     for axis, name in ((loss, "train/loss"), (norm, "optim/grad_norm")):
         if name in metrics:
             x, y = metrics[name].T
@@ -136,7 +146,8 @@ def _mark_phases(plan: PhasePlan, axes: Any, labelled: Any) -> None:
         if phase.tokens < 0.05 * plan.total_tokens:  # too narrow to write in
             continue
         middle = plan.start_of(index) + phase.tokens / 2
-        text = f"{phase.name.replace('_', ' ')}\n{human(phase.tokens)} tokens · {phase.seq_len} ctx · θ {phase.rope_theta:g}"
+        facts = f"{human(phase.tokens)} tokens · {phase.seq_len} ctx · θ {phase.rope_theta:g}"
+        text = f"{phase.name.replace('_', ' ')}\n{facts}"
         labelled.text(middle, labelled.get_ylim()[1] * 0.98, text, ha="center", va="top", fontsize=8)
 
 

@@ -15,7 +15,17 @@ from omegaconf import OmegaConf
 
 from nb_lightning.config import plain
 
-PACKAGES = ("nb_lightning", "torch", "lightning", "litdata", "hydra-core", "tokenizers", "numpy", "bitsandbytes", "xformers")
+PACKAGES = (
+    "nb_lightning",
+    "torch",
+    "lightning",
+    "litdata",
+    "hydra-core",
+    "tokenizers",
+    "numpy",
+    "bitsandbytes",
+    "xformers",
+)
 
 
 class RunManifest(pl.Callback):
@@ -39,7 +49,11 @@ class RunManifest(pl.Callback):
             plan=[plain(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
             data={
-                name: {"tokens": source.tokens, "documents": source.manifest.documents, "sha256": source.manifest.digest}
+                name: {
+                    "tokens": source.tokens,
+                    "documents": source.manifest.documents,
+                    "sha256": source.manifest.digest,
+                }
                 for name, source in data.train.items()
             },
             tokenizer=data.tokenizer.digest,

@@ -72,7 +72,9 @@ class SourceManifest:
                 fields = json.loads(Path(path).read_text())
             return cls(**fields)
         except FileNotFoundError as error:
-            raise ValueError(f"no tokenized data at {folder}: {path} is missing; make it with python -m data.prepare") from error
+            raise ValueError(
+                f"no tokenized data at {folder}: {path} is missing; make it with python -m data.prepare"
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -213,9 +215,13 @@ class Source:
         if not path.is_file():
             raise ValueError(f"data chunk {name} is missing; prepare the source again")
         if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"data chunk {name} has {path.stat().st_size} bytes, not {entry['bytes']}; prepare the source again")
+            raise ValueError(
+                f"data chunk {name} has {path.stat().st_size} bytes, not {entry['bytes']}; prepare the source again"
+            )
         if self.verify and sha256(path) != entry["sha256"]:
-            raise ValueError(f"data chunk {name} is damaged (its SHA-256 differs from {MANIFEST}); prepare the source again")
+            raise ValueError(
+                f"data chunk {name} is damaged (its SHA-256 differs from {MANIFEST}); prepare the source again"
+            )
         self._opened.add(chunk)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
         path = Path(spec)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f"data.tokenizer is {spec!r}, but there is no {path}; give 'bytes', a tokenizer.json or its folder")
+            raise ValueError(
+                f"data.tokenizer is {spec!r}, but there is no {path}; give 'bytes', a tokenizer.json or its folder"
+            )
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class AttentionMask:
         """[start, end) of each document among the flattened tokens, as plain integers."""
         assert self.cu_seqlens is not None
         bounds = self.cu_seqlens.tolist()
-        return list(zip(bounds[:-1], bounds[1:]))
+        return list(pairwise(bounds))
 
     @cached_property
     def flex_mask(self) -> Any:
@@ -76,7 +77,9 @@ def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
     if name == "auto":
         return "flex" if packed and device.type == "cuda" else "sdpa"
     if name in ("flex", "xformers") and device.type != "cuda":
-        raise ValueError(f"trainer.attention={name} needs a CUDA device, this run is on {device.type}; use auto or sdpa")
+        raise ValueError(
+            f"trainer.attention={name} needs a CUDA device, this run is on {device.type}; use auto or sdpa"
+        )
     if name == "xformers":
         _probe_xformers(device)
     return name

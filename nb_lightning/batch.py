@@ -63,7 +63,8 @@ class PackedBatch(_Movable):
             eos_id: the token that ends a document. When given, attention and positions restart after each one, and
                 a new row is a new document; when None, every row is one document.
         """
-        input_ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        # Copies: of one row, `contiguous` would give two views of the same tokens, and labels are written to.
+        input_ids, labels = rows[:, :-1].clone(), rows[:, 1:].clone()
         if eos_id is None:
             return cls(input_ids, labels)
         B, T = input_ids.shape

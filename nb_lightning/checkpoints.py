@@ -142,7 +142,9 @@ def load_weights(model: nn.Module, folder: Path, prefix: str = "model.") -> None
         copy_into(parameter, weights.pop(name))
     for name, value in weights.items():  # what is left shares its memory with a parameter above: tied embeddings
         if not torch.equal(_whole(known[name]), value.to(known[name].dtype)):
-            raise ValueError(f"{folder}: {name} differs from the parameter that the model ties it to (model.tie_embeddings)")
+            raise ValueError(
+                f"{folder}: {name} differs from the parameter that the model ties it to (model.tie_embeddings)"
+            )
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

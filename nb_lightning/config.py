@@ -208,7 +208,9 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
         raise ValueError(f"model.head_dim is {cfg.model.head_dim}; rotary positions need an even one")
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
     if cfg.trainer.strategy == "single" and ranks > 1:
-        raise ValueError(f"trainer.strategy=single runs one process, but devices x num_nodes is {ranks}; use ddp or fsdp")
+        raise ValueError(
+            f"trainer.strategy=single runs one process, but devices x num_nodes is {ranks}; use ddp or fsdp"
+        )
     if cfg.trainer.tensor_parallel != 1:
         raise ValueError(f"trainer.tensor_parallel is {cfg.trainer.tensor_parallel}; only 1 is supported")
     if cfg.stage.optim.name != "adamw" and cfg.trainer.strategy == "fsdp":

@@ -184,7 +184,9 @@ class PhasePlan:
                 return
             if old is None or phase is None:
                 name = (old or asdict(phase))["name"]
-                raise ValueError(f"the checkpoint has {tokens_seen} tokens under another plan (phase {name!r}); {_NEW_RUN}")
+                raise ValueError(
+                    f"the checkpoint has {tokens_seen} tokens under another plan (phase {name!r}); {_NEW_RUN}"
+                )
             for key, value in asdict(phase).items():
                 if old[key] != value:
                     raise ValueError(
@@ -214,7 +216,9 @@ def _validate_phase(phase: Phase, path: str, sources: Mapping[str, object], worl
     _validate_mixture(phase.mixture, f"{path}.mixture", sources)
     rows = phase.micro_batch_size * world_size
     if phase.global_batch_tokens % (phase.seq_len * rows):
-        per_rank = f"seq_len {phase.seq_len} x micro_batch_size {phase.micro_batch_size} x {world_size} data-parallel rank(s)"
+        per_rank = (
+            f"seq_len {phase.seq_len} x micro_batch_size {phase.micro_batch_size} x {world_size} data-parallel rank(s)"
+        )
         step = phase.seq_len * rows
         near = max(1, round(phase.global_batch_tokens / step)) * step
         raise ValueError(

@@ -79,7 +79,9 @@ def build_model(
 
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     """FSDP2: each layer is gathered on its own, the embedding, last norm and head with the root."""
-    options: dict[str, Any] = {"mesh": mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh}
+    options: dict[str, Any] = {
+        "mesh": mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
+    }
     if precision == "bf16-mixed":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:

@@ -92,7 +92,10 @@ def _items(node: object) -> list[tuple[str, object]]:
             "+callbacks.evil={_target_: shutil.copy, src: a, dst: b}",
             "callbacks.evil._target_ is 'shutil.copy'; allowed prefixes: callbacks., nb_lightning.",
         ),
-        ("+callbacks.nested={_target_: callbacks.x.Y, inner: [{_target_: os.system}]}", "callbacks.nested.inner[0]._target_"),
+        (
+            "+callbacks.nested={_target_: callbacks.x.Y, inner: [{_target_: os.system}]}",
+            "callbacks.nested.inner[0]._target_",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_named_with_what_is_allowed(override: str | list[str], message: str) -> None:

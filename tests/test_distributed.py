@@ -71,9 +71,7 @@ def test_two_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_resume_with_another_world_size(
-    corpus: Path, tmp_path: Path, single: dict[int, dict], strategy: str
-) -> None:
+def test_resume_with_another_world_size(corpus: Path, tmp_path: Path, single: dict[int, dict], strategy: str) -> None:
     torchrun(corpus, tmp_path, f"trainer.strategy={strategy}", "stage.phases.decay.micro_batch_size=1")
     checkpoints = tmp_path / "runs/pretrain/checkpoints"
     for path in checkpoints.iterdir():  # go back to step 12

@@ -62,7 +62,9 @@ def test_fsdp_without_a_gpu(train: Train) -> None:
 
 
 def test_xformers_without_a_gpu(train: Train) -> None:
-    assert "trainer.attention=xformers needs a CUDA device" in error_of(train("trainer.attention=xformers", check=False))
+    assert "trainer.attention=xformers needs a CUDA device" in error_of(
+        train("trainer.attention=xformers", check=False)
+    )
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(train: Train, tmp_path: Path) -> None:
@@ -109,22 +111,32 @@ def test_init_from_takes_the_weights_of_another_run(train: Train, tmp_path: Path
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["init_from=nowhere", "run_name=b"], "no checkpoint at 'nowhere'"),
-        (["init_from={run}", "run_name=b", "model.d_mlp=48"], "parameter layers.0.mlp.gate_proj.weight is [64, 32], the model's is [48, 32]"),
-        (["init_from={run}", "run_name=b", "model.n_layers=1"], "parameter layers.1.attention.k_proj.weight is unknown to the model"),
-        (["init_from={run}"], "holds a run already"),
-        (["ckpt_path={run}", "run_name=b", "stage.phases.warmup.mixture.docs=0.2", "stage.phases.warmup.mixture.tests=0.3"],
-         "stage.phases.warmup.mixture is {'docs': 0.2, 'code': 0.5, 'tests': 0.3}, but the checkpoint's 10240 tokens"),
-        (["ckpt_path={run}", "run_name=b", "model.d_mlp=48"], "model.d_mlp is 48, but "),
-        (["ckpt_path={run}", "run_name=b", "seed=5"], "seed is 5, but "),
-        (["ckpt_path={run}", "run_name=b", "data.sources.docs=${paths.data_root}/demo/code"], "data.sources.docs holds other data"),
+        ("run_name=b init_from=nowhere", "no checkpoint at 'nowhere'"),
+        (
+            "run_name=b init_from={run} model.d_mlp=48",
+            "parameter layers.0.mlp.gate_proj.weight is [64, 32], the model's is [48, 32]",
+        ),
+        (
+            "run_name=b init_from={run} model.n_layers=1",
+            "parameter layers.1.attention.k_proj.weight is unknown to the model",
+        ),
+        ("init_from={run}", "holds a run already"),
+        (
+            "run_name=b ckpt_path={run} stage.phases.warmup.mixture.docs=0.2 stage.phases.warmup.mixture.tests=0.3",
+            "stage.phases.warmup.mixture is {'docs': 0.2, 'code': 0.5, 'tests': 0.3}, "
+            "but the checkpoint's 10240 tokens were trained with {'docs': 0.3, 'code': 0.5, 'tests': 0.2}",
+        ),
+        ("run_name=b ckpt_path={run} model.d_mlp=48", "model.d_mlp is 48, but "),
+        ("run_name=b ckpt_path={run} seed=5", "seed is 5, but "),
+        (
+            "run_name=b ckpt_path={run} data.sources.docs=${paths.data_root}/demo/code",
+            "data.sources.docs holds other data",
+        ),
     ],
-)  # fmt: skip
-def test_starting_points_that_do_not_fit(
-    finished: Path, corpus: Path, overrides: list[str], words: str
-) -> None:
-    overrides = [override.replace("{run}", str(finished / "runs/pretrain")) for override in overrides]
-    assert words in error_of(run_train(corpus, finished, *overrides, check=False))
+)
+def test_starting_points_that_do_not_fit(finished: Path, corpus: Path, overrides: str, words: str) -> None:
+    chosen = overrides.replace("{run}", str(finished / "runs/pretrain")).split()
+    assert words in error_of(run_train(corpus, finished, *chosen, check=False))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.harness import TRACE, Train, command, environment, read_trace, run_train
 
+
 @pytest.fixture(scope="session")
 def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     root = tmp_path_factory.mktemp("unbroken")

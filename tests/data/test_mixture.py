@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_rows_of_a_source_cover_its_stream_without_gap_or_overlap_across_context
     for name in SIZES:
         stretches = sorted((row.start, row.start + row.seq_len) for row in located if row.source == name)
         assert stretches[0][0] == 0
-        assert all(end == start for (_, end), (start, _) in zip(stretches, stretches[1:]))
+        assert all(end == start for (_, end), (start, _) in pairwise(stretches))
         assert stretches[-1][1] == order.consumed(PLAN.total_tokens)[name]
     assert sum(order.consumed(PLAN.total_tokens).values()) == PLAN.total_tokens
 

@@ -15,7 +15,7 @@ from nb_lightning.phases import Phase
 
 
 class StepTrace(PhaseCallback):
-    """Appends one JSON line a step to `file_name` in the run folder: loss to the last bit, rows, and a hash of the tokens.
+    """Appends a JSON line a step to `file_name` in the run folder: loss to the last bit, rows, hash of the tokens.
 
     Two runs that are the same, whatever stopped and resumed them, leave the same lines.
     """
