@@ -1,0 +1,49 @@
+"""The paper's run on paper: sizes, steps and FLOPs against hand counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nb_lightning.config import plain
+from nb_lightning.dry_run import GIB, describe, memory_per_device
+from nb_lightning.model import ModelShape
+from tests.harness import ROOT
+from tests.test_conf import composed
+
+
+def test_the_paper_run() -> None:
+    text = describe(composed("model=nanbeige4_3b", "trainer=fsdp"))
+    assert "3,933,637,120 parameters (3,082,979,840 without embeddings)" in text
+    assert "12,400,000,000,000" in text and "65536" in text
+    flops = 19e12 * 23.0621184e9 + 4e12 * 53.2611072e9
+    assert f"{flops:.3g} FLOP" in text
+
+
+@pytest.mark.parametrize(
+    "overrides, weights, optimizer",
+    [
+        ((), 3933637120 * 4, 3933637120 * 8),
+        (("trainer.precision=bf16-true", "stage.optim.name=adamw8bit"), 3933637120 * 2, 3933637120 * 2),
+        (("trainer.strategy=fsdp", "trainer.devices=8"), 3933637120 * 4 / 8, 3933637120 * 8 / 8),
+    ],
+)
+def test_memory_of_weights_and_optimizer(overrides: tuple[str, ...], weights: float, optimizer: float) -> None:
+    cfg = composed("model=nanbeige4_3b", *overrides)
+    memory = memory_per_device(cfg, ModelShape(**plain(cfg.model)), micro_tokens=65536)
+    assert memory["weights"] == memory["gradients"] == pytest.approx(weights)
+    assert memory["optimizer"] == pytest.approx(optimizer)
+    assert memory["head"] / GIB < 3
+
+
+def test_a_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path) -> None:
+    overrides = ["model=nanbeige4_3b", "trainer=fsdp", "dry_run=true", f"paths.root={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "memory per device" in done.stdout
+    assert (tmp_path / "runs/pretrain/plan.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "runs/pretrain/checkpoints").exists()
