@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLEX_BLOCK = 128  # rows and columns of flex's block mask
 BACKENDS = ("auto", "sdpa", "flex", "xformers")
 
 
@@ -40,30 +41,46 @@ class AttentionMask:
         self.cu_seqlens = cu_seqlens
 
     @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """[start, end) of each document among the flattened tokens, as plain integers."""
+    def lengths(self) -> list[int]:
+        """Tokens of each document, as plain integers."""
         assert self.cu_seqlens is not None
-        bounds = self.cu_seqlens.tolist()
-        return list(pairwise(bounds))
+        return torch.diff(self.cu_seqlens).tolist()
 
     @cached_property
     def flex_mask(self) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
+        """Which blocks of 128 x 128 to compute, from the documents at the blocks' edges.
+
+        `create_block_mask` would first form [n, n] tensors: 40 GB at 64 K tokens unless it is compiled.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
         cu = self.cu_seqlens
         assert cu is not None
-        n = int(cu[-1])
         doc = torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), torch.diff(cu))
+        n = len(doc)
 
         def same_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (i >= j) & (doc[i] == doc[j])
 
-        return create_block_mask(same_document, None, None, n, n, device=cu.device)
+        edges = torch.arange(0, n, FLEX_BLOCK, device=cu.device)
+        first, last = doc[edges], doc[(edges + FLEX_BLOCK - 1).clamp(max=n - 1)]
+        below = edges[:, None] > edges[None, :]  # key block wholly before the query block
+        whole = below & (first[None, :] == last[:, None])  # documents only grow, so equal ends mean one document
+        part = (below & (last[None, :] >= first[:, None]) & ~whole) | (edges[:, None] == edges[None, :])
+        return BlockMask.from_kv_blocks(
+            *_blocks(part), *_blocks(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=same_document, seq_lengths=(n, n)
+        )
 
     @cached_property
     def xformers_bias(self) -> Any:
         bias = _xformers().attn_bias.BlockDiagonalCausalMask
-        return bias.from_seqlens([end - start for start, end in self.spans])
+        return bias.from_seqlens(self.lengths)
+
+
+def _blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query block how many key blocks are chosen, and which, chosen ones first: [1, 1, Q] and [1, 1, Q, K]."""
+    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
+    return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
 def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
@@ -88,9 +105,9 @@ def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
 @torch.compiler.disable  # a loop over ragged documents would be compiled anew for each batch
 def _per_document(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     B, T, H, E = q.shape
-    q, k, v = (x.reshape(1, B * T, x.shape[2], E) for x in (q, k, v))
-    parts = [_causal(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in mask.spans]
-    return torch.cat(parts, dim=1).view(B, T, H, E)
+    # `split`, whose backward is one `cat`: that of a slice fills a tensor of all tokens, for each document.
+    documents = zip(*(x.reshape(1, B * T, x.shape[2], E).split(mask.lengths, dim=1) for x in (q, k, v)))
+    return torch.cat([_causal(*document) for document in documents], dim=1).view(B, T, H, E)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

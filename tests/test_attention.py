@@ -116,15 +116,24 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="create_block_mask, uncompiled, forms several [n, n] tensors: 2.5 GB at 16 K tokens, 40 GB at 64 K",
-)
 def test_the_flex_mask_needs_no_square_of_the_tokens() -> None:
     n = 2048
     with LargestTensor() as largest:
         _ = AttentionMask("flex", torch.tensor([0, 700, n], dtype=torch.int32)).flex_mask
     assert largest.elements <= n * n / 128
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_flex_mask_has_the_blocks_that_torch_finds_by_looking_at_every_pair(seed: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    g = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(2, 1500, (1,), generator=g))
+    inner = torch.randint(1, n, (seed * 2,), generator=g).tolist()
+    cu_seqlens = torch.tensor(sorted({0, n, *inner}), dtype=torch.int32)
+    doc = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), torch.diff(cu_seqlens))
+    expected = create_block_mask(lambda b, h, i, j: (i >= j) & (doc[i] == doc[j]), None, None, n, n, device="cpu")
+    assert torch.equal(AttentionMask("flex", cu_seqlens).flex_mask.to_dense(), expected.to_dense())
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------

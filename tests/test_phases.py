@@ -275,8 +275,8 @@ SHAPE_NAMES = "linear, cosine, one_minus_sqrt, exponential"
         ({"rope_theta": math.nan}, "rope_theta is nan; it must be positive and finite"),
         ({"rope_theta": math.inf}, "rope_theta is inf; it must be positive and finite"),
         (
-            {"global_batch_tokens": 400},
-            "global_batch_tokens 400 is not a multiple of 96 "
+            {"global_batch_tokens": 370},
+            "global_batch_tokens 370 is not a multiple of 96 "
             "(seq_len 16 x micro_batch_size 2 x 3 data-parallel rank(s)); the nearest one is 384",
         ),
         (
