@@ -172,14 +172,15 @@ def require_room(cfg: Config, parameters: int, folder: Path) -> None:
 
 
 def quieten() -> None:
-    """Keep Lightning's hints off the screen; errors and our own lines stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "litdata"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Keep the libraries' hints off the screen; errors and our own lines stay."""
+    for name, level in (("lightning", "WARNING"), ("lightning.pytorch", "WARNING"), ("litdata", "ERROR")):
+        logging.getLogger(name).setLevel(level)
     for text in (
         ".*does not have many workers.*",
         ".*`isinstance.treespec, LeafSpec.`.*",
         ".*Checkpoint directory.*",
         ".*buffer is not writable.*",
+        ".*It is recommended to use `self.log.*",  # what is logged here has been summed over the ranks
     ):
         warnings.filterwarnings("ignore", text)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,31 @@ def test_two_processes(
         assert ranks[0][step]["sample_ids"] + ranks[1][step]["sample_ids"] == single[step]["sample_ids"]
 
 
+def test_sigterm_to_one_of_two_processes_stops_and_saves_both(
+    corpus: Path, tmp_path: Path, single: dict[int, dict]
+) -> None:
+    """`python train.py trainer=ddp` starts its second process itself; a scheduler signals only the first."""
+    overrides = [*TRACE, "trainer=ddp", "trainer.accelerator=cpu", "trainer.threads=1", "trainer.progress_bar=false"]
+    overrides.append("stage.phases.decay.micro_batch_size=1")
+    process = subprocess.Popen(
+        command(corpus, tmp_path, *overrides), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    trace = tmp_path / "runs/pretrain/trace.jsonl.0"
+    while not (trace.exists() and trace.read_text().count("\n") > 6):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    before = [read_trace(tmp_path / "runs/pretrain", rank) for rank in range(2)]
+    assert before[0].keys() == before[1].keys()  # both stopped after the same step
+    run_train(corpus, tmp_path, *TRACE, "resume=true")  # one process goes on where two stopped
+    after = read_trace(tmp_path / "runs/pretrain")
+    assert sorted([*before[0], *after]) == list(range(20))
+    for step, line in after.items():
+        assert line["sample_ids"] == single[step]["sample_ids"]
+        assert float.fromhex(line["loss"]) == pytest.approx(float.fromhex(single[step]["loss"]), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_resume_with_another_world_size(corpus: Path, tmp_path: Path, single: dict[int, dict], strategy: str) -> None:
@@ -76,8 +104,6 @@ def test_resume_with_another_world_size(corpus: Path, tmp_path: Path, single: di
     checkpoints = tmp_path / "runs/pretrain/checkpoints"
     for path in checkpoints.iterdir():  # go back to step 12
         if path.name > "step-00000013":
-            import shutil
-
             shutil.rmtree(path)
     overrides = [f"trainer.strategy={strategy}", "stage.phases.decay.micro_batch_size=1", "resume=true"]
     torchrun(corpus, tmp_path, *overrides, ranks=1)
