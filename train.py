@@ -71,6 +71,9 @@ def run(cfg: Config) -> None:
     data.prepare()
     if checkpoint is not None:
         require_same_run(checkpoint, module, data)
+        if checkpoints.read_info(checkpoint)["tokens_seen"] == plan.total_tokens:
+            log.info("nothing left to do: %s is the end of the plan", checkpoint)
+            return
     require_room(cfg, module.shape.parameters(), folder)
     trainer = build_trainer(cfg, accelerator, folder)
     state = checkpoint / checkpoints.STATE if checkpoint else None

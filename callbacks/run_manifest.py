@@ -29,7 +29,10 @@ PACKAGES = (
 
 
 class RunManifest(pl.Callback):
-    """Writes `config.yaml` and `manifest.json` when training starts and completes the manifest when it ends."""
+    """Writes `config.yaml` and `manifest.json` when training starts, and completes the manifest when it ends.
+
+    Every resume adds an entry to `starts`.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -37,15 +40,22 @@ class RunManifest(pl.Callback):
         run = Path(trainer.default_root_dir)
         (run / "config.yaml").write_text(OmegaConf.to_yaml(module.cfg, resolve=True), encoding="utf-8")
         data = trainer.datamodule
+        path = run / "manifest.json"
+        earlier = (
+            json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() and module.tokens_seen else []
+        )
+        start = {
+            "tokens_seen": module.tokens_seen,
+            "command": sys.argv,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "git": _git(Path(__file__).parent),
+            "world_size": trainer.world_size,
+            "device": str(module.device),
+        }
         self._write(
             trainer,
-            command=sys.argv,
-            versions={"python": platform.python_version(), **_versions()},
-            git=_git(Path(__file__).parent),
-            world_size=trainer.world_size,
-            device=str(module.device),
+            starts=[*earlier, start],
             parameters=module.shape.parameters(),
-            started_at_tokens=module.tokens_seen,
             plan=[plain(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
             data={

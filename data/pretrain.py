@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ class StepLoader(DataLoader[StepBatch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A scheduler signals every process; a worker that died of it would take the step being saved with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class HeldOut(Dataset[PackedBatch]):
@@ -168,7 +175,9 @@ class PretrainData(pl.LightningDataModule):
         streams = {name: TokenStream(name, source, self.cfg.seed) for name, source in self.train.items()}
         dataset = StepDataset(self.order, streams, self._eos_id, self.trainer.global_rank, self.trainer.world_size)
         workers = min(self.cfg.data.workers, os.cpu_count() or 1)
-        extra: dict[str, Any] = {"prefetch_factor": 4, "timeout": WORKER_TIMEOUT_S} if workers else {}
+        extra: dict[str, Any] = {}
+        if workers:
+            extra = {"prefetch_factor": 4, "timeout": WORKER_TIMEOUT_S, "worker_init_fn": _leave_signals_to_the_trainer}
         return StepLoader(dataset, start, num_workers=workers, pin_memory=torch.cuda.is_available(), **extra)
 
     def val_dataloader(self) -> list[DataLoader[PackedBatch]]:

@@ -108,7 +108,6 @@ class TrainerConfig:
     strategy: str = "single"  # single | ddp | fsdp
     devices: int = 1  # per node
     num_nodes: int = 1
-    tensor_parallel: int = 1  # only 1 for now; the mesh has the axis
     precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true
     attention: str = "auto"  # auto | sdpa | flex | xformers
     compile: bool = False  # torch.compile each layer
@@ -211,8 +210,6 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
         raise ValueError(
             f"trainer.strategy=single runs one process, but devices x num_nodes is {ranks}; use ddp or fsdp"
         )
-    if cfg.trainer.tensor_parallel != 1:
-        raise ValueError(f"trainer.tensor_parallel is {cfg.trainer.tensor_parallel}; only 1 is supported")
     if cfg.stage.optim.name != "adamw" and cfg.trainer.strategy == "fsdp":
         raise ValueError(f"stage.optim.name={cfg.stage.optim.name} does not work with trainer.strategy=fsdp; use adamw")
     if cfg.ckpt_path and cfg.init_from:

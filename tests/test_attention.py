@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,17 +125,28 @@ def test_the_flex_mask_needs_no_square_of_the_tokens() -> None:
     assert largest.elements <= n * n / 128
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_flex_mask_has_the_blocks_that_torch_finds_by_looking_at_every_pair(seed: int) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
+@pytest.mark.parametrize("seed", range(20))
+def test_flex_skips_hidden_blocks_and_masks_only_those_seen_in_part(seed: int) -> None:
+    rng = random.Random(seed)
+    n = rng.choice([1024, rng.randrange(2, 1024)])
+    inside = [rng.choice([rng.randrange(0, n, 128), rng.randrange(n)]) for _ in range(rng.randint(0, 6))]
+    edges = torch.tensor(sorted({0, n, *inside}), dtype=torch.int32)
+    document = torch.bucketize(torch.arange(n), edges, right=True)
+    allowed = (document[:, None] == document) & torch.ones(n, n, dtype=torch.bool).tril()
+    missing = -n % 128  # no key is there, and no query asks for one
+    seen = F.pad(allowed, (0, missing, 0, missing), value=False).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    whole = F.pad(F.pad(allowed, (0, missing), value=False), (0, 0, 0, missing), value=True)
+    seen, whole = seen.amax((1, 3)), whole.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).amin((1, 3))
 
-    g = torch.Generator().manual_seed(seed)
-    n = int(torch.randint(2, 1500, (1,), generator=g))
-    inner = torch.randint(1, n, (seed * 2,), generator=g).tolist()
-    cu_seqlens = torch.tensor(sorted({0, n, *inner}), dtype=torch.int32)
-    doc = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), torch.diff(cu_seqlens))
-    expected = create_block_mask(lambda b, h, i, j: (i >= j) & (doc[i] == doc[j]), None, None, n, n, device="cpu")
-    assert torch.equal(AttentionMask("flex", cu_seqlens).flex_mask.to_dense(), expected.to_dense())
+    mask = AttentionMask("flex", edges).flex_mask
+    assert listed(mask.full_kv_num_blocks, mask.full_kv_indices) == whole.nonzero().tolist()
+    assert listed(mask.kv_num_blocks, mask.kv_indices) == (seen & ~whole).nonzero().tolist()
+
+
+def listed(numbers: Tensor, indices: Tensor) -> list[list[int]]:
+    """[query block, key block] of each entry."""
+    rows = zip(numbers[0, 0].tolist(), indices[0, 0].tolist())
+    return [[i, j] for i, (number, order) in enumerate(rows) for j in sorted(order[:number])]
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------

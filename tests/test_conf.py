@@ -73,7 +73,7 @@ def _items(node: object) -> list[tuple[str, object]]:
             "stage.phases.decay.mixture names 'webb'; known sources (data.sources) are: docs, code, tests, arithmetic",
         ),
         ("stage.phases.decay.lr.shape=wsd", "stage.phases.decay.lr.shape is 'wsd'; allowed: linear, cosine"),
-        ("stage.global_batch_tokens=8000", "stage.phases.warmup.global_batch_tokens 8000 is not a multiple of 4096"),
+        ("stage.global_batch_tokens=8000", "stage.phases.warmup.global_batch_tokens 8000 is not a multiple of 2048"),
         ("trainer.accelerator=tpu", "trainer.accelerator is 'tpu'; allowed: auto, cpu, cuda"),
         ("trainer.precision=fp16", "trainer.precision is 'fp16'; allowed: 32-true, bf16-mixed, bf16-true"),
         ("trainer.devices=2", "trainer.strategy=single runs one process, but devices x num_nodes is 2"),

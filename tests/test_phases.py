@@ -91,12 +91,12 @@ def test_the_papers_phases(paper: PhasePlan) -> None:
     "tokens_seen, lr",
     [
         (0, 0.0),
-        (90_000, 2e-3),
-        (180_000, 4e-3),
-        (3_300_000, 4e-3),
-        (5_000_000, 4e-3),
-        (5_500_000, (4e-3 + 1e-5) / 2),
-        (6_000_000, 1e-5),
+        (60_000, 1e-3),
+        (120_000, 2e-3),
+        (2_200_000, 2e-3),
+        (3_330_000, 2e-3),
+        (3_665_000, (2e-3 + 1e-5) / 2),
+        (4_000_000, 1e-5),
     ],
 )
 def test_the_demos_learning_rate(demo: PhasePlan, tokens_seen: int, lr: float) -> None:

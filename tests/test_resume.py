@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -58,6 +60,18 @@ def test_sigterm(corpus: Path, tmp_path: Path, unbroken: dict[int, dict], step: 
     # The stop saved the step in hand: none was run twice.
     lines = (tmp_path / "runs/pretrain/trace.jsonl").read_text().splitlines()
     assert len(lines) == 20 and stopped_at < 20
+
+
+def test_sigterm_to_every_process_loader_workers_too(corpus: Path, tmp_path: Path, unbroken: dict[int, dict]) -> None:
+    process = subprocess.Popen(
+        command(corpus, tmp_path, *TRACE, "data.workers=2"), cwd=tmp_path, env=environment(), start_new_session=True
+    )
+    wait_for_step(tmp_path, process, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert finish(corpus, tmp_path) == unbroken
+    starts = json.loads((tmp_path / "runs/pretrain/manifest.json").read_text())["starts"]
+    assert len(starts) == 2 and starts[0]["tokens_seen"] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

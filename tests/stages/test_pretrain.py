@@ -46,9 +46,9 @@ def test_everything_moves_at_the_same_step(corpus: Path, tmp_path: Path) -> None
     run_train(corpus, tmp_path, *TRACE)
     trace = read_trace(tmp_path / "runs/pretrain")
     lr, theta, shape = ([trace[step][key] for step in range(20)] for key in ("lr", "rope_theta", "shape"))
-    assert lr[:6] == pytest.approx([4e-3 * n / 6 for n in range(1, 7)], rel=1e-12)
-    assert lr[5:16] == [4e-3] * 11
-    assert lr[16:] == pytest.approx([4e-3 + (1e-5 - 4e-3) * n / 4 for n in range(1, 5)], rel=1e-12)
+    assert lr[:6] == pytest.approx([2e-3 * n / 6 for n in range(1, 7)], rel=1e-12)
+    assert lr[5:16] == [2e-3] * 11
+    assert lr[16:] == pytest.approx([2e-3 + (1e-5 - 2e-3) * n / 4 for n in range(1, 5)], rel=1e-12)
     assert lr[19] == 1e-5
     assert theta == [1e4] * 16 + [1e5] * 4
     assert shape == [[8, 32]] * 16 + [[2, 128]] * 4
@@ -89,7 +89,7 @@ def test_held_out_perplexity_is_exp_of_the_mean_over_all_held_out_tokens(corpus:
         for batch in loader:
             logits = module.model(batch.input_ids, batch.position_ids, batch.cu_seqlens).double()
             logprobs = logits.log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1))
-            nll -= float(logprobs.sum())
+            nll -= float(logprobs.detach().sum())
             tokens += batch.labels.numel()
         assert tokens == 4 * 32
         seen = float(module.trainer.callback_metrics[f"val/perplexity/{name}"])
@@ -109,7 +109,7 @@ def test_held_out_perplexity_is_exp_of_the_mean_over_all_held_out_tokens(corpus:
 def test_other_settings_train_too(corpus: Path, tmp_path: Path, override: str) -> None:
     run_train(corpus, tmp_path, *TRACE, override)
     losses = [float.fromhex(line["loss"]) for line in read_trace(tmp_path / "runs/pretrain").values()]
-    assert len(losses) == 20 and losses[15] < losses[0] - 0.3
+    assert len(losses) == 20 and losses[15] < losses[0] - 0.1
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_what_a_run_leaves_in_its_folder(corpus: Path, tmp_path: Path) -> None:
     assert list((run / "tensorboard").rglob("events*")) and (run / "config.yaml").is_file()
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["finished"] and manifest["tokens_seen"] == 20 * 512
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["starts"][0]["versions"]["torch"] == torch.__version__
     assert [phase["name"] for phase in manifest["plan"]] == list(composed(*TINY).stage.phases)
     assert set(manifest["data"]) == {"docs", "code", "tests", "arithmetic"}
     boundaries = sorted(path.name.partition("-end-of-")[2] for path in (run / "checkpoints").glob("*-end-of-*"))
