@@ -105,9 +105,10 @@ class RoPE:
         table = self._table
         if table is None or table.shape[0] < T or table.device != x.device:
             # torch.compile'd or meta callers see plain tensor ops only: the table is built outside the layers.
-            half = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-            angles = torch.outer(torch.arange(T, device=x.device).float(), 1.0 / self._theta**half)
-            table = self._table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+            with torch.inference_mode(False):  # else one made while generating could not serve training
+                half = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
+                angles = torch.outer(torch.arange(T, device=x.device).float(), 1.0 / self._theta**half)
+                table = self._table = torch.cat((angles.cos(), angles.sin()), dim=-1)
         rows = table[:T].unsqueeze(0) if position_ids is None else table[position_ids]
         cos, sin = rows.unsqueeze(2).to(x.dtype).chunk(2, dim=-1)
         return cos, sin

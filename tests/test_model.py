@@ -121,6 +121,14 @@ def test_position_ids_choose_the_angles() -> None:
     assert torch.equal(chosen, straight[positions])
 
 
+def test_angles_made_in_inference_mode_serve_training() -> None:
+    model = random_model(TINY)
+    with torch.inference_mode():
+        model(ids(1, 6))
+    model(ids(1, 6)).sum().backward()
+    assert model.embedding.weight.grad is not None
+
+
 # Packed documents ---------------------------------------------------------------------------------------------------
 
 
