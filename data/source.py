@@ -205,7 +205,7 @@ class Source:
             self._check(chunk, Path(self.folder, self.manifest.chunks[chunk]["filename"]))
         tokens = self._dataset[self._first_page[chunk] + page].numpy()
         if chunk not in self._opened:  # streamed: litdata has fetched it into its cache only now
-            self._check(chunk, Path(self._dataset.cache._dir, self.manifest.chunks[chunk]["filename"]))
+            self._check(chunk, Path(self._dataset.cache.cache_dir, self.manifest.chunks[chunk]["filename"]))
         return tokens
 
     def _check(self, chunk: int, path: Path) -> None:

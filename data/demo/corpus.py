@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ LOW_GRADE = ("test", "idlelib", "lib2to3", "tests")
 CODE_CHARACTERS = 5_000_000
 TESTS_CHARACTERS = 1_500_000
 SUMS = 12_000
-HELD_OUT_IN = 32  # one document in so many is held out
+HELD_OUT_EVERY = 24  # documents; the first of them is held out
 
 
 def build_demo_corpus(sources: dict[str, Path]) -> None:
@@ -77,9 +76,8 @@ def _build(texts: Iterator[str], folder: Path) -> None:
         if text in seen:
             writers["train"].manifest.dropped["duplicate"] = writers["train"].manifest.dropped.get("duplicate", 0) + 1
             continue
+        writers["val" if len(seen) % HELD_OUT_EVERY == 0 else "train"].add(tokenizer.encode([text])[0])
         seen.add(text)
-        held_out = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
-        writers["val" if held_out else "train"].add(tokenizer.encode([text])[0])
     for writer in writers.values():
         writer.close()
     unfinished.rename(folder)
