@@ -167,7 +167,7 @@ def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
     fmha = _xformers()
     B, T, H, E = q.shape
     groups = H // k.shape[2]
-    # Grouped queries: xformers wants equal head counts; an expanded view costs no memory.
+    # xformers wants equal head counts: keys and values are copied for each group.
     k, v = (x.unsqueeze(3).expand(-1, -1, -1, groups, -1).reshape(B, T, H, E) for x in (k, v))
     if mask.cu_seqlens is None:
         return fmha.memory_efficient_attention(q, k, v, attn_bias=fmha.attn_bias.LowerTriangularMask())

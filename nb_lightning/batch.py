@@ -21,7 +21,12 @@ class _Movable:
         return replace(self, **{f.name: _apply(getattr(self, f.name), move) for f in fields(self)})
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        return self._map(lambda x: x.to(*args, **kwargs))
+        def move(x: Any) -> Any:
+            # Pinned memory goes to a GPU while the host works on; from a GPU it must have arrived before it is read.
+            extra = {"non_blocking": True} if isinstance(x, Tensor) and not x.is_cuda else {}
+            return x.to(*args, **{**extra, **kwargs})
+
+        return self._map(move)
 
     def pin_memory(self) -> Any:
         return self._map(lambda x: x.pin_memory())

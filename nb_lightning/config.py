@@ -168,12 +168,16 @@ def plan_of(stage: StageConfig) -> PhasePlan:
                 mixture=dict(p.mixture),
                 seq_len=p.seq_len,
                 rope_theta=p.rope_theta,
-                global_batch_tokens=p.global_batch_tokens or stage.global_batch_tokens,
-                micro_batch_size=p.micro_batch_size or stage.micro_batch_size,
+                global_batch_tokens=_first_given(p.global_batch_tokens, stage.global_batch_tokens),
+                micro_batch_size=_first_given(p.micro_batch_size, stage.micro_batch_size),
             )
         )
     plan = PhasePlan(tuple(phases))
     return plan.scaled(stage.total_tokens) if stage.total_tokens else plan
+
+
+def _first_given(own: int | None, of_the_stage: int) -> int:
+    return of_the_stage if own is None else own
 
 
 def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:

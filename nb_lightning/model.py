@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         mask = AttentionMask(self.attention_backend, cu_seqlens)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, mask)
         return head(self.norm(x), self.head.weight)
