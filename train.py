@@ -19,6 +19,10 @@ from hydra.core.hydra_config import HydraConfig
 from nb_lightning.config import Config, check, plan_of, register, run_dir
 from nb_lightning.errors import RunStopped
 
+# A thread of OpenMP that waits for others spins by default. Beside any other busy program that makes two threads up to
+# ten times slower than one (docs/performance.md); read when torch is imported, so set before.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 log = logging.getLogger("train")
 register()
 
