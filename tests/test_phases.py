@@ -91,12 +91,12 @@ def test_the_papers_phases(paper: PhasePlan) -> None:
     "tokens_seen, lr",
     [
         (0, 0.0),
-        (60_000, 1e-3),
-        (120_000, 2e-3),
-        (2_200_000, 2e-3),
-        (3_330_000, 2e-3),
-        (3_665_000, (2e-3 + 1e-5) / 2),
-        (4_000_000, 1e-5),
+        (45_000, 1e-3),
+        (90_000, 2e-3),
+        (1_650_000, 2e-3),
+        (2_497_500, 2e-3),
+        (2_748_750, (2e-3 + 1e-5) / 2),
+        (3_000_000, 1e-5),
     ],
 )
 def test_the_demos_learning_rate(demo: PhasePlan, tokens_seen: int, lr: float) -> None:
