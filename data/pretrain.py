@@ -89,12 +89,13 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 class HeldOut(Dataset[PackedBatch]):
-    """The first rows of a source's validation split, in batches; past the last one come batches that train nothing."""
+    """Rows spread evenly over a validation split, in batches; past the last come batches that count nothing."""
 
     def __init__(self, source: Source, seq_len: int, rows: int, batch_rows: int, eos_id: int | None) -> None:
         self.stream = TokenStream("val", source, seed=0)
         self.seq_len, self.batch_rows, self.eos_id = seq_len, batch_rows, eos_id
         self.rows = min(rows, (source.tokens - 1) // seq_len)
+        self.stride = (source.tokens - 1 - seq_len) // max(self.rows - 1, 1)
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_rows)
@@ -102,7 +103,7 @@ class HeldOut(Dataset[PackedBatch]):
     def __getitem__(self, i: int) -> PackedBatch:
         first = i % len(self) * self.batch_rows
         rows = range(first, min(first + self.batch_rows, self.rows))
-        tokens = np.stack([self.stream.read(r * self.seq_len, self.seq_len + 1) for r in rows])
+        tokens = np.stack([self.stream.read(r * self.stride, self.seq_len + 1) for r in rows])
         batch = PackedBatch.from_rows(torch.from_numpy(tokens), self.eos_id)
         if i >= len(self):
             batch.labels.fill_(IGNORE)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data.mixture import RowOrder, TokenStream, balanced_pattern, shuffled
+from data.pretrain import HeldOut
 from data.source import Source
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 
@@ -103,3 +104,17 @@ def test_each_repeat_of_a_stream_reads_every_token_once_in_a_new_order(corpus: P
         start = rng.randrange(2 * size)
         n = rng.randint(1, min(3000, 3 * size - start))
         assert (stream.read(start, n) == endless[start : start + n]).all()
+
+
+def test_held_out_rows_are_spread_over_the_split_without_overlap(corpus: Path) -> None:
+    source = Source(str(corpus / "demo/docs/val"))
+    whole = TokenStream("val", source, seed=0).read(0, source.tokens).tolist()
+    for rows in (1, 4, 7, 10**6):
+        held_out = HeldOut(source, seq_len=32, rows=rows, batch_rows=3, eos_id=None)
+        batches = [held_out[i] for i in range(len(held_out))]
+        assert sum(len(batch.input_ids) for batch in batches) == min(rows, (source.tokens - 1) // 32)
+        starts = [r * held_out.stride for r in range(held_out.rows)]
+        assert all(b - a >= 32 for a, b in pairwise(starts)) and starts[-1] + 33 <= source.tokens
+        tokens = [token for batch in batches for row in batch.labels.tolist() for token in row]
+        assert tokens == [token for start in starts for token in whole[start + 1 : start + 33]]
+    assert held_out[len(held_out)].trained_tokens == 0  # what evens out the ranks counts nothing
