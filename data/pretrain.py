@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator
@@ -75,6 +76,12 @@ class StepLoader(DataLoader[StepBatch]):
     def __init__(self, dataset: StepDataset, start: int, **kwargs: Any) -> None:
         super().__init__(dataset, batch_size=None, sampler=_StepsFrom(start, len(dataset)), **kwargs)
 
+    def __iter__(self) -> Any:
+        steps = super().__iter__()
+        if self.num_workers:
+            atexit.register(_stop_workers, steps)  # runs before Python's own SIGTERM to them, which they do not hear
+        return steps
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -86,6 +93,13 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """A scheduler signals every process; a worker that died of it would take the step being saved with it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_workers(steps: Any) -> None:
+    steps._shutdown_workers()
+    for worker in steps._workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 class HeldOut(Dataset[PackedBatch]):
