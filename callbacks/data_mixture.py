@@ -17,6 +17,10 @@ class DataMixtureShift(PhaseCallback):
     (data/mixture.py), so it happens at its exact row, whatever the loader has prefetched.
     """
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Shares are of all steps since the last line: a few rows of one step, at a fixed interval, would alias.
+        self._logged_at = module.tokens_seen
+
     def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
         shares = ", ".join(f"{name} {weight:.0%}" for name, weight in phase.mixture.items())
         module.print(f"phase {phase.name} at {module.tokens_seen:,} tokens: {shares}")
@@ -28,10 +32,10 @@ class DataMixtureShift(PhaseCallback):
         if (batch_idx + 1) % trainer.log_every_n_steps:
             return
         order = trainer.datamodule.order
-        taken = order.consumed(module.tokens_seen)
-        before = order.consumed(module.tokens_seen - batch.tokens)
+        taken, before = order.consumed(module.tokens_seen), order.consumed(self._logged_at)
         values: dict[str, float] = {}
         for name, tokens in taken.items():
-            values[f"data/share/{name}"] = (tokens - before[name]) / batch.tokens
+            values[f"data/share/{name}"] = (tokens - before[name]) / (module.tokens_seen - self._logged_at)
             values[f"data/repeats/{name}"] = tokens / order.tokens[name]
         module.log_dict(values, batch_size=1)
+        self._logged_at = module.tokens_seen

@@ -79,7 +79,7 @@ def plot_plan(plan: PhasePlan, path: Path) -> None:
     top.plot(np.concatenate(tokens), np.concatenate(rates), color="#222222", linewidth=2)
     top.set_ylabel("learning rate")
     top.set_ylim(0, max(map(max, rates)) * 1.35)
-    names = list(dict.fromkeys(name for phase in plan.phases for name in phase.mixture))
+    names = _sources(plan)
     edges = np.repeat([0, *plan.ends], 2)[1:-1]
     shares = [np.repeat([phase.mixture.get(name, 0.0) for phase in plan.phases], 2) for name in names]
     colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
@@ -101,7 +101,7 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
     (loss, perplexity), (shares, norm) = axes
     loss.set_title("training loss (nats per token)", fontsize=10, loc="left")
     perplexity.set_title("held-out perplexity", fontsize=10, loc="left")
-    shares.set_title("share of each source in a step", fontsize=10, loc="left")
+    shares.set_title("share of each source in the steps since the point before", fontsize=10, loc="left")
     norm.set_title("gradient norm before clipping", fontsize=10, loc="left")
     for axis, name in ((loss, "train/loss"), (norm, "optim/grad_norm")):
         if name in metrics:
@@ -112,10 +112,10 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
         loss.set_ylim(top=np.quantile(metrics["train/loss"][:, 1], 0.98) * 1.1)
     norm.set_yscale("log")
     for axis, prefix, mark in ((perplexity, "val/perplexity/", "o"), (shares, "data/share/", "")):
-        for i, name in enumerate(sorted(key for key in metrics if key.startswith(prefix))):
-            x, y = metrics[name].T
-            y = y if mark else _smooth(y)
-            axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name.removeprefix(prefix))
+        for i, name in enumerate(_sources(plan)):
+            if f"{prefix}{name}" in metrics:
+                x, y = metrics[f"{prefix}{name}"].T
+                axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
     if perplexity.lines:
@@ -125,6 +125,11 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
         _token_axis(axis)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _sources(plan: PhasePlan) -> list[str]:
+    """In the order of their first use: the same colour in both pictures."""
+    return list(dict.fromkeys(name for phase in plan.phases for name in phase.mixture))
 
 
 def _smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
@@ -146,7 +151,7 @@ def _mark_phases(plan: PhasePlan, axes: Any, labelled: Any) -> None:
         if phase.tokens < 0.05 * plan.total_tokens:  # too narrow to write in
             continue
         middle = plan.start_of(index) + phase.tokens / 2
-        facts = f"{human(phase.tokens)} tokens · {phase.seq_len} ctx · θ {phase.rope_theta:g}"
+        facts = f"{human(phase.tokens)} tokens\n{phase.seq_len} ctx · θ {phase.rope_theta:g}"
         text = f"{phase.name.replace('_', ' ')}\n{facts}"
         labelled.text(middle, labelled.get_ylim()[1] * 0.98, text, ha="center", va="top", fontsize=8)
 
