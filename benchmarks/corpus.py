@@ -1,0 +1,67 @@
+"""A prepared corpus of random tokens in a folder, and the settings under which `train.py` trains on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, ROOT, Shape
+from data.source import SourceManifest, SourceWriter
+from data.tokenizer import load_tokenizer
+
+MIXTURE = {"docs": 0.3, "code": 0.5, "tests": 0.2}  # the demo plan's warmup
+
+
+def write_corpus(root: Path, tokens: int, vocab: int = Shape.vocab, seed: int = 0) -> None:
+    """Three sources of `tokens` random tokens each in documents of 600 on average, as litdata chunks."""
+    tokenizer = load_tokenizer("bytes")  # only names the vocabulary and the end token here
+    rng = np.random.default_rng(seed)
+    for name in MIXTURE:
+        for split, size in (("train", tokens), ("val", max(20_000, tokens // 100))):
+            manifest = SourceManifest(tokenizer.digest, vocab, tokenizer.eos_id)
+            writer = SourceWriter(root / name / split, manifest)
+            ends = np.flatnonzero(rng.random(size) < 1 / 600)
+            for document in np.split(rng.integers(tokenizer.eos_id + 1, vocab, size), ends):
+                writer.add([*document.tolist(), tokenizer.eos_id])
+            writer.close()
+
+
+def overrides(
+    root: Path, steps: int, shape: Shape | None = None, seq_len: int = 512, rows: int = 8, packed: bool = False
+) -> list[str]:
+    """One phase of `steps` steps of `rows` rows over the corpus in `root`; what it writes goes below `root`."""
+    s = shape or Shape()
+    model = dict(
+        vocab_size=s.vocab, d_model=s.dim, n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
+        head_dim=s.head_dim, d_mlp=s.mlp, norm_eps=s.eps,
+    )  # fmt: skip
+    phase = dict(tokens=steps * rows * seq_len, seq_len=seq_len, rope_theta=s.theta)
+    optim = dict(betas=list(BETAS), eps=ADAM_EPS, weight_decay=0.0, clip_norm=CLIP)
+    return [
+        "stage=pretrain", "model=demo", "trainer=cpu", "trainer.threads=1", "trainer.progress_bar=false",
+        *(f"model.{key}={value}" for key, value in model.items()),
+        *(f"stage.phases.warmup.{key}={value}" for key, value in phase.items()),
+        *(f"stage.optim.{key}={value}" for key, value in optim.items()),
+        f"stage.phases.warmup.lr={{start: {LR}, end: null}}",
+        *(f"~stage.phases.{name}" for name in ("diversity_enriched_stable", "high_quality_stable", "decay")),
+        f"stage.global_batch_tokens={rows * seq_len}", f"stage.micro_batch_size={rows}", "stage.total_tokens=null",
+        "data.demo_corpus=false", "~data.sources.arithmetic",
+        *(f"data.sources.{name}={root / name}" for name in MIXTURE),
+        f"data.mask_documents={str(packed).lower()}", f"paths.root={root}", "trainer.log_every_n_steps=1",
+        "trainer.val_every_n_steps=1000000", "trainer.save_every_n_steps=1000000",
+    ]  # fmt: skip
+
+
+def composed(words: Sequence[str]):
+    """The config that `python train.py WORDS` gets, checked as it checks it."""
+    from hydra import compose, initialize_config_dir
+
+    from nb_lightning.config import check, register
+
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=list(words))
+    check(cfg)
+    return cfg
