@@ -7,6 +7,9 @@
 | `.parquet` | a row's field | row groups |
 | a folder of `datasets.save_to_disk` | a row's field | every 10,000 rows |
 | `.txt`, `.md` and any suffix given as text | a file | files, every 64 MiB |
+
+A bad record is a `Record` that says what is wrong. A file that cannot be read to its end (a truncated archive, a
+damaged table) is an error: nobody knows how many records it should have had.
 """
 
 from __future__ import annotations
@@ -14,14 +17,23 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PART_BYTES = 2**26
 PART_ROWS = 10_000
 TEXT_SUFFIXES = (".txt", ".md")
+KINDS = {".jsonl": "jsonl", ".jsonl.gz": "gzip", ".jsonl.zst": "zstd", ".parquet": "parquet"}
+ARCHIVES = ("gzip", "zstd")
+
+# Only strings are wanted: as floats, numbers of thousands of digits do not fail (Python refuses such integers).
+_JSON = json.JSONDecoder(parse_int=float)
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Part:
     start: int = 0
     stop: int = 0
     split: str | None = None  # of a dataset
-    bytes: int = 0  # roughly what is to be read, for progress
+    bytes: int = 0  # roughly what is to be read, for progress and disk space
 
 
 @dataclass(frozen=True)
@@ -46,29 +58,37 @@ class Record:
     bad: str | None = None
 
 
-def cut(inputs: Iterable[str], text_suffixes: Iterable[str] = (), split: str | None = None) -> list[Part]:
-    """The parts of all inputs, in an order that depends on nothing but the inputs.
+def cut(
+    inputs: Sequence[str], text_suffixes: Iterable[str] = (), split: str | None = None
+) -> tuple[list[Part], Counter[str]]:
+    """The parts of all inputs, in an order that depends on nothing but the inputs; and files left alone, by suffix.
 
     Raises:
-        ValueError: an input that is missing, of an unknown kind, or unreadable as a table.
+        ValueError: an input that is missing, of an unknown kind, given twice, or unreadable as a table.
     """
     suffixes = (*TEXT_SUFFIXES, *(s if s.startswith(".") else f".{s}" for s in text_suffixes))
     parts: list[Part] = []
     texts: list[Path] = []
+    ignored: Counter[str] = Counter()
+    seen: set[Path] = set()
     for given in inputs:
         path = Path(given)
         if not path.exists():
             raise ValueError(f"--input {given}: no such file or folder")
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            _once(path, seen)
             parts += _cut_dataset(path, split)
             continue
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        known = [file for file in files if _kind(file, suffixes)]
-        if not known:
-            allowed = ".jsonl, .jsonl.gz, .jsonl.zst, .parquet, " + ", ".join(suffixes)
+        kinds = {file: _kind(file, suffixes) for file in files}
+        if not any(kinds.values()):
+            allowed = ", ".join((*KINDS, *suffixes))
             raise ValueError(f"--input {given}: nothing to read; known are {allowed} (--text-suffix adds to them)")
-        for file in known:
-            kind = _kind(file, suffixes)
+        for file, kind in kinds.items():
+            if kind is None:
+                ignored[file.suffix or "no suffix"] += 1
+                continue
+            _once(file, seen)
             if kind == "text":
                 texts.append(file)
             elif kind == "jsonl":
@@ -78,25 +98,62 @@ def cut(inputs: Iterable[str], text_suffixes: Iterable[str] = (), split: str | N
                 parts += [Part("parquet", (str(file),), g, g + 1, bytes=size // groups) for g in range(groups)]
             else:
                 parts.append(Part(kind, (str(file),), bytes=file.stat().st_size))
-    return parts + _cut_texts(texts)
+    parts += _cut_texts(texts)
+    if not parts:
+        raise ValueError(f"--input {', '.join(map(str, inputs))}: the tables have no rows")
+    return parts, ignored
 
 
 def read(part: Part, field: str) -> Iterator[Record]:
     """The records of a part, the bad ones too.
 
     Raises:
-        ValueError: a file that cannot be read on (truncated archive, damaged table, no such column).
+        ValueError: a file that cannot be read to its end, or a table without a column `field` of strings.
     """
     if part.kind == "text":
         for file in part.files:
-            yield _decoded(file, 1, Path(file).read_bytes())
-    elif part.kind in ("jsonl", "gzip", "zstd"):
-        for number, line in enumerate(_lines(part), start=1):
-            yield _from_json(part.files[0], number, line, field)
+            with _naming(file):
+                raw = Path(file).read_bytes()
+            yield _decoded(file, 1, raw)
+        return
+    name = part.files[0]
+    if part.kind in ("parquet", "dataset"):
+        for number, value in enumerate(_cells(part, field), start=1):
+            yield _decoded(name, number, value) if isinstance(value, bytes) else _checked(name, number, value, field)
     else:
-        rows = _parquet_rows(part, field) if part.kind == "parquet" else _dataset_rows(part, field)
-        for number, value in enumerate(rows, start=1):
-            yield _checked(part.files[0], number, value, field)
+        for number, line in enumerate(_lines(part), start=1):
+            yield _from_json(name, number, line, field)
+
+
+def log_dropped(log: TextIO, record: Record) -> None:
+    """A line of `dropped.jsonl`; to be opened with errors="backslashreplace": file names may be any bytes."""
+    log.write(json.dumps({"reason": record.bad, "file": record.file, "line": record.line}, ensure_ascii=False) + "\n")
+
+
+def merge_dropped(logs: Iterable[tuple[Path, Part, int]], target: Path, shown: int = 3) -> dict[str, list[str]]:
+    """One log for all parts, with line numbers of the files; none where nothing was dropped.
+
+    Args:
+        logs: the log of each part in order, and how many lines or rows the part has.
+
+    Returns:
+        reason -> its first `shown` origins, as file:line.
+    """
+    origins: dict[str, list[str]] = {}
+    before: Counter[tuple[str, ...]] = Counter()  # a file's parts follow one another
+    with open(target, "w", encoding="utf-8", errors="backslashreplace") as out:
+        for path, part, lines in logs:
+            with open(path, encoding="utf-8", newline="\n") as log:
+                for entry in map(json.loads, log):
+                    record = Record(entry["file"], before[part.files] + entry["line"], None, entry["reason"])
+                    log_dropped(out, record)
+                    if len(first := origins.setdefault(entry["reason"], [])) < shown:
+                        first.append(f"{record.file}:{record.line}")
+            if part.kind != "text":  # each text file is a record of its own, on line 1
+                before[part.files] += lines
+    if not origins:
+        target.unlink()
+    return origins
 
 
 def lines_before(part: Part) -> int:
@@ -104,8 +161,7 @@ def lines_before(part: Part) -> int:
     if part.kind == "jsonl":
         with open(part.files[0], "rb") as file:
             count, left = 0, part.start
-            while left:
-                block = file.read(min(left, 2**22))
+            while left and (block := file.read(min(left, 2**22))):
                 count, left = count + block.count(b"\n"), left - len(block)
             return count
     if part.kind == "parquet":
@@ -115,10 +171,16 @@ def lines_before(part: Part) -> int:
 
 
 def _kind(file: Path, text_suffixes: tuple[str, ...]) -> str | None:
-    for suffix, kind in ((".jsonl", "jsonl"), (".jsonl.gz", "gzip"), (".jsonl.zst", "zstd"), (".parquet", "parquet")):
+    for suffix, kind in KINDS.items():
         if file.name.endswith(suffix):
             return kind
     return "text" if file.suffix in text_suffixes else None
+
+
+def _once(path: Path, seen: set[Path]) -> None:
+    if path.resolve() in seen:
+        raise ValueError(f"--input {path} is given twice; its text would count twice")
+    seen.add(path.resolve())
 
 
 def _cut_lines(file: Path) -> list[Part]:
@@ -148,51 +210,76 @@ def _cut_texts(files: list[Path]) -> list[Part]:
 
 
 def _cut_dataset(path: Path, split: str | None) -> list[Part]:
-    rows = len(_open_dataset(str(path), split))
-    starts = range(0, rows, PART_ROWS)
-    return [Part("dataset", (str(path),), a, min(a + PART_ROWS, rows), split, PART_ROWS) for a in starts]
+    data = _open_dataset(str(path), split)
+    bounds = [*range(0, len(data), PART_ROWS), len(data)]
+    return [
+        Part("dataset", (str(path),), a, b, split, bytes=data.data.nbytes * (b - a) // len(data))
+        for a, b in pairwise(bounds)
+    ]
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Turn a reader's error (each library has classes of its own) into one line that names the file."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{file} needs {(error.name or '').partition('.')[0]}: pip install 'nb_lightning[data]'"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read to its end: {error}") from error
 
 
 def _lines(part: Part) -> Iterator[bytes]:
     name = part.files[0]
-    try:
+    with _naming(name), open(name, "rb") as file:
         if part.kind == "jsonl":
-            with open(name, "rb") as file:
-                file.seek(part.start)
-                while file.tell() < part.stop:
-                    yield file.readline()
+            file.seek(part.start)
+            left = part.stop - part.start
+            while left > 0:
+                line = file.readline()
+                if not line:
+                    raise EOFError(f"it became {left} bytes shorter while it was read")
+                left -= len(line)
+                yield line
+        elif not part.bytes:
+            raise EOFError("it is empty, and no archive")
         elif part.kind == "gzip":
-            with gzip.open(name, "rb") as file:
-                yield from file
+            with gzip.open(file) as lines:
+                yield from lines
         else:
-            zstandard = _extra("zstandard", name)
-            with open(name, "rb") as raw:
-                frames = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield from _unfinished_last_line(frames)
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
-        raise ValueError(f"{name} cannot be read to its end: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":  # its class is only there where the extra is installed
-            raise
-        raise ValueError(f"{name} cannot be read to its end: {error}") from error
+            rest = b""
+            for block in _zstd_blocks(file):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from lines
+            if rest:
+                yield rest
 
 
-def _unfinished_last_line(stream: Any) -> Iterator[bytes]:
-    rest = b""
-    while block := stream.read(2**20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
+def _zstd_blocks(file: Any) -> Iterator[bytes]:
+    """The text of all frames. By hand, because the library's own reader takes a truncated frame for the end."""
+    zstandard = importlib.import_module("zstandard")
+    frame = None
+    while block := file.read(2**16):
+        while block:
+            # Large windows are what `zstd --long` makes; without the knob such files are refused.
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            yield frame.decompress(block)
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("its last frame has no end")
 
 
 def _from_json(file: str, line: int, raw: bytes, field: str) -> Record:
+    if not raw.strip():
+        return Record(file, line, None, "empty line")
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = _JSON.decode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Record(file, line, None, "not UTF-8")
     except (json.JSONDecodeError, RecursionError):
-        return Record(file, line, None, "invalid JSON" if raw.strip() else "empty line")
+        return Record(file, line, None, "invalid JSON")
     if not isinstance(value, dict):
         return Record(file, line, None, "not a JSON object")
     if field not in value:
@@ -202,9 +289,10 @@ def _from_json(file: str, line: int, raw: bytes, field: str) -> Record:
 
 def _decoded(file: str, line: int, raw: bytes) -> Record:
     try:
-        return _checked(file, line, raw.decode("utf-8"), "text")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         return Record(file, line, None, "not UTF-8")
+    return Record(file, line, text) if text.strip() else Record(file, line, None, "empty text")
 
 
 def _checked(file: str, line: int, value: Any, field: str) -> Record:
@@ -218,46 +306,36 @@ def _checked(file: str, line: int, value: Any, field: str) -> Record:
 
 
 def _open_parquet(name: str) -> Any:
-    parquet = _extra("pyarrow.parquet", name)
-    try:
-        return parquet.ParquetFile(name)
-    except Exception as error:
-        raise ValueError(f"{name} is not a readable parquet file: {error}") from error
-
-
-def _parquet_rows(part: Part, field: str) -> Iterator[Any]:
-    table = _open_parquet(part.files[0])
-    if field not in table.schema_arrow.names:
-        raise ValueError(f"{part.files[0]} has no column {field!r}; it has: {', '.join(table.schema_arrow.names)}")
-    try:
-        for batch in table.iter_batches(columns=[field], row_groups=list(range(part.start, part.stop))):
-            yield from batch.column(0).to_pylist()
-    except OSError as error:
-        raise ValueError(f"{part.files[0]} cannot be read to its end: {error}") from error
+    with _naming(name):
+        return importlib.import_module("pyarrow.parquet").ParquetFile(name)
 
 
 def _open_dataset(name: str, split: str | None) -> Any:
-    datasets = _extra("datasets", name)
-    try:
+    with _naming(name):
+        datasets = importlib.import_module("datasets")
         data = datasets.load_from_disk(name)
-    except Exception as error:
-        raise ValueError(f"{name} is not a readable datasets folder: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise ValueError(f"{name} has the splits {', '.join(data)}; choose one with --split")
+            raise ValueError(f"{name} has the splits {', '.join(data)}; choose one with --hf-split")
         return data[split]
     return data
 
 
-def _dataset_rows(part: Part, field: str) -> Iterator[Any]:
-    data = _open_dataset(part.files[0], part.split)
-    if field not in data.column_names:
-        raise ValueError(f"{part.files[0]} has no column {field!r}; it has: {', '.join(data.column_names)}")
-    yield from data.select_columns([field]).select(range(part.start, part.stop))[field]
-
-
-def _extra(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{name} needs {module.partition('.')[0]}: pip install 'nb_lightning[data]'") from error
+def _cells(part: Part, field: str) -> Iterator[Any]:
+    """The column's values; strings as their bytes, for one that is not UTF-8 would fail all that are read with it."""
+    name = part.files[0]
+    table = _open_parquet(name) if part.kind == "parquet" else _open_dataset(name, part.split)
+    schema = table.schema_arrow if part.kind == "parquet" else table.features.arrow_schema
+    if field not in schema.names:
+        raise ValueError(f"{name} has no column {field!r}; it has: {', '.join(schema.names)}")
+    column = schema.field(field).type
+    if not re.match(r"(dictionary<values=)?(large_)?string\b", str(column)):
+        raise ValueError(f"{name}: column {field!r} is of type {column}, not string")
+    with _naming(name):
+        if part.kind == "parquet":
+            batches = table.iter_batches(1024, row_groups=range(part.start, part.stop), columns=[field])
+        else:
+            rows = table.select_columns([field]).select(range(part.start, part.stop))
+            batches = rows.with_format("arrow").iter(1024)
+        for batch in batches:
+            yield from batch.column(field).cast("large_binary").to_pylist()

@@ -1,6 +1,6 @@
 """A tokenized source on disk: litdata chunks that can be read from any token, each with a hash.
 
-    <source>/<split>/index.json     litdata's index
+    <source>/<split>/index.json     litdata's index; the splits are train and val
                      chunk-*.bin    litdata chunks of fixed pages of `PAGE` tokens
                      source.json    exact token counts and the SHA-256 of every chunk (`SourceManifest`)
 
@@ -11,10 +11,15 @@ when it is first opened and names the file.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +29,14 @@ import torch
 from litdata import StreamingDataset, TokensLoader
 from litdata.streaming.fs_provider import _get_fs_provider
 from litdata.streaming.writer import BinaryWriter
+from tqdm import tqdm
 
 PAGE = 1024
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
 MANIFEST = "source.json"
 INDEX = "index.json"
+SPLITS = ("train", "val")
+_OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|\..*\.json\.tmp")
 
 
 @dataclass
@@ -65,8 +73,11 @@ class SourceManifest:
         path = f"{folder}/{MANIFEST}"
         try:
             if "://" in folder:
+                provider = _get_fs_provider(folder)
+                if not provider.exists(path):
+                    raise FileNotFoundError(path)
                 with tempfile.TemporaryDirectory() as local:
-                    _get_fs_provider(folder).download_file(path, f"{local}/{MANIFEST}")
+                    provider.download_file(path, f"{local}/{MANIFEST}")
                     fields = json.loads(Path(local, MANIFEST).read_text())
             else:
                 fields = json.loads(Path(path).read_text())
@@ -134,7 +145,11 @@ class SourceWriter:
 def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
     """Move the chunks of finished part folders into `folder` under one index and one manifest.
 
-    Repeatable: a merge that was interrupted half-way can be run again. The manifest is written last.
+    Repeatable: a chunk's new name depends on its place alone, so a merge that was interrupted anywhere can be run
+    again over the same parts. The manifest is written last.
+
+    Raises:
+        ValueError: a chunk that is neither in its part nor, from an earlier attempt, in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merged: SourceManifest | None = None
@@ -144,6 +159,7 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
         manifest = SourceManifest.read(str(part))
         if merged is None:
             merged = SourceManifest(manifest.tokenizer, manifest.vocab_size, manifest.eos_id, page=manifest.page)
+        assert (merged.tokenizer, merged.page) == (manifest.tokenizer, manifest.page), part
         merged.documents += manifest.documents
         for reason, count in manifest.dropped.items():
             merged.dropped[reason] = merged.dropped.get(reason, 0) + count
@@ -153,14 +169,75 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
         config = config or index["config"]
         for chunk, entry in zip(index["chunks"], manifest.chunks):
             name = f"chunk-{number}-{len(chunks)}.bin"
-            if (part / chunk["filename"]).exists():
-                os.replace(part / chunk["filename"], folder / name)
+            old, new = part / chunk["filename"], folder / name
+            if old.exists():
+                shutil.move(old, new)  # a rename, or between file systems a copy that ends with removing `old`
+            elif not (new.exists() and new.stat().st_size == entry["bytes"]):
+                raise ValueError(f"data chunk {old} is missing; delete {part.parent} and prepare the source again")
             chunks.append({**chunk, "filename": name})
             merged.chunks.append({**entry, "filename": name})
     assert merged is not None, "nothing to merge"
-    write_json(folder / INDEX, {"chunks": chunks, "config": config, "updated_at": "0"})
+    # litdata keeps what it streamed until `updated_at` changes: another source under the same address has another one.
+    write_json(folder / INDEX, {"chunks": chunks, "config": config, "updated_at": merged.digest})
     merged.write(folder)
     return merged
+
+
+def require_source_or_nothing(folder: Path) -> None:
+    """Raise `ValueError` if the splits in `folder` hold anything but a source, whole or half-made."""
+    for split in (folder / name for name in SPLITS):
+        for path in split.iterdir() if split.exists() else ():
+            if not _OF_A_SPLIT.fullmatch(path.name) or path.is_dir():
+                raise ValueError(f"{split} holds {path.name}, which is no part of a source; name another folder")
+
+
+def remove_source(folder: Path) -> None:
+    """Delete the splits in `folder`, whole or half-made, and nothing else. Manifests first: no half looks whole.
+
+    Raises:
+        ValueError: the splits hold anything else.
+    """
+    require_source_or_nothing(folder)
+    for name in SPLITS:
+        (folder / name / MANIFEST).unlink(missing_ok=True)
+    for name in SPLITS:
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+
+
+def is_source(output: str) -> bool:
+    """Whether both splits at `output`, local or s3://, are complete.
+
+    Raises:
+        ValueError: a remote place that cannot be reached.
+    """
+    paths = [f"{output}/{name}/{MANIFEST}" for name in SPLITS]
+    if "://" not in output:
+        return all(Path(path).is_file() for path in paths)
+    try:
+        return all(map(_get_fs_provider(output).exists, paths))
+    except Exception as error:  # each cloud's library has classes of its own
+        raise ValueError(f"{output} cannot be reached: {error}") from error
+
+
+def upload_source(local: Path, remote: str, progress: bool = True) -> None:
+    """Replace what is at `remote` by `local`; the manifests last, so that a source is there only when it is whole.
+
+    Raises:
+        ValueError: the upload failed; it may be repeated.
+    """
+    files = sorted((p for p in local.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST, p))
+    try:
+        provider = _get_fs_provider(remote)
+        for folder in [f"{remote}/{name}" for name in SPLITS]:
+            if provider.exists(f"{folder}/{MANIFEST}"):
+                old = [chunk["filename"] for chunk in SourceManifest.read(folder).chunks]
+                for name in (MANIFEST, *old):
+                    provider.delete_file_or_directory(f"{folder}/{name}")
+        for path in tqdm(files, desc="uploading", unit="file", disable=not progress):
+            provider.upload_file(str(path), f"{remote}/{path.relative_to(local)}")
+    except Exception as error:  # as above
+        raise ValueError(f"{remote}: {error}") from error
 
 
 class Source:
@@ -171,7 +248,7 @@ class Source:
         verify: check the hash of each chunk when it is first read, in each process.
 
     Raises:
-        ValueError: on reading a chunk that is truncated, missing or differs from its recorded hash.
+        ValueError: on reading a chunk that is truncated, missing, cannot be streamed or differs from its recorded hash.
     """
 
     def __init__(self, folder: str, verify: bool = True) -> None:
@@ -203,7 +280,11 @@ class Source:
             self._dataset = StreamingDataset(self.folder, item_loader=loader, shuffle=False, drop_last=False)
         if chunk not in self._opened and "://" not in self.folder:
             self._check(chunk, Path(self.folder, self.manifest.chunks[chunk]["filename"]))
-        tokens = self._dataset[self._first_page[chunk] + page].numpy()
+        try:
+            tokens = self._dataset[self._first_page[chunk] + page].numpy()
+        except Exception as error:  # litdata's threads, its clients and the network have a class each
+            name = f"{self.folder}/{self.manifest.chunks[chunk]['filename']}"
+            raise ValueError(f"data chunk {name} cannot be read: {error}") from error
         if chunk not in self._opened:  # streamed: litdata has fetched it into its cache only now
             self._check(chunk, Path(self._dataset.cache.cache_dir, self.manifest.chunks[chunk]["filename"]))
         return tokens
@@ -226,6 +307,28 @@ class Source:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dataset": None, "_opened": set()}
+
+
+@contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock on a folder; it is made for that, and removed again if it is left empty.
+
+    Raises:
+        ValueError: another process holds it, and not `wait`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"another process is at work in {folder}; wait until it has ended") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+        os.close(lock)
 
 
 def sha256(path: Path) -> str:

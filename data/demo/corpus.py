@@ -4,16 +4,19 @@
 |---|---|---|
 | docs | high | the language reference's topics; docstrings of the standard library over 200 characters |
 | code | medium | source files of the standard library |
-| tests | low | its tests, idlelib and lib2to3; where they are not installed, code with its lines shuffled |
-| arithmetic | synthetic | sums worked out in words |
+| tests | low | its tests, idlelib and lib2to3; where they are not installed, code with its words shuffled |
+| arithmetic | synthetic | sums and equations worked out in words |
+
+One file in `HELD_OUT_EVERY` is held out with all that is made of it: a docstring that `docs` validates on is in no file
+of `code` that is trained on. A text that came before is left out, and counted in the manifest.
 """
 
 from __future__ import annotations
 
 import ast
-import fcntl
 import os
 import random
+import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -21,109 +24,127 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.source import MANIFEST, SourceManifest, SourceWriter
+from data.source import SPLITS, SourceManifest, SourceWriter, is_source, locked, remove_source
 from data.tokenizer import load_tokenizer
 
-LOW_GRADE = ("test", "idlelib", "lib2to3", "tests")
+LOW_GRADE = {"test", "tests", "idlelib", "lib2to3"}
+NOT_PYTHONS_OWN = {"site-packages", "dist-packages", "__pycache__"}
 CODE_CHARACTERS = 5_000_000
 TESTS_CHARACTERS = 1_500_000
-SUMS = 12_000
-HELD_OUT_EVERY = 24  # documents; the first of them is held out
+PROBLEMS = 12_000
+LONG_DOCSTRING = 200
+FEWEST_LOW_GRADE_FILES = 20
+HELD_OUT_EVERY = 32
+Document = tuple[str, bool]  # text, and whether it is held out
 
 
-def build_demo_corpus(sources: dict[str, Path]) -> None:
-    """Build each source that is missing, one process at a time.
+def build_demo_corpus(sources: dict[str, Path], progress: bool = True) -> None:
+    """Build each source that is missing or half-built, one process at a time.
 
     Args:
         sources: name of a demo source -> its folder.
 
     Raises:
-        ValueError: a name that the demo corpus does not have.
+        ValueError: a name that the demo corpus does not have, or a folder that holds something else.
     """
     for name in sources:
-        if name not in _TEXTS:
-            raise ValueError(f"data.sources.{name}: the demo corpus has {', '.join(_TEXTS)} (data.demo_corpus=true)")
-    missing = {name: folder for name, folder in sources.items() if not _is_built(folder)}
-    if not missing:
-        return
-    root = Path(os.path.commonpath([folder.parent for folder in missing.values()]))
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".building", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here and then finds everything built
-        for name, folder in tqdm(missing.items(), desc="building the demo corpus", unit="source"):
-            if not _is_built(folder):
-                _build(_TEXTS[name](), folder)
+        if name not in _DOCUMENTS:
+            raise ValueError(
+                f"data.sources.{name}: the demo corpus has {', '.join(_DOCUMENTS)} (data.demo_corpus=true)"
+            )
+    missing = {name: folder for name, folder in sources.items() if not is_source(str(folder))}
+    bar = tqdm(missing.items(), desc="building the demo corpus", unit="source", disable=not progress or not missing)
+    for name, folder in bar:
+        with locked(folder.parent, wait=True):  # a second process waits here and then finds it built
+            if not is_source(str(folder)):
+                report = f"demo corpus, {name}: {_build(_DOCUMENTS[name](), folder)}"
+                if progress:
+                    bar.write(report)
 
 
-def _is_built(folder: Path) -> bool:
-    return all((folder / split / MANIFEST).is_file() for split in ("train", "val"))
-
-
-def _build(texts: Iterator[str], folder: Path) -> None:
+def _build(documents: Iterator[Document], folder: Path) -> str:
     """Tokenize into a folder beside the place, then rename: an interrupted build leaves nothing under the name."""
+    if folder.exists():
+        remove_source(folder)
+        if others := os.listdir(folder):
+            raise ValueError(f"the demo corpus is to be built in {folder}, but that holds {others[0]}")
+        folder.rmdir()
     unfinished = folder.with_name(f".unfinished-{folder.name}")
-    for path in (unfinished, folder):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = load_tokenizer("bytes")
-    writers = {
-        split: SourceWriter(
-            unfinished / split, SourceManifest(tokenizer.digest, tokenizer.vocab_size, tokenizer.eos_id)
-        )
-        for split in ("train", "val")
-    }
+    manifests = [SourceManifest(tokenizer.digest, tokenizer.vocab_size, tokenizer.eos_id) for _ in SPLITS]
+    train, val = (SourceWriter(unfinished / split, manifest) for split, manifest in zip(SPLITS, manifests))
     seen: set[str] = set()
-    for text in texts:
+    duplicates = 0
+    for text, held_out in documents:
         if text in seen:
-            writers["train"].manifest.dropped["duplicate"] = writers["train"].manifest.dropped.get("duplicate", 0) + 1
+            duplicates += 1
             continue
-        writers["val" if len(seen) % HELD_OUT_EVERY == 0 else "train"].add(tokenizer.encode([text])[0])
+        (val if held_out else train).add(tokenizer.encode([text])[0])
         seen.add(text)
-    for writer in writers.values():
-        writer.close()
+    if duplicates:
+        train.manifest.dropped["duplicate"] = duplicates
+    trained, validated = train.close(), val.close()
+    if not (trained.tokens and validated.tokens):
+        raise ValueError(f"{folder.name}: this Python has no source files in {sysconfig.get_path('stdlib')}")
     unfinished.rename(folder)
+    return (
+        f"{trained.documents:,} documents, {trained.tokens / 1e6:.2f} M tokens; held out {validated.documents:,} "
+        f"documents, {validated.tokens / 1e6:.2f} M tokens; {duplicates:,} duplicates left out"
+    )
 
 
-def _docs() -> Iterator[str]:
+def _docs() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
-    yield from topics.values()
-    for file in _library(low_grade=False):
-        for node in ast.walk(ast.parse(_read(file) or "")):
+    for number, text in enumerate(topics.values()):
+        yield text, number % HELD_OUT_EVERY == 0
+    for file, held_out in _library(low_grade=False):
+        for node in ast.walk(ast.parse(_read(file))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node)
-                if text and len(text) > 200:
-                    yield text
+                if text and len(text) > LONG_DOCSTRING:
+                    yield text, held_out
 
 
-def _code() -> Iterator[str]:
+def _code() -> Iterator[Document]:
     yield from _some(_library(low_grade=False), CODE_CHARACTERS)
 
 
-def _tests() -> Iterator[str]:
+def _tests() -> Iterator[Document]:
     files = _library(low_grade=True)
-    if len(files) > 20:
+    if len(files) >= FEWEST_LOW_GRADE_FILES:
         yield from _some(files, TESTS_CHARACTERS)
         return
-    # Some distributions leave the tests out. Code without order is low quality too.
-    for text in _some(_library(low_grade=False), TESTS_CHARACTERS):
-        lines = text.splitlines(keepends=True)
-        random.Random(len(text)).shuffle(lines)
-        yield "".join(lines)
+    tqdm.write("demo corpus, tests: Python's tests are not installed here; shuffling the words of its code instead")
+    for text, held_out in _some(_library(low_grade=False), TESTS_CHARACTERS):
+        words = re.findall(r"\S+\s*", text)
+        random.Random(len(text)).shuffle(words)
+        yield "".join(words), held_out
 
 
-def _arithmetic() -> Iterator[str]:
+def _arithmetic() -> Iterator[Document]:
     rng = random.Random(0)
-    for _ in range(SUMS):
-        a, b, c = (rng.randrange(1, 100) for _ in range(3))
-        first, last = a + b, a + b - c
-        yield (
-            f"Question: what is {a} + {b} - {c}?\n"
-            f"First {a} + {b} = {first}. Then {first} - {c} = {last}.\n"
-            f"Answer: {last}\n"
-        )
+    for number in range(PROBLEMS):
+        a, b, c = (rng.randrange(2, 100) for _ in range(3))
+        if number % 2:
+            first, last = a + b, a + b - c
+            text = (
+                f"Question: what is {a} + {b} - {c}?\n"
+                f"First {a} + {b} = {first}. Then {first} - {c} = {last}.\n"
+                f"Answer: {last}\n"
+            )
+        else:
+            total, product = a * b + c, a * b
+            text = (
+                f"Question: {a}x + {c} = {total}. What is x?\n"
+                f"{a}x = {total} - {c} = {product}. x = {product} / {a} = {b}.\n"
+                f"Answer: {b}\n"
+            )
+        yield text, number // 2 % HELD_OUT_EVERY == 0
 
 
-_TEXTS: dict[str, Callable[[], Iterator[str]]] = {
+_DOCUMENTS: dict[str, Callable[[], Iterator[Document]]] = {
     "docs": _docs,
     "code": _code,
     "tests": _tests,
@@ -131,29 +152,34 @@ _TEXTS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def _library(low_grade: bool) -> list[Path]:
-    """Source files of the standard library, of the one grade or the other, in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
+def _library(low_grade: bool) -> list[tuple[Path, bool]]:
+    """Source files of the standard library, of the one grade or the other, in a fixed random order: (file, held out).
+
+    The few files that are not UTF-8 (tests of just that) are not among them.
+    """
+    root = sysconfig.get_path("stdlib")
     files = []
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        if "site-packages" not in parts and any(part in LOW_GRADE for part in parts) == low_grade:
-            files.append(file)
-    return files
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in NOT_PYTHONS_OWN]  # not walked into
+        if LOW_GRADE.isdisjoint(Path(folder).relative_to(root).parts) != low_grade:
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = [file for file in sorted(files) if _read(file).strip()]
+    random.Random(0).shuffle(files)
+    return [(file, place % HELD_OUT_EVERY == 0) for place, file in enumerate(files)]
 
 
-def _some(files: list[Path], characters: int) -> Iterator[str]:
-    """Texts of files in a fixed random order, until `characters` are reached."""
-    for file in random.Random(0).sample(files, len(files)):
+def _some(files: list[tuple[Path, bool]], characters: int) -> Iterator[Document]:
+    """The text of files in turn, as long as they fit into `characters`; none so long that it would dominate."""
+    longest = characters // 50
+    for file, held_out in files:
         text = _read(file)
-        if text and text.strip() and len(text) <= characters:
+        if len(text) <= min(longest, characters):
             characters -= len(text)
-            yield text
+            yield text, held_out
 
 
-def _read(file: Path) -> str | None:
-    """The file's text, or None where it is not UTF-8 (a few tests are so on purpose)."""
+def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
-        return None
+        return ""

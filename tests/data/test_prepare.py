@@ -1,32 +1,35 @@
-"""Every kind of input, every kind of bad record, any number of workers, any interruption: the same source."""
+"""Any number of workers, any interruption, any place to write to: the same source."""
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import data.records
-from data.prepare import Settings, main, prepare
-from data.records import cut, lines_before, read
-from data.source import Source, SourceManifest
+from data.prepare import BadRecord, Settings, main, prepare
+from data.source import Source, SourceManifest, locked
 from data.tokenizer import byte_tokenizer, load_tokenizer
-from tests.data.test_source import everything
-from tests.harness import ROOT
+from tests.data.test_source import everything, s3_server
+from tests.harness import ROOT, environment
 
 BYTES = Settings("bytes", val_fraction=0.1)
 
 
 def texts(seed: int, count: int) -> list[str]:
     rng = random.Random(seed)
-    return [f"document {i} ü 漢 " + "word " * rng.randint(0, 60) for i in range(count)]
+    return [f"document {seed}.{i} ü 漢 " + "word " * rng.randint(0, 60) for i in range(count)]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
@@ -39,170 +42,245 @@ def decoded(folder: Path, split: str) -> list[str]:
     return tokenizer.decode(everything(source).tolist()).split("<|endoftext|>")[:-1]
 
 
-def test_every_kind_of_input(tmp_path: Path) -> None:
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-    import zstandard
-
-    documents = texts(0, 70)
-    folder = tmp_path / "in"
-    folder.mkdir()
-    write_jsonl(folder / "a.jsonl", documents[:10])
-    lines = "\n".join(json.dumps({"text": text}) for text in documents[10:30]).encode()  # no newline at the end
-    (folder / "b.jsonl.gz").write_bytes(
-        gzip.compress(lines[: len(lines) // 2]) + gzip.compress(lines[len(lines) // 2 :])
-    )
-    lines = "\n".join(json.dumps({"text": text}) for text in documents[30:40]).encode()
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines[:100]) + zstandard.compress(lines[100:]))
-    table = pyarrow.table({"id": list(range(20)), "text": documents[40:60]})
-    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=7)
-    (folder / "e.txt").write_text(documents[60])
-    (folder / "f.rst").write_text(documents[61])
-    datasets.Dataset.from_dict({"text": documents[62:]}).save_to_disk(str(tmp_path / "hf"))
-    out = tmp_path / "out"
-    inputs = [str(folder), str(tmp_path / "hf")]
-    manifests = prepare(inputs, str(out), BYTES, text_suffixes=("rst",), progress=False)
-    assert sorted(decoded(out, "train") + decoded(out, "val")) == sorted(documents)
-    assert sum(m.documents for m in manifests.values()) == 70 and not manifests["train"].dropped
-    assert not (tmp_path / "out.parts").exists()
-
-
-BAD = [
-    (b'{"text": "broken"', "invalid JSON"),
-    (b'["a list"]', "not a JSON object"),
-    (b'{"txt": "other"}', "no field 'text'"),
-    (b'{"text": 5}', "field 'text' is not a string"),
-    (b'{"text": null}', "field 'text' is not a string"),
-    (b'{"text": "  \\n"}', "empty text"),
-    (b"", "empty line"),
-    (b'{"text": "\xff\xfe"}', "not UTF-8"),
-    (b'{"text": "\\ud800"}', "not UTF-8"),
-    (b"[" * 100_000, "invalid JSON"),
-]
+def content(folder: Path) -> dict[str, str]:
+    """Hash of each file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture
-def with_bad_records(tmp_path: Path) -> Path:
-    """A good record before each bad one: the bad ones are on lines 2, 4, 6 ..."""
-    good = [json.dumps({"text": text}).encode() for text in texts(1, len(BAD))]
-    path = tmp_path / "mixed.jsonl"
-    path.write_bytes(b"".join(g + b"\n" + bad + b"\n" for g, (bad, _) in zip(good, BAD)))
-    return path
+def mixed(tmp_path: Path) -> Path:
+    """30 documents, and a bad record on each of the lines 10, 20 and 30 (a reason of its own on the last)."""
+    lines = write_jsonl(tmp_path / "mixed.jsonl", texts(1, 30)).read_bytes().splitlines(keepends=True)
+    for place, bad in ((9, b"broken\n"), (19, b"broken\n"), (29, b"[]\n")):
+        lines.insert(place, bad)
+    (tmp_path / "mixed.jsonl").write_bytes(b"".join(lines))
+    return tmp_path / "mixed.jsonl"
 
 
-@pytest.mark.parametrize("part_bytes", [2**26, 100])  # in one part, and cut after almost every line
-def test_bad_records_are_counted_with_file_and_line(
-    tmp_path: Path, with_bad_records: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
-) -> None:
+def test_documents_come_back_and_are_held_out_by_their_text(tmp_path: Path) -> None:
+    documents = texts(0, 200)
+    made = prepare([write_jsonl(tmp_path / "a.jsonl", documents)], f"{tmp_path}/out/", BYTES, progress=False)
+    train, val = (decoded(tmp_path / "out", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(documents) and 5 < len(val) < 50
+    assert [m.documents for m in made.manifests.values()] == [len(train), len(val)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]  # no staging is left
+    random.Random(0).shuffle(documents)
+    twice = [write_jsonl(tmp_path / name, documents) for name in ("b.jsonl", "c.jsonl")]
+    prepare(twice, str(tmp_path / "other"), BYTES, progress=False)
+    assert set(decoded(tmp_path / "other", "val")) == set(val)  # whatever the order and the number of times
+    reseeded = Settings("bytes", val_fraction=0.1, seed=1)
+    prepare(twice, str(tmp_path / "reseeded"), reseeded, progress=False)
+    assert set(decoded(tmp_path / "reseeded", "val")) != set(val)
+
+
+@pytest.mark.parametrize("part_bytes", [2**26, 300])  # in one part, and in many
+def test_the_report(tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
     monkeypatch.setattr(data.records, "PART_BYTES", part_bytes)
-    manifests = prepare([str(with_bad_records)], str(tmp_path / "out"), BYTES, progress=False)
+    (tmp_path / "in").mkdir()
+    mixed = mixed.rename(tmp_path / "in" / "mixed.jsonl")
+    (tmp_path / "in" / "notes.docx").touch()
+    made = prepare([mixed.parent], str(tmp_path / "out"), BYTES, progress=False)
+    assert made.manifests["train"].dropped == {"invalid JSON": 2, "not a JSON object": 1}
     logged = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
-    expected = [
-        {"reason": reason, "file": str(with_bad_records), "line": 2 * (i + 1)} for i, (_, reason) in enumerate(BAD)
-    ]
-    assert logged == expected
-    assert sum(manifests["train"].dropped.values()) == len(BAD)
-    assert sum(m.documents for m in manifests.values()) == len(BAD)
+    reasons = ["invalid JSON", "invalid JSON", "not a JSON object"]
+    assert logged == [{"reason": r, "file": str(mixed), "line": n} for r, n in zip(reasons, (10, 20, 30))]
+    report = str(made)
+    assert f"2 invalid JSON: {mixed}:10, {mixed}:20\n" in report and f"1 not a JSON object: {mixed}:30\n" in report
+    assert "1 files of other kinds: .docx 1" in report and "documents" in report.splitlines()[1]
 
 
-def test_a_bad_record_is_fatal_by_knob(with_bad_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.records, "PART_BYTES", 10)
-    arguments = ["--input", str(with_bad_records), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
-    with pytest.raises(SystemExit, match=r"error: .*mixed.jsonl, line 2: invalid JSON"):
-        main([*arguments, "--on-bad", "fail", "--workers", "1"])
+def test_a_bad_record_is_fatal_by_knob(tmp_path: Path, mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--input", str(mixed), "--output", str(tmp_path / "out"), "--workers", "1", "--val-fraction", "0.1"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--on-bad", "fail"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {mixed}:10: invalid JSON"
+    main(arguments)  # going on without the knob is no other preparation
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 1
+    assert "holds a finished source; replace it with --overwrite" in capsys.readouterr().err
 
 
-def test_line_numbers_of_cut_files_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.records, "PART_BYTES", 500)
-    path = write_jsonl(tmp_path / "a.jsonl", texts(2, 200))
-    line = 0
-    parts = cut([str(path)])
-    assert len(parts) > 10
-    for part in parts:
-        assert lines_before(part) == line
-        line += len(list(read(part, "text")))
-    assert line == 200
+def test_parts_that_were_finished_with_bad_records_are_fatal_too(
+    tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.records, "PART_BYTES", 1000)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.source.merge_parts", stopped)
+        prepare([mixed], str(tmp_path / "out"), BYTES, progress=False)
+    with pytest.raises(BadRecord, match=r"mixed.jsonl:10: invalid JSON"):
+        prepare([mixed], str(tmp_path / "out"), BYTES, on_bad="fail", progress=False)
 
 
-def test_the_number_of_workers_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [str(write_jsonl(tmp_path / f"{i}.jsonl", texts(i, 60))) for i in range(4)]
-    made = [prepare(files, str(tmp_path / f"out{workers}"), BYTES, workers, progress=False) for workers in (1, 2)]
-    for split in ("train", "val"):
-        assert made[0][split] == made[1][split]
-    assert set(decoded(tmp_path / "out1", "train")).isdisjoint(decoded(tmp_path / "out1", "val"))
+def test_the_number_of_workers_does_not_matter(tmp_path: Path, mixed: Path) -> None:
+    files = [*(write_jsonl(tmp_path / f"{i}.jsonl", texts(i, 60)) for i in range(3)), mixed]
+    made = [prepare(files, str(tmp_path / f"out{n}"), BYTES, workers=n, progress=False) for n in (1, 2)]
+    assert made[0].manifests == made[1].manifests and made[0].origins == made[1].origins
+    assert content(tmp_path / "out1") == content(tmp_path / "out2")
 
 
-def test_killed_and_run_again_gives_the_same_source(tmp_path: Path) -> None:
-    files = [str(write_jsonl(tmp_path / f"{i:02}.jsonl", texts(i, 1500))) for i in range(12)]
+@pytest.mark.slow
+def test_the_first_bad_record_is_the_same_with_any_number_of_workers(tmp_path: Path, mixed: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", texts(i, 30_000 * (i == 0))) for i in range(4)]
+    with open(files[0], "a") as file:
+        file.write("broken\n")  # found long after the one in `mixed`, but it comes first
+    with pytest.raises(BadRecord, match=r"0.jsonl:30001: invalid JSON"):
+        prepare([*files, mixed], str(tmp_path / "out"), BYTES, workers=2, on_bad="fail", progress=False)
+
+
+def crash(calls: Iterator[int], real: Callable[..., object]) -> Callable[..., object]:
+    """`real`, that raises instead when `calls` has run out, as if the process ended there; but only once."""
+    return lambda *a, **k: real(*a, **k) if next(calls) else (_ for _ in ()).throw(KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(
+    "again, stride",
+    [(True, 9), pytest.param(False, 1, marks=pytest.mark.slow), pytest.param(True, 1, marks=pytest.mark.slow)],
+)
+def test_interrupted_anywhere_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, stride: int
+) -> None:
+    """Stopped at every change of the file system in turn; with `again`, while it replaces another source."""
+    monkeypatch.setattr(data.records, "PART_BYTES", 6000)
+    files = [write_jsonl(tmp_path / "a.jsonl", [*texts(0, 60), " "])]
+    prepare(files, str(tmp_path / "unbroken"), BYTES, progress=False)
+    unbroken = content(tmp_path / "unbroken")
+    write_jsonl(tmp_path / "other.jsonl", texts(9, 90))
+    prepare([tmp_path / "other.jsonl"], str(tmp_path / "other"), BYTES, progress=False)
+    for stop in range(0, 1000, stride):
+        out = tmp_path / "out"
+        if again:
+            shutil.copytree(tmp_path / "other", out)
+        calls = iter([*range(1, stop + 1), 0, *range(1, 10_000)])
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "unlink"):
+                patch.setattr(os, name, crash(calls, getattr(os, name)))
+            try:
+                prepare(files, str(out), BYTES, overwrite=again, progress=False)
+                crashed = next(calls) > stop + 1
+            except KeyboardInterrupt:
+                crashed = True
+        if not crashed:
+            break
+        try:
+            prepare(files, str(out), BYTES, overwrite=again, progress=False)
+        except ValueError as error:  # stopped while it was cleaning up: nothing was left to do
+            assert "holds a finished source" in str(error)
+        assert content(out) == unbroken, stop
+        assert not (tmp_path / "out.parts").exists()
+        shutil.rmtree(out)
+    assert stop > 20
+
+
+def command(files: list[Path], output: Path, *more: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "data.prepare", "--input", *map(str, files), "--output", str(output), *more]
+    return subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{i:02}.jsonl", texts(i, 1500)) for i in range(16)]
     unbroken = prepare(files, str(tmp_path / "unbroken"), BYTES, progress=False)
-    command = [sys.executable, "-m", "data.prepare", "--input", *files, "--output", str(tmp_path / "out")]
-    command += ["--tokenizer", "bytes", "--val-fraction", "0.1", "--workers", "1"]
+    process = command(files, tmp_path / "out", "--val-fraction", "0.1", "--workers", "2")
     parts = tmp_path / "out.parts/parts"
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while len(list(parts.glob("*/done.json"))) < 3:
         assert process.poll() is None
         time.sleep(0.001)
+    workers = workers_of(process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*/done.json")}
-    assert 3 <= len(kept) < 12
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    for split in ("train", "val"):
-        assert SourceManifest.read(f"{tmp_path}/out/{split}") == unbroken[split]
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("000*/done.json") if "." not in path.parent.name}
+    assert 3 <= len(kept) < 16
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=30)[1]  # they end with their parent
+    again = command(files, tmp_path / "out", "--val-fraction", "0.1", "--workers", "2")
+    assert again.communicate()[0] is None and again.returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "unbroken")
+    assert SourceManifest.read(f"{tmp_path}/out/train") == unbroken.manifests["train"]
 
 
-def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path: Path, with_bad_records: Path) -> None:
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", texts(i, 20_000)) for i in range(4)]
+    process = command(files, tmp_path / "out", "--workers", "2")
+    while not list((tmp_path / "out.parts/parts").glob("*.*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    workers_of(process)[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: a worker died (killed, or out of memory: --workers); run the same command again to go on" in errors
+    assert "Traceback" not in errors
+
+
+def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path: Path, mixed: Path) -> None:
     out = str(tmp_path / "out")
-    with pytest.raises(ValueError, match="line 2"):
-        prepare([str(with_bad_records)], out, Settings("bytes", on_bad="fail"), progress=False)
-    with pytest.raises(ValueError, match="holds an unfinished preparation of other input or settings"):
-        prepare([str(with_bad_records)], out, BYTES, progress=False)
-    prepare([str(with_bad_records)], out, BYTES, overwrite=True, progress=False)
+    with pytest.raises(BadRecord):
+        prepare([mixed], out, BYTES, on_bad="fail", progress=False)
+    for settings in (Settings(val_fraction=0.1, field="t"), Settings(val_fraction=0.2), Settings(seed=1)):
+        with pytest.raises(ValueError, match="holds unfinished work with other settings; finish that, or start over"):
+            prepare([mixed], out, settings, progress=False)
+    os.utime(mixed, (0, 0))
+    with pytest.raises(ValueError, match="holds unfinished work with other files; finish that, or start over"):
+        prepare([mixed], out, BYTES, progress=False)
+    made = prepare([mixed], out, BYTES, overwrite=True, progress=False)
     with pytest.raises(ValueError, match="holds a finished source; replace it with --overwrite"):
-        prepare([str(with_bad_records)], out, BYTES, progress=False)
+        prepare([mixed], out, BYTES, progress=False)
+    assert prepare([mixed], out, BYTES, overwrite=True, progress=False).manifests == made.manifests
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_damaged_archive_is_named(tmp_path: Path, name: str) -> None:
-    import pyarrow
-    import pyarrow.parquet
-    import zstandard
-
-    lines = "\n".join(json.dumps({"text": text}) for text in texts(0, 200)).encode()
-    path = tmp_path / name
-    if name.endswith("gz"):
-        path.write_bytes(gzip.compress(lines)[:-500])
-    elif name.endswith("zst"):
-        path.write_bytes(b"not zstd" + zstandard.compress(lines))
-    else:
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts(0, 200)}), path)
-        path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{name} (cannot be read to its end|is not a readable)"):
-        prepare([str(path)], str(tmp_path / "out"), BYTES, progress=False)
+def test_two_preparations_do_not_work_in_one_place(tmp_path: Path, mixed: Path) -> None:
+    with locked(tmp_path / "out.parts", wait=False), pytest.raises(ValueError, match="another process is at work in"):
+        prepare([mixed], str(tmp_path / "out"), BYTES, progress=False)
 
 
-def test_mistakes_in_the_arguments(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", texts(0, 3))
-    for inputs, settings, words in (
-        ([str(tmp_path / "b.jsonl")], BYTES, "no such file"),
-        ([str(tmp_path / "empty")], BYTES, "nothing to read; known are .jsonl, .jsonl.gz"),
-        ([str(path)], Settings("nowhere.json"), "data.tokenizer is 'nowhere.json', but there is no"),
-        ([str(path)], Settings("bytes", eos="<none>"), "has none of the end tokens <none>"),
-        ([str(path)], Settings("bytes", val_fraction=1.5), "--val-fraction is 1.5"),
+def test_overwrite_deletes_sources_only(tmp_path: Path, mixed: Path) -> None:
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/thesis.pdf").touch()
+    (tmp_path / "staging/parts").mkdir(parents=True)
+    (tmp_path / "staging/parts/engine.step").touch()
+    with pytest.raises(ValueError, match=r"train holds thesis.pdf, which is no part of a source"):
+        prepare([mixed], str(tmp_path / "out"), BYTES, overwrite=True, progress=False)
+    with pytest.raises(ValueError, match=r"staging/parts is in the way, and not from a preparation"):
+        prepare([mixed], f"{tmp_path}/b", BYTES, overwrite=True, staging=tmp_path / "staging", progress=False)
+    assert (tmp_path / "out/train/thesis.pdf").exists() and (tmp_path / "staging/parts/engine.step").exists()
+
+
+def test_mistakes_in_the_arguments(tmp_path: Path, mixed: Path) -> None:
+    for settings, knobs, words in (
+        (Settings("nowhere.json"), {}, "data.tokenizer is 'nowhere.json', but there is no"),
+        (Settings(eos="<none>"), {}, "has none of the end tokens <none>"),
+        (Settings(val_fraction=1.5), {}, "--val-fraction is 1.5; it must lie between 0 and 1"),
+        (Settings(chunk_tokens=10), {}, "--chunk-tokens is 10; it must be at least 1024"),
+        (
+            Settings(field="body"),
+            {},
+            "none of the 33 records of the input is a document: invalid JSON, no field 'body'",
+        ),
+        (BYTES, {"workers": 0}, "--workers is 0; it must be at least 1"),
+        (BYTES, {"staging": mixed.parent / "in" / "staging"}, "in contains .*staging, where output goes"),
     ):
-        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(mixed, tmp_path / "in")
         with pytest.raises(ValueError, match=words):
-            prepare(inputs, str(tmp_path / "out"), settings, progress=False)
+            prepare([tmp_path / "in"], str(tmp_path / "out"), settings, **knobs, progress=False)
+        assert not list(tmp_path.glob("out*"))
 
 
-def test_a_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ValueError, match=r"a.jsonl.zst needs zstandard: pip install 'nb_lightning\[data\]'"):
-        prepare([str(path)], str(tmp_path / "out"), BYTES, progress=False)
+def test_a_disk_that_is_too_small_is_named(tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(ValueError, match=r"out.parts has 0.0 GB free, but about 0.0 GB are needed; name another"):
+        prepare([mixed], str(tmp_path / "out"), BYTES, progress=False)
 
 
 def test_any_hugging_face_tokenizer(tmp_path: Path) -> None:
@@ -215,11 +293,11 @@ def test_any_hugging_face_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tok").mkdir()
     tokenizer.save(str(tmp_path / "tok/tokenizer.json"))
     path = write_jsonl(tmp_path / "a.jsonl", texts(0, 20))
-    prepare([str(path)], str(tmp_path / "out"), Settings(str(tmp_path / "tok"), val_fraction=0.1), progress=False)
-    manifest = SourceManifest.read(f"{tmp_path}/out/train")
-    expected = {text: len(tokenizer.encode(text).ids) + 1 for text in texts(0, 20)}
-    both = manifest.tokens + SourceManifest.read(f"{tmp_path}/out/val").tokens
-    assert both == sum(expected.values()) and manifest.eos_id == tokenizer.token_to_id("</s>")
+    settings = Settings(str(tmp_path / "tok"), val_fraction=0.1)
+    made = prepare([path], str(tmp_path / "out"), settings, progress=False).manifests
+    expected = sum(len(tokenizer.encode(text).ids) + 1 for text in texts(0, 20))
+    assert made["train"].tokens + made["val"].tokens == expected
+    assert made["train"].eos_id == tokenizer.token_to_id("</s>")
 
 
 def test_the_byte_tokenizer_gives_every_text_back() -> None:
@@ -232,32 +310,20 @@ def test_the_byte_tokenizer_gives_every_text_back() -> None:
     assert tokenizer.vocab_size == 260 == byte_tokenizer().get_vocab_size()
 
 
-def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a real S3 server on this machine: prepared there, and read from there."""
-    boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}"
-    try:
-        for key, value in (
-            ("AWS_ENDPOINT_URL", endpoint),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-            ("NO_PROXY", "127.0.0.1,localhost"),
-        ):
-            monkeypatch.setenv(key, value)
-        # litdata's faster client speaks https only; where that is not installed, litdata reads through boto3.
-        monkeypatch.setattr("litdata.streaming.downloader._OBSTORE_AVAILABLE", False)
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="corpus")
-        path = write_jsonl(tmp_path / "a.jsonl", texts(0, 40))
-        local = prepare([str(path)], str(tmp_path / "out"), BYTES, progress=False)
-        remote = prepare([str(path)], "s3://corpus/web", BYTES, staging=tmp_path / "staging", progress=False)
-        assert remote == local
-        source = Source("s3://corpus/web/train")
-        assert source.manifest == local["train"]
-        assert (everything(source) == everything(Source(str(tmp_path / "out/train")))).all()
-    finally:
-        server.stop()
+def test_s3(tmp_path: Path, mixed: Path) -> None:
+    """Prepared there, and read from there; an upload that failed is gone on with."""
+    local = prepare([mixed], str(tmp_path / "out"), BYTES, progress=False)
+    with s3_server(tmp_path / "cache") as client:
+        web, staging = "s3://corpus/web", tmp_path / "staging"
+        with pytest.raises(ValueError, match=f"{web}: .*NoSuchBucket"):
+            prepare([mixed], web, BYTES, staging=staging, progress=False)
+        assert (staging / "parts/000000/done.json").exists()
+        client.create_bucket(Bucket="corpus")
+        made = prepare([mixed], f"{web}/", BYTES, staging=staging, progress=False)
+        assert not staging.exists()
+        assert made.manifests == local.manifests and made.origins == local.origins
+        assert (everything(Source(f"{web}/train")) == everything(Source(f"{tmp_path}/out/train"))).all()
+        keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="corpus")["Contents"]}
+        assert keys == {f"web/{name}" for name in content(tmp_path / "out")}
+        with pytest.raises(ValueError, match=f"{web} holds a finished source; replace it with --overwrite"):
+            prepare([mixed], web, BYTES, progress=False)

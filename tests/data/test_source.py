@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data.source import INDEX, MANIFEST, PAGE, Source, SourceManifest, SourceWriter, merge_parts
+from data.source import (
+    INDEX,
+    MANIFEST,
+    PAGE,
+    Source,
+    SourceManifest,
+    SourceWriter,
+    is_source,
+    locked,
+    merge_parts,
+    remove_source,
+    upload_source,
+)
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 260) -> SourceManifest:
@@ -48,19 +67,64 @@ def test_round_trip_through_parts(tmp_path: Path, vocab_size: int, width: int) -
         assert (source.read(chunk, start, n) == flat[offset : offset + n]).all()
 
 
-def test_a_merge_may_be_interrupted_and_run_again(tmp_path: Path) -> None:
-    parts = [tmp_path / f"part{number}" for number in range(3)]
-    for number, part in enumerate(parts):
-        write(part, documents(number, 30))
-    expected = np.concatenate([everything(Source(str(part))) for part in parts])
-    merge_parts(parts, tmp_path / "train")
-    (tmp_path / "train" / MANIFEST).unlink()  # as if stopped before the last write ...
-    moved = tmp_path / "train" / "chunk-2-6.bin"
-    back = next(iter(SourceManifest.read(str(parts[2])).chunks))["filename"]
-    if moved.exists():
-        moved.rename(parts[2] / back)  # ... and before some moves
-    merge_parts(parts, tmp_path / "train")
-    assert (everything(Source(str(tmp_path / "train"))) == expected).all()
+def interrupted(steps: Iterator[int], real: Callable[[Path, Path], object], old: Path, new: Path) -> None:
+    if next(steps, None) is None:
+        raise KeyboardInterrupt
+    real(old, new)
+
+
+def test_a_merge_may_be_interrupted_anywhere_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "made"
+    for number in range(3):
+        write(made / f"part{number}", documents(number, 30))
+
+    def copy_of_parts(name: str) -> list[Path]:
+        shutil.copytree(made, tmp_path / name)
+        return [tmp_path / name / f"part{number}" for number in range(3)]
+
+    expected = merge_parts(copy_of_parts("unbroken"), tmp_path / "unbroken" / "train")
+    assert len(expected.chunks) > 6
+    for stop in range(len(expected.chunks) + 2):  # at each move, at the index, at the manifest
+        parts, train = copy_of_parts(f"stopped{stop}"), tmp_path / f"stopped{stop}" / "train"
+        steps = iter(range(stop))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "move", partial(interrupted, steps, shutil.move))
+            patch.setattr(os, "replace", partial(interrupted, steps, os.replace))
+            merge_parts(parts, train)
+        assert not (train / MANIFEST).exists()
+        assert merge_parts(parts, train) == merge_parts(parts, train) == expected
+        assert (everything(Source(str(train))) == everything(Source(str(tmp_path / "unbroken" / "train")))).all()
+        assert (train / INDEX).read_bytes() == (tmp_path / "unbroken" / "train" / INDEX).read_bytes()
+
+
+def test_a_merge_without_a_chunk_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "part", documents(0, 30))
+    next((tmp_path / "part").glob("chunk-*.bin")).unlink()
+    with pytest.raises(ValueError, match=r"part/chunk-.*.bin is missing; delete .* and prepare the source again"):
+        merge_parts([tmp_path / "part"], tmp_path / "train")
+
+
+def test_only_what_belongs_to_a_source_is_deleted(tmp_path: Path) -> None:
+    write(tmp_path / "train", documents(0, 30))
+    (tmp_path / "val").mkdir()  # half-made
+    (tmp_path / "val" / "chunk-0-0.bin").touch()
+    (tmp_path / "notes.txt").touch()
+    remove_source(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    write(tmp_path / "train", documents(0, 30))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "thesis.pdf").touch()
+    with pytest.raises(ValueError, match=r"val holds thesis.pdf, which is no part of a source"):
+        remove_source(tmp_path)
+    assert (tmp_path / "train" / MANIFEST).exists() and (tmp_path / "val" / "thesis.pdf").exists()
+
+
+def test_a_lock_is_held_once(tmp_path: Path) -> None:
+    folder = tmp_path / "staging"
+    with locked(folder, wait=False):
+        with pytest.raises(ValueError, match="another process is at work in"), locked(folder, wait=False):
+            pass
+    assert not folder.exists()  # made for the lock, and nothing was put into it
 
 
 def test_a_source_travels_to_a_worker(tmp_path: Path) -> None:
@@ -116,3 +180,55 @@ def test_a_missing_or_damaged_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"source.json is damaged"):
         Source(str(tmp_path))
     assert (tmp_path / INDEX).is_file()
+
+
+@contextmanager
+def s3_server(cache: Path) -> Iterator[Any]:
+    """A real S3 server on this machine, empty; yields a client of it. Streamed chunks go to `cache`."""
+    boto3 = pytest.importorskip("boto3")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            endpoint = "http://{}:{}".format(*server.get_host_and_port())
+            for key, value in (
+                ("AWS_ENDPOINT_URL", endpoint),
+                ("AWS_ACCESS_KEY_ID", "test"),
+                ("AWS_SECRET_ACCESS_KEY", "test"),
+                ("AWS_DEFAULT_REGION", "us-east-1"),
+                ("NO_PROXY", "127.0.0.1"),
+            ):
+                patch.setenv(key, value)
+            # litdata's faster client, obstore, is built for https only; without it litdata reads through boto3.
+            patch.setattr("litdata.streaming.downloader._OBSTORE_AVAILABLE", False)
+            patch.setattr("litdata.utilities.dataset_utilities._LITDATA_CACHE_DIR", str(cache))
+            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
+            yield boto3.client("s3")
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_s3_with_another_source_under_the_same_address(tmp_path: Path) -> None:
+    """What was streamed before is not taken for the new, and of the old nothing is left."""
+    with s3_server(tmp_path / "cache") as client:
+        client.create_bucket(Bucket="corpus")
+        with pytest.raises(ValueError, match=r"no tokenized data at s3://corpus/web/train: .*/source.json is missing"):
+            Source("s3://corpus/web/train")
+        for seed, count in ((0, 30), (1, 12)):
+            local = tmp_path / f"local{seed}"
+            for split in ("train", "val"):
+                write(local / "parts" / split, documents(seed, count))
+                manifest = merge_parts([local / "parts" / split], local / "whole" / split)
+            assert is_source("s3://corpus/web") == (seed == 1)
+            upload_source(local / "whole", "s3://corpus/web", progress=False)
+            there, here = Source("s3://corpus/web/val"), Source(f"{local}/whole/val")
+            assert there.manifest == here.manifest and (everything(there) == everything(here)).all()
+        keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="corpus")["Contents"]}
+        files = [path for path in (local / "whole").rglob("*") if path.is_file()]
+        assert keys == {f"web/{path.relative_to(local / 'whole')}" for path in files}
+        shutil.rmtree(tmp_path / "cache")
+        lost = f"web/val/{manifest.chunks[1]['filename']}"
+        client.delete_object(Bucket="corpus", Key=lost)
+        with pytest.raises(ValueError, match=f"data chunk s3://corpus/{lost} cannot be read"):
+            everything(Source("s3://corpus/web/val"))
