@@ -121,14 +121,14 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A markdown table; floats with three significant digits, None as a dash."""
+    """A markdown table; floats with two decimals up to 100, None as a dash."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.2f}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -9,19 +9,19 @@ import numpy as np
 
 from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, ROOT, Shape
 from data.source import SourceManifest, SourceWriter
-from data.tokenizer import load_tokenizer
+from nb_lightning.tokenizer import load_tokenizer
 
-MIXTURE = {"docs": 0.3, "code": 0.5, "tests": 0.2}  # the demo plan's warmup
+SOURCES = ("docs", "code", "tests", "arithmetic")  # of the demo plan
 
 
 def write_corpus(root: Path, tokens: int, vocab: int = Shape.vocab, seed: int = 0) -> None:
-    """Three sources of `tokens` random tokens each in documents of 600 on average, as litdata chunks."""
+    """The demo plan's four sources below `root` (paths.root), each of `tokens` random tokens, 600 a document."""
     tokenizer = load_tokenizer("bytes")  # only names the vocabulary and the end token here
     rng = np.random.default_rng(seed)
-    for name in MIXTURE:
+    for name in SOURCES:
         for split, size in (("train", tokens), ("val", max(20_000, tokens // 100))):
             manifest = SourceManifest(tokenizer.digest, vocab, tokenizer.eos_id)
-            writer = SourceWriter(root / name / split, manifest)
+            writer = SourceWriter(root / "data/demo" / name / split, manifest)
             ends = np.flatnonzero(rng.random(size) < 1 / 600)
             for document in np.split(rng.integers(tokenizer.eos_id + 1, vocab, size), ends):
                 writer.add([*document.tolist(), tokenizer.eos_id])
@@ -47,10 +47,9 @@ def overrides(
         f"stage.phases.warmup.lr={{start: {LR}, end: null}}",
         *(f"~stage.phases.{name}" for name in ("diversity_enriched_stable", "high_quality_stable", "decay")),
         f"stage.global_batch_tokens={rows * seq_len}", f"stage.micro_batch_size={rows}", "stage.total_tokens=null",
-        "data.demo_corpus=false", "~data.sources.arithmetic",
-        *(f"data.sources.{name}={root / name}" for name in MIXTURE),
-        f"data.mask_documents={str(packed).lower()}", f"paths.root={root}", "trainer.log_every_n_steps=1",
-        "trainer.val_every_n_steps=1000000", "trainer.save_every_n_steps=1000000",
+        "data.demo_corpus=false", f"data.mask_documents={str(packed).lower()}", f"paths.root={root}",
+        "trainer.log_every_n_steps=1", "trainer.val_every_n_steps=1000000",
+        "trainer.save_every_n_steps=1000000",
     ]  # fmt: skip
 
 

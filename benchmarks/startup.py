@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--rounds 5] [--python PATH]
 
 `torch`: a bare loop. `lightning`: the same in a Lightning Trainer. `train.py`: `python train.py stage=pretrain` on a
-prepared corpus, with all the callbacks and loggers of conf/. The step itself is tiny. --python measures another
-environment: one without the test extras (transformers and so on) is what `./run demo` has.
+prepared corpus, with all the callbacks and loggers of conf/. All do one step of 4 rows of 256 tokens with the demo
+model. --python measures another environment: one without the test extras (transformers and so on), as `./run demo` has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this f
 
 from benchmarks.common import MARK, ROOT, Shape, append_jsonl, environment, table
 
-TINY = Shape(vocab=4096, layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, mlp=64)
+DEMO = Shape(vocab=260, layers=4, dim=128, heads=4, kv_heads=2, head_dim=32, mlp=352)  # conf/model/demo.yaml
+SETTINGS = (
+    "stage=pretrain trainer=cpu trainer.threads=1 trainer.progress_bar=false data.demo_corpus=false "
+    "stage.global_batch_tokens=1024 stage.micro_batch_size=4 stage.phases.decay.micro_batch_size=1"
+).split()
 SHOWN = 12  # packages in the table
 
 
@@ -70,10 +74,10 @@ def child_torch(clock: ImportClock) -> None:
 
     from benchmarks.plain import Llama, adamw, update
 
-    model = Llama(TINY, 64)
+    model = Llama(DEMO, 256)
     optimizer = adamw(model)
-    row = torch.randint(0, TINY.vocab, (1, 65))
-    model(row[:, :-1], row[:, 1:]).backward()
+    rows = torch.randint(0, DEMO.vocab, (4, 257))
+    model(rows[:, :-1], rows[:, 1:]).backward()
     update(model, optimizer)
     clock.first_step_done()
 
@@ -87,10 +91,10 @@ def child_lightning(clock: ImportClock) -> None:
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = Llama(TINY, 64)
+            self.model = Llama(DEMO, 256)
 
-        def training_step(self, row: torch.Tensor, index: int) -> torch.Tensor:
-            return self.model(row[:, :-1], row[:, 1:])
+        def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+            return self.model(rows[:, :-1], rows[:, 1:])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return adamw(self.model)
@@ -102,7 +106,7 @@ def child_lightning(clock: ImportClock) -> None:
         accelerator="cpu", max_steps=1, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(torch.randint(0, TINY.vocab, (1, 65))))
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.randint(0, DEMO.vocab, (4, 257)), batch_size=4))
 
 
 def child_train(clock: ImportClock) -> None:
@@ -151,14 +155,11 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make = f"from benchmarks.corpus import *; write_corpus(Path({name!r}), 50_000)"
+        make = f"from benchmarks.corpus import *; write_corpus(Path({name!r}), 50_000, {DEMO.vocab})"
         subprocess.run([sys.executable, "-c", make], env=environment(), check=True)
-        settings = "import json; from benchmarks.corpus import *; from benchmarks.startup import TINY;"
-        settings += f"print(json.dumps(overrides(Path({name!r}), 2, TINY, 64, 1)))"
-        listed = subprocess.run([sys.executable, "-c", settings], env=environment(), check=True, capture_output=True)
         for number in range(a.rounds + 1):  # the first round only warms the disk cache
             for kind in CHILDREN:
-                words = [*json.loads(listed.stdout), f"run_name=run-{number}"] if kind == "train.py" else []
+                words = [*SETTINGS, f"paths.root={name}", f"run_name=run-{number}"] if kind == "train.py" else []
                 found = measure(a.python, kind, folder, words)
                 if number:
                     records.append({"kind": kind, "round": number, **found})

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 
-from nb_lightning.generate import sample
+from nb_lightning.generate import Sampling, generate
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 
@@ -25,11 +24,10 @@ class TextSample(PhaseCallback):
     def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
         tokenizer = trainer.datamodule.tokenizer
         prompt = tokenizer.tokenizer.encode(self.prompt, add_special_tokens=False).ids
-        input_ids = torch.tensor([prompt], device=module.device)
+        sampling = Sampling(self.max_new_tokens, self.temperature, stop_ids=(tokenizer.eos_id,))
         # Every rank takes part: under FSDP a forward is a collective. The seed makes them agree.
-        completion = sample(module.model, input_ids, self.max_new_tokens, self.temperature, tokenizer.eos_id, seed=0)
+        (completion,) = generate(module.model, [prompt], sampling, seeds=0)
         if trainer.is_global_zero:
             with open(Path(trainer.default_root_dir) / "samples.txt", "a", encoding="utf-8") as file:
-                ids = completion[0].tolist()
-                text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
+                text = tokenizer.decode([id for id in completion.ids if id != tokenizer.eos_id])
                 file.write(f"=== end of {phase.name}, {module.tokens_seen:,} tokens ===\n{self.prompt}{text}\n\n")

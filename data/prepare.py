@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import source
 from data.records import ARCHIVES, Part, cut, lines_before, log_dropped, merge_dropped, read
 from data.source import CHUNK_TOKENS, SPLITS, SourceManifest, SourceWriter, write_json
-from data.tokenizer import load_tokenizer
+from nb_lightning.tokenizer import load_tokenizer
 
 CLAIM, DONE, DROPPED = "claim.json", "done.json", "dropped.jsonl"
 ENCODE_CHARACTERS = 2**20

@@ -35,6 +35,8 @@ class AttentionMask:
         cu_seqlens: [S + 1] int32 boundaries over the B * T flattened tokens, or None for one document a row.
     """
 
+    longest: int | None = None  # positions stay below the rows' length
+
     def __init__(self, backend: str, cu_seqlens: Tensor | None = None) -> None:
         self.attend = _ATTEND[backend]
         self.cu_seqlens = cu_seqlens

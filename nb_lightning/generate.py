@@ -1,42 +1,344 @@
-"""Sampling from the backbone, for a look at a model in training: every step runs the whole prefix again."""
+"""Batched sampling from the backbone with a KV cache.
+
+`generate` continues a list of prompts. `Decoder` is the loop under it, one token a call, for whoever adds rows while
+others are running (the server). Rows leave the batch the moment they finish and waiting ones take their place, so a
+batch stays full whatever the lengths; equal prompts that start together are run once.
+
+A row's draws depend on its own seed and the distributions alone: not on the batch it ran in, its place or the device.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from nb_lightning.kv_cache import Decode, KVCache, Prefill
 from nb_lightning.model import Transformer
 
+MAX_BATCH = 64
+PREFILL_TOKENS = 8192  # prompts are run together up to this many tokens
+NUCLEUS = 1024  # most likely tokens looked at first under top-p; the whole vocabulary is sorted only if they fall short
+DRAWS = 256  # random numbers made at a time
 
-@torch.no_grad()
-def sample(
-    model: Transformer, input_ids: Tensor, max_new_tokens: int, temperature: float, eos_id: int, seed: int
-) -> Tensor:
-    """Continue prompts of equal length.
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. The defaults sample from the model's own distribution.
+
+    Attributes:
+        max_new_tokens: a row that has this many and no stop token ends with "length".
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: of those, keep the fewest whose probabilities sum to at least p (nucleus sampling).
+        stop_ids: a row ends with the first of these, which is its last token.
+        top_logprobs: also report this many most likely tokens a step.
+
+    Raises:
+        ValueError: a value out of its range, by name.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be positive, or 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_logprobs < 0:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}; it must not be negative")
+
+
+@dataclass
+class Completion:
+    """What the model wrote.
+
+    Attributes:
+        ids: new tokens; with "stop" the last one is the stop token.
+        logprobs: nats, of each of `ids` under the model's own softmax (temperature 1, nothing cut off).
+        finish_reason: "stop" or "length".
+        top: for each token the (id, logprob) of the `Sampling.top_logprobs` most likely ones.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+@dataclass
+class NewToken:
+    """One token of one row; `finish_reason` is "" while the row goes on."""
+
+    key: Hashable
+    id: int
+    logprob: float
+    finish_reason: str
+    top: list[tuple[int, float]]
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int | Sequence[int]] | int = 0,
+    max_batch: int = MAX_BATCH,
+) -> list[Completion]:
+    """Continue every prompt.
 
     Args:
-        input_ids: [B, T] int64.
-        temperature: of the softmax; 0 takes the most likely token.
-        eos_id: a row that drew it repeats it to the end.
-        seed: of the draws, the same on every rank.
+        prompts: token ids, at least one each; repeat a prompt to sample it several times.
+        seeds: one for each prompt (an integer or a sequence of integers), or one from which row i gets [seed, i].
+        max_batch: rows that run at the same time.
 
-    Returns:
-        [B, max_new_tokens] int64.
+    Raises:
+        ValueError: an empty prompt, a token the model does not have, or another number of seeds than prompts.
     """
+    if isinstance(seeds, int):
+        seeds = [[seeds, i] for i in range(len(prompts))]
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    decoder = Decoder(model, min(max_batch, max(1, len(prompts))))
+    completions = [Completion() for _ in prompts]
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        decoder.add(i, prompt, sampling, seed)
     training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    rows = input_ids
-    done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    for _ in range(max_new_tokens):
-        logits = model(rows, head=lambda hidden, weight: hidden[:, -1] @ weight.T).float()
-        if temperature > 0:
-            probs = torch.softmax(logits / temperature, dim=-1).cpu()
-            token = torch.multinomial(probs, 1, generator=generator).squeeze(1).to(rows.device)
-        else:
-            token = logits.argmax(dim=-1)
-        token = torch.where(done, eos_id, token)
-        done |= token == eos_id
-        rows = torch.cat((rows, token.unsqueeze(1)), dim=1)
+    while decoder.busy:
+        for token in decoder.step():
+            completion = completions[token.key]  # type: ignore[call-overload]
+            completion.ids.append(token.id)
+            completion.logprobs.append(token.logprob)
+            completion.finish_reason = token.finish_reason
+            if sampling.top_logprobs:
+                completion.top.append(token.top)
     model.train(training)
-    return rows[:, input_ids.shape[1] :]
+    return completions
+
+
+class _Row:
+    """One prompt and what was drawn for it so far."""
+
+    def __init__(self, key: Hashable, prompt: Sequence[int], sampling: Sampling, seed: int | Sequence[int]) -> None:
+        self.key, self.prompt, self.sampling = key, list(prompt), sampling
+        self.last = -1
+        self.drawn = 0
+        self._random = np.random.default_rng(seed)
+        self._draws: list[float] = []
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are in the cache: all but the last one drawn."""
+        return len(self.prompt) + self.drawn - 1
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides the next token."""
+        if self.drawn % DRAWS == 0:
+            self._draws = self._random.random(DRAWS).tolist()
+        return self._draws[self.drawn % DRAWS]
+
+    def take(self, id: int, logprob: float, top: list[tuple[int, float]]) -> NewToken:
+        self.last = id
+        self.drawn += 1
+        reason = ""
+        if id in self.sampling.stop_ids:
+            reason = "stop"
+        elif self.drawn == self.sampling.max_new_tokens:
+            reason = "length"
+        return NewToken(self.key, id, logprob, reason, top)
+
+
+class Decoder:
+    """Rows that are generated together; new ones may be added at any time.
+
+    Args:
+        model: in eval mode.
+        max_batch: rows that run at the same time; others wait, first come, first served.
+        prefill_tokens: prompts are run together up to this many tokens (a longer one runs alone).
+    """
+
+    def __init__(self, model: Transformer, max_batch: int = MAX_BATCH, prefill_tokens: int = PREFILL_TOKENS) -> None:
+        self.model, self.max_batch, self.prefill_tokens = model, max_batch, prefill_tokens
+        self.cache = KVCache(max_batch)
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []  # row i is in slot i
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._waiting)
+
+    def add(self, key: Hashable, prompt: Sequence[int], sampling: Sampling, seed: int | Sequence[int] = 0) -> None:
+        """Let a prompt wait for its turn; `key` names its tokens in what `step` returns.
+
+        Raises:
+            ValueError: an empty prompt or a token that the model does not have.
+        """
+        if not len(prompt):
+            raise ValueError(f"prompt {key} is empty; give it at least one token")
+        size = self.model.shape.vocab_size
+        if not (0 <= min(prompt) and max(prompt) < size):
+            raise ValueError(f"prompt {key} has token {max(prompt)}; the model's vocabulary is 0 to {size - 1}")
+        self._waiting.append(_Row(key, prompt, sampling, seed))
+
+    def cancel(self, key: Hashable) -> None:
+        """Forget a row, waiting or running."""
+        self._waiting = deque(row for row in self._waiting if row.key != key)
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot].key == key:
+                self._leave(slot)
+
+    @torch.no_grad()  # not inference_mode: under FSDP2 parameters are gathered here
+    def step(self) -> list[NewToken]:
+        """One token more: the first of rows that just came in, or the next of every running row."""
+        free = self.max_batch - len(self._rows)
+        # A forward for one newcomer costs as much as for several: wait for a few, unless there are no others.
+        if self._waiting and free >= min(len(self._waiting), max(1, self.max_batch // 8)):
+            return self._start(free)
+        return self._continue() if self._rows else []
+
+    def _start(self, free: int) -> list[NewToken]:
+        first = len(self._rows)
+        prompts: dict[tuple[int, ...], list[int]] = {}  # prompt -> its slots
+        tokens = 0
+        while self._waiting and free:
+            prompt = tuple(self._waiting[0].prompt)
+            if prompt not in prompts:
+                if prompts and tokens + len(prompt) > self.prefill_tokens:
+                    break
+                tokens += len(prompt)
+            prompts.setdefault(prompt, []).append(len(self._rows))
+            self._rows.append(self._waiting.popleft())
+            free -= 1
+        self.cache.reserve(max(map(len, prompts)))
+        device = self._device
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ends = lengths.cumsum(0)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+        mask = Prefill(
+            self.cache,
+            self.model.attention_backend,
+            torch.cat((ends.new_zeros(1), ends)).int().to(device),
+            [slots[0] for slots in prompts.values()],
+        )
+        ids = torch.tensor([id for prompt in prompts for id in prompt], device=device)
+        last = (ends - 1).to(device)
+        logits = self.model(
+            ids[None], positions[None].to(device), mask=mask, head=lambda hidden, weight: hidden[0, last] @ weight.T
+        )
+        copies = torch.empty(len(self._rows) - first, dtype=torch.long)
+        for i, (prompt, slots) in enumerate(prompts.items()):
+            for slot in slots:
+                copies[slot - first] = i
+                if slot != slots[0]:
+                    self.cache.move(slots[0], slot, len(prompt))
+        return self._draw(logits[copies.to(device)], first)
+
+    def _continue(self) -> list[NewToken]:
+        device = self._device
+        lengths = [row.cached for row in self._rows]
+        self.cache.reserve(max(lengths) + 1)
+        mask = Decode(self.cache, lengths, device)
+        ids = torch.tensor([row.last for row in self._rows], device=device)
+        logits = self.model(
+            ids[:, None], mask.positions[:, None], mask=mask, head=lambda hidden, weight: hidden[:, 0] @ weight.T
+        )
+        return self._draw(logits, 0)
+
+    def _draw(self, logits: Tensor, first: int) -> list[NewToken]:
+        rows = self._rows[first:]
+        logits = logits.float()
+        uniforms = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits.device)
+        ids = choose(logits, [row.sampling for row in rows], uniforms)
+        total = logits.logsumexp(-1)
+        logprobs = (logits.gather(1, ids[:, None])[:, 0] - total).tolist()
+        most = max(row.sampling.top_logprobs for row in rows)
+        tops: list[list[tuple[int, float]]] = [[] for _ in rows]
+        if most:
+            values, indices = logits.topk(min(most, logits.shape[1]))
+            pairs = zip(indices.tolist(), (values - total[:, None]).tolist())
+            tops = [list(zip(*pair))[: row.sampling.top_logprobs] for row, pair in zip(rows, pairs)]
+        found = [row.take(*drawn) for row, *drawn in zip(rows, ids.tolist(), logprobs, tops)]
+        for slot in reversed(range(first, len(self._rows))):
+            if found[slot - first].finish_reason:
+                self._leave(slot)
+        return found
+
+    def _leave(self, slot: int) -> None:
+        """Drop the row in `slot`; the last row takes its place."""
+        last = self._rows.pop()
+        if slot < len(self._rows):
+            self.cache.move(len(self._rows), slot, last.cached)
+            self._rows[slot] = last
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+
+def choose(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
+    """Draw one token a row by inverting the distribution function at `uniforms`.
+
+    Args:
+        logits: [B, V] float32.
+        samplings: of each row.
+        uniforms: [B] float64 in [0, 1).
+
+    Returns:
+        [B] int64.
+    """
+    if all(s.temperature == 0 for s in samplings):
+        return logits.argmax(-1)
+    V = logits.shape[1]
+
+    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
+
+    greedy = column([s.temperature == 0 for s in samplings], torch.bool)
+    scaled = logits / column([s.temperature or 1.0 for s in samplings], torch.float32)
+    order: Tensor | None = None
+    if any(s.top_p < 1 or s.top_k for s in samplings):
+        top_p = column([s.top_p for s in samplings], torch.float64)
+        top_k = column([min(s.top_k or V, V) for s in samplings], torch.long)
+        width = V if V <= NUCLEUS or any(s.top_p == 1 and not s.top_k for s in samplings) else NUCLEUS
+        width = min(V, max(width, *(s.top_k for s in samplings)))
+        probs, order = _nucleus(scaled, top_k, top_p, width)
+    else:
+        probs = scaled.softmax(-1, dtype=torch.float64)
+    below = probs.cumsum(-1)
+    chosen = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)
+    chosen = chosen.clamp(max=V - 1)
+    if order is not None:
+        chosen = order.gather(1, chosen.clamp(max=order.shape[1] - 1))
+    return chosen.where(~greedy, logits.argmax(-1, keepdim=True))[:, 0]
+
+
+def _nucleus(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Probabilities of the tokens that top-k, then top-p keep, most likely first, 0 for the others; and their ids."""
+    V = scaled.shape[1]
+    values, order = scaled.sort(dim=-1, descending=True, stable=True) if width == V else scaled.topk(width)
+    cut = torch.arange(width, device=scaled.device) >= top_k
+    wide = values.double()
+    # With top-k the kept ones are the whole; without, the whole vocabulary is.
+    total = torch.where(
+        top_k < V,
+        wide.masked_fill(cut, float("-inf")).logsumexp(-1, keepdim=True),
+        scaled.double().logsumexp(-1, keepdim=True),
+    )
+    probs = (wide - total).exp().masked_fill(cut, 0.0)
+    before = probs.cumsum(-1) - probs
+    if width < V and bool(((top_k > width) & (probs.sum(-1, keepdim=True) < top_p)).any()):
+        return _nucleus(scaled, top_k, top_p, V)
+    return probs.masked_fill(before >= top_p, 0.0), order

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from nb_lightning.attention import AttentionMask
 
 R = TypeVar("R")
+
+
+class Mask(Protocol):
+    """What a layer attends through; see `attention` for the contract of `attend`.
+
+    `longest` bounds the positions of the forward from above; None stands for the rows' length.
+    """
+
+    longest: int | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -99,15 +110,21 @@ class RoPE:
         if theta != self._theta:
             self._theta, self._table = theta, None
 
-    def __call__(self, x: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for `x` [B, T, D], each [1 or B, T, 1, E / 2] in the dtype of `x`."""
-        T = x.shape[1]  # positions never pass the row's length
+    def __call__(self, x: Tensor, position_ids: Tensor | None, longest: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for `x` [B, T, D], each [1 or B, T, 1, E / 2] in the dtype of `x`.
+
+        Positions are below `longest`, by default T: those of packed rows never pass the row's length.
+        """
+        T = x.shape[1]
+        longest = longest or T
         table = self._table
-        if table is None or table.shape[0] < T or table.device != x.device:
+        if table is None or table.shape[0] < longest or table.device != x.device:
             # torch.compile'd or meta callers see plain tensor ops only: the table is built outside the layers.
             with torch.inference_mode(False):  # else one made while generating could not serve training
+                # Doubled: rows that grow token by token would build it anew for each.
+                size = longest if table is None or table.device != x.device else max(longest, 2 * table.shape[0])
                 half = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-                angles = torch.outer(torch.arange(T, device=x.device).float(), 1.0 / self._theta**half)
+                angles = torch.outer(torch.arange(size, device=x.device).float(), 1.0 / self._theta**half)
                 table = self._table = torch.cat((angles.cos(), angles.sin()), dim=-1)
         rows = table[:T].unsqueeze(0) if position_ids is None else table[position_ids]
         cos, sin = rows.unsqueeze(2).to(x.dtype).chunk(2, dim=-1)
@@ -132,7 +149,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(s.d_model, s.n_kv_heads * s.head_dim, bias=False)
         self.o_proj = nn.Linear(s.n_heads * s.head_dim, s.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         out = mask.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
@@ -158,7 +175,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(s.d_model, s.norm_eps)
         self.mlp = SwiGLU(s)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -209,6 +226,7 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         head: Callable[[Tensor, Tensor], R] = F.linear,  # type: ignore[assignment]
+        mask: Mask | None = None,
     ) -> R:
         """Run the decoder.
 
@@ -217,10 +235,11 @@ class Transformer(nn.Module):
             position_ids: [B, T] int64 or None for 0..T-1.
             cu_seqlens: [S + 1] int32 document boundaries over B * T tokens, or None.
             head: called with the hidden states [B, T, D] and the head's weight [V, D]; by default the logits.
+            mask: what the layers attend through; by default made from `cu_seqlens`. A KV cache brings its own.
         """
         x = self.embedding(input_ids)
-        cos, sin = self.rope(x, position_ids)
-        mask = AttentionMask(self.attention_backend, cu_seqlens)
+        mask = mask or AttentionMask(self.attention_backend, cu_seqlens)
+        cos, sin = self.rope(x, position_ids, mask.longest)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)

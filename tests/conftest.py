@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.source import SourceManifest, SourceWriter
-from data.tokenizer import load_tokenizer
+from nb_lightning.tokenizer import load_tokenizer
 from tests.harness import SOURCES, Train, run_train
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.source import SPLITS, SourceManifest, SourceWriter, is_source, locked, remove_source
-from data.tokenizer import load_tokenizer
+from nb_lightning.tokenizer import load_tokenizer
 
 LOW_GRADE = {"test", "tests", "idlelib", "lib2to3"}
 NOT_PYTHONS_OWN = {"site-packages", "dist-packages", "__pycache__"}

@@ -8,7 +8,7 @@ import pytest
 
 from data.demo import build_demo_corpus, corpus
 from data.source import Source, SourceManifest
-from data.tokenizer import load_tokenizer
+from nb_lightning.tokenizer import load_tokenizer
 from tests.data.test_source import everything
 from tests.harness import ROOT, environment
 
