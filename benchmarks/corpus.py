@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, ROOT, Shape
-from data.source import SourceManifest, SourceWriter
+from data.source import SourceWriter
+from nb_lightning.source import SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 
 SOURCES = ("docs", "code", "tests", "arithmetic")  # of the demo plan

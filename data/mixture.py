@@ -20,8 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.source import Source
 from nb_lightning.phases import PhasePlan, exact
+from nb_lightning.source import Source
 
 SHUFFLE_WINDOW_TOKENS = 2**26
 

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from data import source
 from data.records import ARCHIVES, Part, cut, lines_before, log_dropped, merge_dropped, read
-from data.source import CHUNK_TOKENS, SPLITS, SourceManifest, SourceWriter, write_json
+from data.source import CHUNK_TOKENS, SourceWriter
+from nb_lightning.source import PAGE, SPLITS, SourceManifest, write_json
 from nb_lightning.tokenizer import load_tokenizer
 
 CLAIM, DONE, DROPPED = "claim.json", "done.json", "dropped.jsonl"
@@ -105,7 +106,7 @@ def prepare(
     """
     if not 0 < settings.val_fraction < 1:
         raise ValueError(f"--val-fraction is {settings.val_fraction}; it must lie between 0 and 1")
-    for name, value, least in (("chunk-tokens", settings.chunk_tokens, source.PAGE), ("workers", workers, 1)):
+    for name, value, least in (("chunk-tokens", settings.chunk_tokens, PAGE), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
     load_tokenizer(settings.tokenizer, settings.eos)  # its errors come before any work

@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.mixture import RowOrder, TokenStream
-from data.source import Source
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
 from nb_lightning.config import Config
 from nb_lightning.phases import PhasePlan
+from nb_lightning.source import Source
 from nb_lightning.tokenizer import TextTokenizer, load_tokenizer
 
 WORKER_TIMEOUT_S = 300  # a worker that stopped answering is an error, not a hang

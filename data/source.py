@@ -1,93 +1,30 @@
-"""A tokenized source on disk: litdata chunks that can be read from any token, each with a hash.
+"""Tokenized sources, as they are written: chunks of pages with a hash each, merged, uploaded, removed.
 
-    <source>/<split>/index.json     litdata's index; the splits are train and val
-                     chunk-*.bin    litdata chunks of fixed pages of `PAGE` tokens
-                     source.json    exact token counts and the SHA-256 of every chunk (`SourceManifest`)
-
-litdata reads, streams (s3://) and caches the pages. Only a chunk's last page may be part full; its true length is in
-the manifest, so no token is ever dropped. litdata itself does not notice a flipped bit: `Source` checks a chunk's hash
-when it is first opened and names the file.
+What lies on disk, and how it is read, is in nb_lightning/source.py.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from litdata import StreamingDataset, TokensLoader
+from litdata import TokensLoader
 from litdata.streaming.fs_provider import _get_fs_provider
 from litdata.streaming.writer import BinaryWriter
 from tqdm import tqdm
 
-PAGE = 1024
+from nb_lightning.source import INDEX, MANIFEST, SPLITS, SourceManifest, sha256, write_json
+
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
-MANIFEST = "source.json"
-INDEX = "index.json"
-SPLITS = ("train", "val")
 _OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|\..*\.json\.tmp")
-
-
-@dataclass
-class SourceManifest:
-    """What `source.json` holds. `chunks` has one {filename, tokens, bytes, sha256} for each chunk."""
-
-    tokenizer: str  # digest of the tokenizer
-    vocab_size: int
-    eos_id: int
-    documents: int = 0
-    chunks: list[dict[str, Any]] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> records left out
-    page: int = PAGE
-
-    @property
-    def tokens(self) -> int:
-        return sum(chunk["tokens"] for chunk in self.chunks)
-
-    @property
-    def digest(self) -> str:
-        """One hash over the hashes of all chunks, in order: the identity of this data."""
-        return hashlib.sha256("".join(chunk["sha256"] for chunk in self.chunks).encode()).hexdigest()
-
-    def write(self, folder: Path) -> None:
-        write_json(folder / MANIFEST, asdict(self))
-
-    @classmethod
-    def read(cls, folder: str) -> SourceManifest:
-        """Read `source.json` of a split, local or s3://.
-
-        Raises:
-            ValueError: it is missing or is not a manifest.
-        """
-        path = f"{folder}/{MANIFEST}"
-        try:
-            if "://" in folder:
-                provider = _get_fs_provider(folder)
-                if not provider.exists(path):
-                    raise FileNotFoundError(path)
-                with tempfile.TemporaryDirectory() as local:
-                    provider.download_file(path, f"{local}/{MANIFEST}")
-                    fields = json.loads(Path(local, MANIFEST).read_text())
-            else:
-                fields = json.loads(Path(path).read_text())
-            return cls(**fields)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"no tokenized data at {folder}: {path} is missing; make it with python -m data.prepare"
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 class SourceWriter:
@@ -240,75 +177,6 @@ def upload_source(local: Path, remote: str, progress: bool = True) -> None:
         raise ValueError(f"{remote}: {error}") from error
 
 
-class Source:
-    """Read any run of tokens of a split. Opens lazily, so it may be sent to loader workers.
-
-    Args:
-        folder: the split's folder, local or s3://.
-        verify: check the hash of each chunk when it is first read, in each process.
-
-    Raises:
-        ValueError: on reading a chunk that is truncated, missing, cannot be streamed or differs from its recorded hash.
-    """
-
-    def __init__(self, folder: str, verify: bool = True) -> None:
-        self.folder, self.verify = folder, verify
-        self.manifest = SourceManifest.read(folder)
-        self.chunk_tokens = np.array([chunk["tokens"] for chunk in self.manifest.chunks], dtype=np.int64)
-        pages = -(-self.chunk_tokens // self.manifest.page)
-        self._first_page = np.concatenate([[0], np.cumsum(pages)]).tolist()
-        self._dataset: StreamingDataset | None = None
-        self._opened: set[int] = set()
-
-    @property
-    def tokens(self) -> int:
-        return int(self.chunk_tokens.sum())
-
-    def read(self, chunk: int, start: int, n: int) -> np.ndarray:
-        """`n` tokens of `chunk` from its token `start`, as int64; they must lie inside the chunk."""
-        assert start + n <= self.chunk_tokens[chunk]
-        page = self.manifest.page
-        first, last = start // page, (start + n - 1) // page
-        pages = [self._page(chunk, p) for p in range(first, last + 1)]
-        tokens = pages[0] if len(pages) == 1 else np.concatenate(pages)
-        offset = start - first * page
-        return tokens[offset : offset + n].astype(np.int64)
-
-    def _page(self, chunk: int, page: int) -> np.ndarray:
-        if self._dataset is None:
-            loader = TokensLoader(self.manifest.page)
-            self._dataset = StreamingDataset(self.folder, item_loader=loader, shuffle=False, drop_last=False)
-        if chunk not in self._opened and "://" not in self.folder:
-            self._check(chunk, Path(self.folder, self.manifest.chunks[chunk]["filename"]))
-        try:
-            tokens = self._dataset[self._first_page[chunk] + page].numpy()
-        except Exception as error:  # litdata's threads, its clients and the network have a class each
-            name = f"{self.folder}/{self.manifest.chunks[chunk]['filename']}"
-            raise ValueError(f"data chunk {name} cannot be read: {error}") from error
-        if chunk not in self._opened:  # streamed: litdata has fetched it into its cache only now
-            self._check(chunk, Path(self._dataset.cache.cache_dir, self.manifest.chunks[chunk]["filename"]))
-        return tokens
-
-    def _check(self, chunk: int, path: Path) -> None:
-        """Raise unless the chunk's file is the one that was written."""
-        entry = self.manifest.chunks[chunk]
-        name = f"{self.folder}/{entry['filename']}"
-        if not path.is_file():
-            raise ValueError(f"data chunk {name} is missing; prepare the source again")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(
-                f"data chunk {name} has {path.stat().st_size} bytes, not {entry['bytes']}; prepare the source again"
-            )
-        if self.verify and sha256(path) != entry["sha256"]:
-            raise ValueError(
-                f"data chunk {name} is damaged (its SHA-256 differs from {MANIFEST}); prepare the source again"
-            )
-        self._opened.add(chunk)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dataset": None, "_opened": set()}
-
-
 @contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[None]:
     """Hold the lock on a folder; it is made for that, and removed again if it is left empty.
@@ -329,18 +197,3 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         with suppress(OSError):  # not empty
             folder.rmdir()
         os.close(lock)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a temporary file in the same folder, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

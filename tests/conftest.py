@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.source import SourceManifest, SourceWriter
+from data.source import SourceWriter
+from nb_lightning.source import SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 from tests.harness import SOURCES, Train, run_train
 

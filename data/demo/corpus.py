@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.source import SPLITS, SourceManifest, SourceWriter, is_source, locked, remove_source
+from data.source import SourceWriter, is_source, locked, remove_source
+from nb_lightning.source import SPLITS, SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 
 LOW_GRADE = {"test", "tests", "idlelib", "lib2to3"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.demo import build_demo_corpus, corpus
-from data.source import Source, SourceManifest
+from nb_lightning.source import Source, SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 from tests.data.test_source import everything
 from tests.harness import ROOT, environment

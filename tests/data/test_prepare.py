@@ -19,7 +19,8 @@ import pytest
 
 import data.records
 from data.prepare import BadRecord, Settings, main, prepare
-from data.source import Source, SourceManifest, locked
+from data.source import locked
+from nb_lightning.source import Source, SourceManifest
 from nb_lightning.tokenizer import byte_tokenizer, load_tokenizer
 from tests.data.test_source import everything, s3_server
 from tests.harness import ROOT, environment

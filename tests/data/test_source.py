@@ -16,19 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.source import (
-    INDEX,
-    MANIFEST,
-    PAGE,
-    Source,
-    SourceManifest,
-    SourceWriter,
-    is_source,
-    locked,
-    merge_parts,
-    remove_source,
-    upload_source,
-)
+from data.source import SourceWriter, is_source, locked, merge_parts, remove_source, upload_source
+from nb_lightning.source import INDEX, MANIFEST, PAGE, Source, SourceManifest
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 260) -> SourceManifest:
