@@ -1,0 +1,251 @@
+"""The problems behind the demo tasks: nine families, each with a worked answer. Random, and nothing else is read.
+
+They are miniatures: each stands for a grade of the paper's SFT data, at a size that a model of 0.8 M parameters over
+bytes learns in minutes.
+
+| family | stands for | asks for |
+|---|---|---|
+| maths_sort | maths (the headline task) | 3 to 7 different letters in order |
+| maths_equations | maths | x of a x + b = c |
+| maths_sums | maths | a sum of two or three terms |
+| science_laws | science | one step of a law of physics |
+| science_binary | science | a number in binary |
+| code_functions | code | a Python function of one line, checked by running it |
+| general_words | general | a small chore with words |
+| general_spelling | general | a word backwards |
+| tools_calls | agent and tools | a tool call, and a sentence made of its result |
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = (
+    "air ant apple arm ball bank bear bell bird boat bone book boot bowl box bread brick bus cake camel car cat chair "
+    "child city cloud coat coin corn cow crab cup deer desk dog door dress drum duck eagle ear earth egg eye farm "
+    "field fire fish flag flower fly foot forest fox frog garden gate ghost glass goat gold grass green hair hand hat "
+    "heart hill home honey horse house ice iron island jar juice key king kite knife lake lamp leaf lemon light lion "
+    "map milk mirror moon mouse music nail nest night north nose ocean onion orange owl paint paper park pear pencil "
+    "piano pig plane plate pond queen rain red ring river road rock roof rope rose salt sand school sea seed sheep "
+    "shell ship shoe silver sky snow soap sock south spoon star stone storm street sugar sun table tail tea tiger "
+    "time tooth town train tree wall water wave wheel white wind window winter wolf wood wool world yellow zebra"
+).split()
+NAMES = (
+    "Ana Ben Carl Dora Emil Fay Gina Hugo Ida Jan Kim Lea Max Nora Otto Pia Rosa Sam Tom Una Vera Will Yan Zoe".split()
+)
+CITIES = (
+    "Accra Athens Berlin Bern Bogota Boston Cairo Dakar Delhi Dublin Hanoi Kyiv Lagos Lima Lisbon London Madrid Milan "
+    "Moscow Nairobi Oslo Paris Perth Prague Quito Riga Rome Seoul Sofia Sydney Tokyo Tunis Vienna Warsaw"
+).split()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and how it is answered.
+
+    Attributes:
+        key: what makes it a different problem, however it is worded: splits are kept apart by it.
+        messages: the whole chat, worked answer included; the assistant's reasoning is in `reasoning_content`.
+        verifier, reference: how an answer is judged; as in `nb_lightning.tasks.Task`.
+    """
+
+    key: str
+    messages: list[dict[str, Any]]
+    verifier: str
+    reference: Any
+
+
+def maths_sort(rng: random.Random) -> Problem:
+    letters = rng.sample(LETTERS, rng.randint(3, 7))
+    order, left, steps = sorted(letters), list(letters), []
+    for letter in order:  # each line: the smallest letter, and what is left
+        left.remove(letter)
+        steps.append(f"{letter} {''.join(left)}".strip())
+    return _worked("".join(order), f"Sort {''.join(letters)}", "\n".join(steps), "".join(order))
+
+
+def maths_equations(rng: random.Random) -> Problem:
+    a, x, b = rng.randint(2, 12), rng.randint(-12, 12), _not_zero(rng, 40)
+    c, product = a * x + b, a * x
+    return _worked(
+        f"{a} {b} {c}",
+        f"Solve {a}x {_signed(b)} = {c}",
+        f"{a}x = {c} {_signed(-b)} = {product}\nx = {product} / {a} = {x}",
+        str(x),
+    )
+
+
+def maths_sums(rng: random.Random) -> Problem:
+    total = rng.randint(1, 99)
+    text, steps = str(total), []
+    for _ in range(rng.randint(1, 2)):
+        term = _not_zero(rng, 99)
+        step = f"{total} {_signed(term)}"
+        text, total = f"{text} {_signed(term)}", total + term
+        steps.append(f"{step} = {total}")
+    return _worked(text, f"What is {text}?", "\n".join(steps), str(total))
+
+
+LAWS = (  # result = first x second
+    ("U", "R", "I", "volts", "ohm", "ampere"),
+    ("P", "U", "I", "watts", "volt", "ampere"),
+    ("F", "m", "a", "newtons", "kg", "m/s2"),
+    ("s", "v", "t", "metres", "m/s", "s"),
+    ("W", "F", "s", "joules", "N", "m"),
+    ("m", "d", "V", "grams", "g/ml", "ml"),
+)
+
+
+def science_laws(rng: random.Random) -> Problem:
+    result, first, second, unit, *units = rng.choice(LAWS)
+    a, b = rng.randint(2, 20), rng.randint(2, 20)
+    return _worked(
+        f"{result} {first} {a} {b}",
+        f"{first} = {a} {units[0]}, {second} = {b} {units[1]}. How many {unit}?",
+        f"{result} = {first} {second} = {a} * {b} = {a * b}",
+        str(a * b),
+    )
+
+
+def science_binary(rng: random.Random) -> Problem:
+    number = left = rng.randint(4, 1023)
+    steps = []
+    while left:  # each line: what is left, and its last bit
+        steps.append(f"{left} {left % 2}")
+        left //= 2
+    return _worked(str(number), f"Write {number} in binary", "\n".join(steps), f"{number:b}")
+
+
+def code_functions(rng: random.Random) -> Problem:
+    kind = rng.choice(("words", "values", "strings"))
+    if kind == "strings":
+        what, body = rng.choice(
+            (("s backwards", "s[::-1]"), ("s in capitals", "s.upper()"), ("s twice", "s * 2"), ("s", "s"))
+        )
+        word = rng.choice(WORDS)
+        asked, body = rng.choice(
+            (
+                (f"{what}, then {word}", f'{body} + "{word}"'),
+                (f"{word}, then {what}", f'"{word}" + {body}'),
+            )
+        )
+        return _function(f"Write f(s): {asked}", "", "s", body, ["", "a", "Bc d", "xyzzy"])
+    a, b = rng.randint(2, 12), _not_zero(rng, 20)
+    if kind == "values":
+        values = ", ".join(f"f({x}) = {a * x + b}" for x in range(3))
+        reasoning = f"{a + b} {_signed(-b)} = {a}"
+        return _function(f"Write f(x): {values}", reasoning, "x", f"{a} * x {_signed(b)}", [-3, 0, 1, 2, 10])
+    shift = f"add {b}" if b > 0 else f"subtract {-b}"
+    asked, body = rng.choice(
+        (
+            (f"multiply x by {a}, then {shift}", f"x * {a} {_signed(b)}"),
+            (f"{shift} {'to' if b > 0 else 'from'} x, then multiply by {a}", f"(x {_signed(b)}) * {a}"),
+        )
+    )
+    return _function(f"Write f(x): {asked}", "", "x", body, [-3, 0, 1, 2, 10])
+
+
+def general_words(rng: random.Random) -> Problem:
+    word, other = rng.sample(WORDS, 2)
+    n = rng.randint(2, 4)
+    asked, answer = rng.choice(
+        (
+            (f"Say {word} {n} times", " ".join([word] * n)),
+            (f"Write {word} in capitals", word.upper()),
+            (f"Put a comma between the letters of {word}", ", ".join(word)),
+            (f"What is the first letter of {word}?", word[0]),
+            (f"What is the last letter of {word}?", word[-1]),
+            (f"Swap {word} and {other}", f"{other} and {word}"),
+            (f"Which word is longer, {word} or {other}?", max(word, other, key=len)),
+            (f"Add {other} to the list: {word}", f"{word}, {other}"),
+        )
+    )
+    if len(word) == len(other) and asked.startswith("Which"):
+        return general_words(rng)
+    return Problem(asked, [_user(asked), _assistant(answer)], "exact", answer)
+
+
+def general_spelling(rng: random.Random) -> Problem:
+    word = "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(4))[: rng.randint(3, 8)]
+    return Problem(word, [_user(f"Spell {word} backwards"), _assistant(word[::-1])], "exact", word[::-1])
+
+
+def tools_calls(rng: random.Random) -> Problem:
+    kind = rng.choice(("weather", "time", "add", "call"))
+    city, hour = rng.choice(CITIES), f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
+    if kind == "weather":
+        day = rng.choice("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+        sky = rng.choice("sunny cloudy rainy windy".split())
+        return _tool(
+            f"How will the weather be in {city} on {day}?",
+            "weather",
+            {"city": city, "day": day},
+            sky,
+            f"It will be {sky} in {city} on {day}.",
+        )
+    if kind == "time":
+        return _tool(f"What time is it in {city}?", "time", {"city": city}, hour, f"It is {hour} in {city}.")
+    if kind == "add":
+        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        return _tool(f"Add {a} and {b}", "add", {"a": a, "b": b}, str(a + b), f"{a} + {b} = {a + b}.")
+    name = rng.choice(NAMES)
+    return _tool(f"Call {name} at {hour}", "call", {"who": name, "at": hour}, "ok", f"I will call {name} at {hour}.")
+
+
+FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+    family.__name__: family
+    for family in (
+        maths_sort,
+        maths_equations,
+        maths_sums,
+        science_laws,
+        science_binary,
+        code_functions,
+        general_words,
+        general_spelling,
+        tools_calls,
+    )
+}
+
+
+def _worked(key: str, question: str, reasoning: str, answer: str) -> Problem:
+    return Problem(key, [_user(question), _assistant(f"Answer: {answer}", reasoning)], "exact", answer)
+
+
+def _function(asked: str, reasoning: str, argument: str, body: str, inputs: list[Any]) -> Problem:
+    """The tests are what the worked answer gives: it is ours, so it may be run here."""
+    function = eval(f"lambda {argument}: {body}")
+    tests = [{"args": [value], "expected": function(value)} for value in inputs]
+    answer = f"```python\ndef f({argument}): return {body}\n```"
+    return Problem(asked, [_user(asked), _assistant(answer, reasoning)], "code", {"function": "f", "tests": tests})
+
+
+def _tool(asked: str, name: str, arguments: dict[str, Any], result: str, answer: str) -> Problem:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    messages = [
+        _user(asked),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": name, "content": result},
+        _assistant(answer),
+    ]
+    return Problem(asked, messages, "tool_call", {"name": name, "arguments": arguments})
+
+
+def _user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str, reasoning: str = "") -> dict[str, Any]:
+    return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
+
+
+def _not_zero(rng: random.Random, most: int) -> int:
+    return rng.choice((-1, 1)) * rng.randint(1, most)
+
+
+def _signed(number: int) -> str:
+    return f"+ {number}" if number >= 0 else f"- {-number}"

@@ -1,0 +1,83 @@
+"""Verifiable tasks: what a model is asked, who judges the answer, and against what.
+
+A set of tasks is a .jsonl file with one task a line:
+
+    {"id": "sums-17", "source": "sums", "messages": [{"role": "user", "content": "2 + 3 = ?"}],
+     "verifier": "exact", "reference": "5"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question with a checkable answer.
+
+    Attributes:
+        id: unique in its file.
+        source: which set it is of, for tables by source.
+        messages: what the model is asked, as a chat; the last one is not the assistant's.
+        verifier: name for `nb_lightning.rewards.get_verifier`.
+        reference: what the verifier compares with, as plain JSON.
+    """
+
+    id: str
+    source: str
+    messages: list[dict[str, Any]]
+    verifier: str
+    reference: Any
+
+
+_FIELDS = tuple(field.name for field in fields(Task))
+
+
+def read_tasks(path: str | Path) -> list[Task]:
+    """The tasks of a .jsonl file; blank lines are skipped.
+
+    Raises:
+        ValueError: no such file, no task in it, or a line that is not a task, by file and line.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"tasks file {path} cannot be read: {error.strerror}") from error
+    tasks: dict[str, Task] = {}
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                task = _task(line)
+                if task.id in tasks:
+                    raise ValueError(f"id {task.id!r} is there already")
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not a task: {error}") from error
+            tasks[task.id] = task
+    if not tasks:
+        raise ValueError(f"tasks file {path} holds no task")
+    return list(tasks.values())
+
+
+def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(task), ensure_ascii=False) + "\n" for task in tasks)
+
+
+def _task(line: bytes) -> Task:
+    value = json.loads(line.decode("utf-8-sig"))  # both errors are ValueErrors
+    if not isinstance(value, dict) or value.keys() != set(_FIELDS):
+        found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"it must be an object with exactly {', '.join(_FIELDS)}; found {found or 'nothing'}")
+    for name in ("id", "source", "verifier"):
+        if not isinstance(value[name], str) or not value[name]:
+            raise ValueError(f"{name} must be a string that is not empty")
+    messages = value["messages"]
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError("messages must be a list of {role, content}")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's; it is the model that is to answer")
+    return Task(**value)

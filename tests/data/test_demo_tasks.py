@@ -1,0 +1,177 @@
+"""The worked answers are right, by other means than those that made them; no problem is in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from data.demo import build_demo_tasks, problems, tasks
+from data.demo.problems import FAMILIES, Problem
+from nb_lightning.tasks import read_tasks
+
+SMALL = {"chats/train": 40, "tasks/train": 12, "val": 8}
+
+
+def some(family: str, n: int = 300) -> list[Problem]:
+    return [tasks.problem(family, 7, index) for index in range(n)]
+
+
+def answer_of(problem: Problem) -> str:
+    return problem.messages[-1]["content"].removeprefix("Answer: ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_is_the_reference(family: str) -> None:
+    for problem in some(family):
+        assert [message["role"] for message in problem.messages][:2] == ["user", "assistant"]
+        assert problem.messages[-1]["role"] == "assistant"
+        assert len(json.dumps(problem.messages)) < 450 and problem.messages[0]["content"].isascii()
+        if problem.verifier == "exact":
+            assert answer_of(problem) == problem.reference
+        elif problem.verifier == "tool_call":
+            (call,) = problem.messages[1]["tool_calls"]
+            assert call["function"] == problem.reference
+        else:
+            assert problem.verifier == "code"
+
+
+@pytest.mark.parametrize("family", ["maths_equations", "maths_sums", "science_laws"])
+def test_every_line_of_reasoning_is_true(family: str) -> None:
+    for problem in some(family):
+        for equation in problem.messages[1]["reasoning_content"].splitlines():
+            values = [part for part in equation.split(" = ") if re.fullmatch(r"[-+*/\d ]+", part)]
+            assert len(values) >= 2 and len({float(eval(value)) for value in values}) == 1, equation
+
+
+def test_sorted_letters() -> None:
+    for problem in some("maths_sort"):
+        letters = problem.messages[0]["content"].removeprefix("Sort ")
+        assert 3 <= len(letters) <= 7 and answer_of(problem) == problem.key == "".join(sorted(letters))
+
+
+def test_equations_are_solved() -> None:
+    for problem in some("maths_equations"):
+        a, b, c = map(int, problem.key.split())
+        assert problem.messages[0]["content"].replace(" ", "") == f"Solve{a}x{b:+}={c}"
+        assert a * int(problem.reference) + b == c
+
+
+def test_sums_add_up() -> None:
+    for problem in some("maths_sums"):
+        assert int(problem.reference) == eval(problem.messages[0]["content"].removeprefix("What is ").rstrip("?"))
+
+
+def test_binary_numbers() -> None:
+    for problem in some("science_binary"):
+        assert int(problem.reference, 2) == int(re.findall(r"\d+", problem.messages[0]["content"])[0])
+        steps = [line.split() for line in problem.messages[1]["reasoning_content"].splitlines()]
+        assert "".join(bit for _, bit in reversed(steps)) == problem.reference
+        assert all(int(a) // 2 == int(b) for (a, _), (b, _) in pairwise(steps))
+
+
+def test_functions_pass_their_tests_and_do_what_was_asked() -> None:
+    kinds = set()
+    for problem in some("code_functions"):
+        asked = problem.messages[0]["content"]
+        (code,) = re.fullmatch(r"```python\n(.*)\n```", answer_of(problem), re.S).groups()
+        scope: dict = {}
+        exec(code, scope)
+        for test in problem.reference["tests"]:
+            value = scope["f"](*test["args"])
+            assert value == test["expected"] and type(value) is type(test["expected"])
+        for x, y in re.findall(r"f\((\d)\) = (-?\d+)", asked):
+            assert scope["f"](int(x)) == int(y)
+        if found := re.fullmatch(r"Write f\(x\): multiply x by (\d+), then (add|subtract) (\d+)", asked):
+            kinds.add("multiply first")
+            assert scope["f"](10) == 10 * int(found[1]) + int(found[3]) * (1 if found[2] == "add" else -1)
+        if found := re.fullmatch(r"Write f\(x\): (add|subtract) (\d+) (?:to|from) x, then multiply by (\d+)", asked):
+            kinds.add("shift first")
+            assert scope["f"](10) == (10 + int(found[2]) * (1 if found[1] == "add" else -1)) * int(found[3])
+        if asked.startswith("Write f(s): s backwards, then "):
+            kinds.add("text")
+            assert scope["f"]("abc") == "cba" + asked.split()[-1]
+    assert kinds == {"multiply first", "shift first", "text"}
+
+
+def test_words_and_spelling() -> None:
+    assert len(set(problems.WORDS)) == len(problems.WORDS)
+    kinds = set()
+    for problem in some("general_words"):
+        first, *rest = problem.messages[0]["content"].split()
+        kinds.add(first)
+        if first == "Say":
+            assert problem.reference.split() == [rest[0]] * int(rest[1])
+        elif first == "Which":
+            long, short = rest[3].strip(","), rest[5].strip("?")
+            assert {problem.reference} == {max((long, short), key=len), max((short, long), key=len)}  # never a draw
+    assert kinds == {"Say", "Write", "Put", "What", "Swap", "Which", "Add"}
+    for problem in some("general_spelling"):
+        assert problem.messages[0]["content"] == f"Spell {''.join(reversed(problem.reference))} backwards"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_problem_is_in_two_splits(family: str) -> None:
+    found = tasks.problems(family, {"chats/train": 400, "tasks/train": 100, "val": 50})
+    keys = [p.key for split in found.values() for p in split]
+    asked = {split: {p.messages[0]["content"] for p in found[split]} for split in found}
+    assert len(set(keys)) == len(keys) == 550
+    assert not (asked["chats/train"] & asked["val"] or asked["tasks/train"] & asked["val"])
+    assert not asked["chats/train"] & asked["tasks/train"]
+    other = tasks.problems(family, {"chats/train": 400, "tasks/train": 100, "val": 50}, seed=1)
+    for one, two in (("chats/train", "val"), ("val", "chats/train"), ("tasks/train", "val")):  # nor over seeds
+        assert {p.key for p in found[one]}.isdisjoint(p.key for p in other[two])
+
+
+def test_a_problem_depends_on_its_place_alone() -> None:
+    random.seed(1)
+    one = tasks.problem("maths_sort", 0, 5)
+    tasks.problem("maths_sums", 0, 5)
+    random.seed(2)
+    assert tasks.problem("maths_sort", 0, 5) == one != tasks.problem("maths_sort", 0, 6)
+    assert tasks.problem("maths_sort", 1, 5) != one
+
+
+def test_a_small_family_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "three", lambda rng: Problem(str(rng.randrange(3)), [], "exact", None))
+    found = tasks.problems("three")
+    assert sorted(p.key for split in found.values() for p in split) == ["0", "1", "2"]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_files(tmp_path: Path) -> None:
+    build_demo_tasks(tmp_path / "tasks", counts=SMALL)
+    for family in FAMILIES:
+        for split, name in (("train", "tasks/train"), ("val", "val")):
+            found = read_tasks(tmp_path / f"tasks/tasks/{split}/{family}.jsonl")
+            assert len(found) == SMALL[name] and {task.source for task in found} == {family}
+        val = [json.loads(line)["messages"] for line in (tmp_path / f"tasks/chats/val/{family}.jsonl").open()]
+        assert [chat[: len(task.messages)] for chat, task in zip(val, found)] == [task.messages for task in found]
+    before = digests(tmp_path)
+    (tmp_path / "tasks/chats/val/maths_sort.jsonl").touch()
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    build_demo_tasks(tmp_path / "tasks", counts=SMALL)  # there already
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")} == stamps
+    (tmp_path / ".unfinished-tasks").mkdir()
+    (tmp_path / "tasks/tasks.json").write_text('{"version": 0}')  # an older one is made anew
+    build_demo_tasks(tmp_path / "tasks", counts=SMALL)
+    assert digests(tmp_path) == before
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else"):
+        build_demo_tasks(tmp_path / "tasks", counts=SMALL)
+    assert [path.name for path in tmp_path.rglob("*")] == ["tasks", "thesis.txt"]
+    with pytest.raises(ValueError, match="no family 'maths'; they have maths_sort"):
+        build_demo_tasks(tmp_path / "other", ("maths",))

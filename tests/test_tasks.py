@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nb_lightning.tasks import Task, read_tasks, write_tasks
+
+GOOD = {"id": "a", "source": "s", "messages": [{"role": "user", "content": "é?"}], "verifier": "exact", "reference": 1}
+
+
+def line(**changes: object) -> str:
+    value = {key: item for key, item in {**GOOD, **changes}.items() if item is not ...}
+    return json.dumps(value)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    tasks = [
+        Task("a", "s", [{"role": "user", "content": "é\n\u2028?"}], "code", {"x": [1, None]}),
+        Task(**GOOD | {"id": "b"}),
+    ]
+    write_tasks(tmp_path / "t.jsonl", tasks)
+    assert read_tasks(tmp_path / "t.jsonl") == tasks
+
+
+def test_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line()}\r\n\n{line(id='b')}".encode())
+    assert [task.id for task in read_tasks(tmp_path / "t.jsonl")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        ("{", "Expecting property name"),
+        ("3", "found int"),
+        (line(reference=...), "exactly id, source, messages, verifier, reference; found id, source, "),
+        (line(more=1), "found id, source, messages, verifier, reference, more"),
+        (line(id=""), "id must be a string"),
+        (line(verifier=3), "verifier must be a string"),
+        (line(messages=[]), "messages must be a list"),
+        (line(messages=["hello"]), "messages must be a list"),
+        (line(messages=[{"role": "assistant", "content": "x"}]), "last message is the assistant's"),
+        (line(), "id 'a' is there already"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(tmp_path: Path, bad: str, reason: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(f"{line()}\n\n{bad}\n")
+    with pytest.raises(ValueError) as error:
+        read_tasks(path)
+    assert str(error.value).startswith(f"{path}:3: not a task: ") and reason in str(error.value)
+
+
+def test_no_file_no_task_and_no_utf8(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_tasks(tmp_path / "none.jsonl")
+    (tmp_path / "t.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no task"):
+        read_tasks(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(ValueError, match=r"t.jsonl:1: not a task: .*utf-8"):
+        read_tasks(tmp_path / "t.jsonl")
