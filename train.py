@@ -54,6 +54,7 @@ def run(cfg: Config) -> None:
     import torch
 
     from nb_lightning import checkpoints, dry_run
+    from nb_lightning.pretrained import find
     from nb_lightning.strategies import resolve_accelerator
 
     folder = run_dir(cfg)
@@ -72,6 +73,8 @@ def run(cfg: Config) -> None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     plan = plan_of(cfg.stage).in_whole_steps()
     module, data = build_stage(cfg, plan)
+    if cfg.init_from and checkpoint is None:
+        module.begin_from(find(cfg.init_from))
     data.prepare()
     if checkpoint is not None:
         require_same_run(checkpoint, module, data)

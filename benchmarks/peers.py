@@ -39,7 +39,7 @@ def prepare(a: argparse.Namespace) -> None:
     batches = [micro for i in range(len(dataset)) for micro in dataset[i].micro_batches]
     rows = [torch.cat((batch.input_ids, batch.labels[:, -1:]), 1) for batch in batches]
     np.save(a.folder / "rows.npy", torch.cat(rows).numpy())
-    model = Transformer(ModelShape(**plain(cfg.model), rope_theta=plan.phases[0].rope_theta))
+    model = Transformer(ModelShape(**plain(cfg.model)))
     model.init_weights(cfg.seed)
     torch.save(model.state_dict(), a.folder / "weights.pt")
 

@@ -1,4 +1,5 @@
-"""What ran: resolved config, plan, versions, commit, callbacks and data hashes, beside the checkpoints."""
+"""What ran: resolved config, plan, versions, commit, callbacks and data hashes, beside the checkpoints; and the
+tokenizer, without which they say nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ PACKAGES = (
 
 
 class RunManifest(pl.Callback):
-    """Writes `config.yaml` and `manifest.json` when training starts, and completes the manifest when it ends.
+    """Writes `config.yaml`, `manifest.json` and `tokenizer/` when training starts, and completes the manifest when it
+    ends.
 
     Every resume adds an entry to `starts`.
     """
@@ -40,6 +42,8 @@ class RunManifest(pl.Callback):
         run = Path(trainer.default_root_dir)
         (run / "config.yaml").write_text(OmegaConf.to_yaml(module.cfg, resolve=True), encoding="utf-8")
         data = trainer.datamodule
+        chat = getattr(data, "chat", None)  # of the stages that train on conversations
+        data.tokenizer.save(run / "tokenizer", chat.source if chat else None)
         path = run / "manifest.json"
         earlier = (
             json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() and module.tokens_seen else []

@@ -12,16 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 
-from nb_lightning.model import copy_into
+from nb_lightning.model import ModelShape
+from nb_lightning.weights import Stored, Weights
 
 STATE = "state"
 MANIFEST = "checkpoint.json"
@@ -120,54 +121,107 @@ def resolve(path: str) -> Path:
     raise ValueError(f"no checkpoint at {path!r}: give a run folder or one of its checkpoints/step-* folders")
 
 
-def load_weights(model: nn.Module, folder: Path, prefix: str = "model.") -> None:
-    """Fill `model` from a checkpoint's weights, whatever number of ranks wrote it and holds it now.
+class CheckpointWeights(Weights):
+    """The model's weights in a checkpoint, whatever number of ranks wrote it; one tensor is in memory at a time.
 
     Nothing but tensors and plain containers is unpickled (`weights_only`).
-
-    Raises:
-        ValueError: a missing, additional or differently shaped parameter, by name.
     """
-    state = folder / STATE
-    weights = _read_sharded(state, prefix) if state.is_dir() else _read_single(state, prefix)
-    known = model.state_dict()
-    for name in sorted(known.keys() ^ weights.keys()):
-        raise ValueError(f"{folder}: parameter {name} is {'missing' if name in known else 'unknown to the model'}")
-    for name, parameter in known.items():
-        if weights[name].shape != parameter.shape:
-            raise ValueError(
-                f"{folder}: parameter {name} is {list(weights[name].shape)}, the model's is {list(parameter.shape)}"
-            )
-    for name, parameter in model.named_parameters():
-        copy_into(parameter, weights.pop(name))
-    for name, value in weights.items():  # what is left shares its memory with a parameter above: tied embeddings
-        if not torch.equal(_whole(known[name]), value.to(known[name].dtype)):
-            raise ValueError(
-                f"{folder}: {name} differs from the parameter that the model ties it to (model.tie_embeddings)"
-            )
+
+    def __init__(self, folder: Path, prefix: str = "model.") -> None:
+        state = folder / STATE
+        tensors = _open_sharded(state) if state.is_dir() else _open_single(state)
+        self._tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        stored = {name: Stored(name, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        dtypes = {tensor.dtype for tensor in self._tensors.values()}
+        super().__init__(folder, stored, dtypes.pop() if len(dtypes) == 1 else torch.float32)
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return tensor.read() if isinstance(tensor, _Sharded) else tensor
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+def read_shape(folder: Path) -> ModelShape:
+    """The shape of a checkpoint's model, with the RoPE base it was last trained with."""
+    try:
+        return ModelShape(**read_info(folder)["model"])
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} describes no model: {error}") from error
 
 
-def _read_single(state: Path, prefix: str) -> dict[str, torch.Tensor]:
-    content = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+@dataclass(frozen=True)
+class _Sharded:
+    """A tensor in a folder of shards."""
+
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+    reader: Any  # of torch.distributed.checkpoint
+
+    def read(self) -> torch.Tensor:
+        import torch.distributed.checkpoint as dcp
+
+        whole = {self.key: torch.empty(self.shape, dtype=self.dtype)}
+        dcp.load(whole, storage_reader=self.reader, no_dist=True)
+        return whole[self.key]
 
 
-def _read_sharded(state: Path, prefix: str) -> dict[str, torch.Tensor]:
-    import torch.distributed.checkpoint as dcp
+def _open_single(state: Path) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{state} holds something else than tensors: {_first_line(error)}") from error
+
+
+def _open_sharded(state: Path) -> dict[str, _Sharded]:
+    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    reader = dcp.FileSystemReader(state)
-    wanted = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for key, meta in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(f"state_dict.{prefix}") and isinstance(meta, TensorStorageMetadata)
+    class Reader(FileSystemReader):
+        """torch's reader, which would unpickle the folder's table of contents as it is."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return contents
+
+    try:
+        with open(state / ".metadata", "rb") as file:
+            contents = _TableOfContents(file).load()
+        paths = {str(info.relative_path) for info in contents.storage_data.values()}
+    except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        raise DamagedCheckpoint(f"{state / '.metadata'} is no table of shards: {_first_line(error)}") from error
+    for path in paths:
+        if Path(path).name != path:
+            raise DamagedCheckpoint(f"{state / '.metadata'} names {path!r}, a file outside its folder")
+    reader = Reader(state)
+    return {
+        key.removeprefix("state_dict."): _Sharded(key, meta.size, meta.properties.dtype, reader)
+        for key, meta in contents.state_dict_metadata.items()
+        if key.startswith("state_dict.") and isinstance(meta, TensorStorageMetadata)
     }
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return {key.removeprefix(f"state_dict.{prefix}"): value for key, value in wanted.items()}
+
+
+class _TableOfContents(pickle.Unpickler):
+    """Unpickles what a folder of shards says of itself, and nothing that could run code."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"),
+        "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
+        "collections": ("OrderedDict",),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import II, MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
@@ -34,13 +34,13 @@ class LearningRateConfig:
 
 @dataclass
 class PhaseConfig:
-    """One phase. `null` takes the value of the stage."""
+    """One phase. `null` takes the value of the stage; without a `rope_theta` the model's holds."""
 
     tokens: int = MISSING  # over all ranks; what counts is the proportion when stage.total_tokens is set
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     mixture: dict[str, float] = MISSING  # source -> probability; sums to 1
     seq_len: int = MISSING  # tokens per row
-    rope_theta: float = MISSING  # RoPE base frequency
+    rope_theta: float = II("model.rope_theta")  # RoPE base frequency
     global_batch_tokens: int | None = None
     micro_batch_size: int | None = None
 
@@ -85,6 +85,7 @@ class ModelConfig:
     head_dim: int = MISSING
     d_mlp: int = MISSING
     norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0  # of phases that do not give their own
     tie_embeddings: bool = False
     init_std: float = 0.02
 
@@ -140,7 +141,7 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
     run_name: str = MISSING
     seed: int = 0
-    init_from: str | None = None  # start from the weights of another run or checkpoint
+    init_from: str | None = None  # start from the weights of another run, a checkpoint or a Hugging Face folder
     ckpt_path: str | None = None  # continue this very run from one of its checkpoints
     resume: bool = False  # continue this very run from its newest whole checkpoint
     dry_run: bool = False  # print the plan, sizes and memory, and stop
@@ -196,7 +197,7 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
     _one_of("stage.optim.name", cfg.stage.optim.name, ("adamw", "adamw8bit", "paged_adamw8bit"))
     for key in ("devices", "num_nodes", "log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_last"):
         _positive(f"trainer.{key}", getattr(cfg.trainer, key))
-    for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"):
+    for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "rope_theta"):
         _positive(f"model.{key}", getattr(cfg.model, key))
     _positive("stage.head_chunk", cfg.stage.head_chunk)
     _positive("stage.optim.clip_norm", cfg.stage.optim.clip_norm)

@@ -44,7 +44,7 @@ def memory_per_device(cfg: Config, shape: ModelShape, micro_tokens: int) -> dict
 def describe(cfg: Config) -> str:
     """A readable report. The model is built on `meta`: its parameters are counted, not computed."""
     planned, plan = plan_of(cfg.stage), plan_of(cfg.stage).in_whole_steps()
-    shape = ModelShape(**plain(cfg.model), rope_theta=plan.phases[0].rope_theta)
+    shape = ModelShape(**plain(cfg.model))
     with torch.device("meta"):
         number = sum(p.numel() for p in Transformer(shape).parameters())
     embeddings = shape.vocab_size * shape.d_model * (1 if shape.tie_embeddings else 2)

@@ -193,13 +193,17 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.n_layers))
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
-        if shape.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie()
         self.rope = RoPE(shape.head_dim, shape.rope_theta)
         self.attention_backend = "sdpa"
         self.activation_checkpointing = False
         if not self.embedding.weight.is_meta:
             self.init_weights()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's, if the shape says so; `to_empty` gives each a tensor of its own."""
+        if self.shape.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

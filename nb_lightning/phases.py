@@ -106,6 +106,10 @@ class PhasePlan:
     def phase_at(self, tokens_seen: int) -> Phase:
         return self.phases[self.index_at(tokens_seen)]
 
+    def begun(self, tokens_seen: int) -> tuple[Phase, ...]:
+        """The phases that some of the first `tokens_seen` tokens belong to."""
+        return self.phases[: self.index_at(tokens_seen - 1) + 1] if tokens_seen > 0 else ()
+
     def start_of(self, index: int) -> int:
         """`tokens_seen` at which phase `index` begins."""
         return self.ends[index] - self.phases[index].tokens

@@ -57,9 +57,12 @@ def lightning_precision(cfg: TrainerConfig) -> str:
 
 
 def build_model(
-    shape: ModelShape, cfg: TrainerConfig, backend: str, device: torch.device, mesh: DeviceMesh | None, seed: int
+    shape: ModelShape, cfg: TrainerConfig, backend: str, device: torch.device, mesh: DeviceMesh | None, seed: int | None
 ) -> Transformer:
-    """A `Transformer` with fresh weights, on `device`, sharded over `mesh` when there is one."""
+    """A `Transformer` on `device`, sharded over `mesh` when there is one.
+
+    Its weights are fresh ones of `seed`; without a seed they hold anything, for whoever fills them next.
+    """
     dtype = torch.bfloat16 if cfg.precision == "bf16-true" else torch.float32
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
@@ -68,9 +71,9 @@ def build_model(
     if mesh is not None:
         shard(model, mesh, cfg.precision)
     model.to_empty(device=device)
-    if shape.tie_embeddings:  # `to_empty` gives each module a tensor of its own
-        model.head.weight = model.embedding.weight
-    model.init_weights(seed)
+    model.tie()
+    if seed is not None:
+        model.init_weights(seed)
     if cfg.compile:
         for layer in model.layers:
             layer.compile()

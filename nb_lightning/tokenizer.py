@@ -1,14 +1,18 @@
-"""Tokenizers: bytes for the demo, or any Hugging Face `tokenizer.json`."""
+"""Tokenizers: bytes for the demo, or any Hugging Face `tokenizer.json` and what lies beside it."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 EOS_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -16,12 +20,17 @@ EOS_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end
 class TextTokenizer:
     """A `tokenizers.Tokenizer` and the token that ends a document.
 
-    `digest` names the vocabulary: sources tokenized with another one are refused.
+    Attributes:
+        digest: names the vocabulary: sources tokenized with another one are refused.
+        special: the tokens of tokenizer_config.json by their role: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+        chat_template: Jinja source that lay beside the tokenizer, as untrusted as the file; None without one.
     """
 
     tokenizer: Tokenizer
     eos_id: int
     digest: str
+    special: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -35,6 +44,25 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
+        """Write what `load_tokenizer(folder)` and transformers' AutoTokenizer read.
+
+        Args:
+            chat_template: instead of the tokenizer's own.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": self.tokenizer.id_to_token(self.eos_id),
+            **self.special,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        template = chat_template or self.chat_template
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -57,6 +85,8 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
     Raises:
         ValueError: nothing there, an unreadable file, or no end token.
     """
+    beside: dict[str, Any] = {}
+    template: str | None = None
     if spec == "bytes":
         tokenizer = byte_tokenizer()
     else:
@@ -72,9 +102,42 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
             raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
-    names = (eos_token,) if eos_token else EOS_CANDIDATES
+        beside, template = _beside(path.parent)
+    return text_tokenizer(tokenizer, beside, template, spec, eos_token)
+
+
+def text_tokenizer(
+    tokenizer: Tokenizer, beside: Mapping[str, Any], template: str | None, origin: str, eos_token: str | None = None
+) -> TextTokenizer:
+    """A `TextTokenizer` of a tokenizer and the content of its tokenizer_config.json.
+
+    Raises:
+        ValueError: no end token.
+    """
+    special = {}
+    for role in ROLES:
+        token = beside.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            special[role] = token
+    # An end of turn is often called eos_token; what ends a document comes first.
+    names = (eos_token,) if eos_token else (*EOS_CANDIDATES, *filter(None, [special.get("eos_token")]))
     eos_id = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
     if eos_id is None:
-        raise ValueError(f"tokenizer {spec!r} has none of the end tokens {', '.join(names)}; name its own (--eos)")
+        raise ValueError(f"tokenizer {origin!r} has none of the end tokens {', '.join(names)}; name its own (--eos)")
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return TextTokenizer(tokenizer, eos_id, digest)
+    return TextTokenizer(tokenizer, eos_id, digest, special, template)
+
+
+def _beside(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The tokenizer_config.json and the chat template in a tokenizer's folder."""
+    try:
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path = folder / "chat_template.jinja"
+        template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not readable: {error}") from error
+    if isinstance(template, list):  # named ones
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return config, template if isinstance(template, str) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PackedBatch, StepBatch
-from nb_lightning.checkpoints import load_weights, resolve
 from nb_lightning.config import Config, plain
 from nb_lightning.errors import RunStopped
 from nb_lightning.metrics import Perplexity
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer, clip_grad_norm
 from nb_lightning.phases import Phase, PhasePlan
+from nb_lightning.pretrained import Origin
 from nb_lightning.strategies import build_model
+from nb_lightning.weights import fill
 
 
 class BaseStage(pl.LightningModule):
@@ -35,6 +37,8 @@ class BaseStage(pl.LightningModule):
         plan: what runs, in whole steps.
         model: the backbone; set by `configure_model`.
         tokens_seen: the clock: tokens over all ranks whose step is done. The only thing schedules read.
+        origin: where the weights come from that it begins with; None for fresh ones. Set by `begin_from`.
+        context: tokens a row that those weights were made for.
         skipped_steps: steps whose update was left out because the loss or gradient was not finite.
     """
 
@@ -42,7 +46,9 @@ class BaseStage(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.cfg, self.plan = cfg, plan
-        self.shape = ModelShape(**plain(cfg.model), rope_theta=plan.phases[0].rope_theta)
+        self.shape = replace(ModelShape(**plain(cfg.model)), rope_theta=plan.phases[0].rope_theta)
+        self.origin: Origin | None = None
+        self.context = 0
         self.model: Transformer | None = None
         self.tokens_seen = 0
         self.skipped_steps = 0
@@ -57,6 +63,20 @@ class BaseStage(pl.LightningModule):
 
     # Building -------------------------------------------------------------------------------------------------------
 
+    def begin_from(self, origin: Origin) -> None:
+        """Begin with these weights instead of fresh ones.
+
+        Raises:
+            ValueError: the model has another shape; names the key.
+        """
+        for key, value in plain(origin.shape).items():
+            if key not in ("rope_theta", "init_std") and getattr(self.shape, key) != value:
+                raise ValueError(
+                    f"model.{key} is {getattr(self.shape, key)}, but init_from={self.cfg.init_from} has {value} "
+                    "(model=from_hf takes the shape from there)"
+                )
+        self.origin, self.context = origin, origin.context or 0
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
@@ -64,9 +84,14 @@ class BaseStage(pl.LightningModule):
         device = strategy.root_device
         mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
         backend = resolve_backend(trainer.attention, device, self.cfg.data.mask_documents)
-        self.model = build_model(self.shape, trainer, backend, device, mesh, self.cfg.seed)
-        if self.cfg.init_from:
-            load_weights(self.model, resolve(self.cfg.init_from))
+        self.model = build_model(self.shape, trainer, backend, device, mesh, None if self.origin else self.cfg.seed)
+        if self.origin is not None:
+            fill(self.model, self.origin.open())
+            if self.origin.shape.rope_theta != self.shape.rope_theta:
+                self.print(
+                    f"RoPE base {self.shape.rope_theta:g} from the first phase on; the weights of {self.origin.path} "
+                    f"were made with {self.origin.shape.rope_theta:g}"
+                )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.cfg.stage.optim
@@ -158,6 +183,7 @@ class BaseStage(pl.LightningModule):
             "skipped_steps": self.skipped_steps,
             "seed": self.cfg.seed,
             "model": {**plain(self.shape), "rope_theta": self.model.rope.theta},
+            "context": max([self.context, *(phase.seq_len for phase in self.plan.begun(self.tokens_seen))]),
             "plan": [plain(phase) for phase in self.plan.phases],
             "sources": self.trainer.datamodule.digests,
         }
@@ -168,3 +194,4 @@ class BaseStage(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["nb_lightning"]["tokens_seen"]
         self.skipped_steps = checkpoint["nb_lightning"]["skipped_steps"]
+        self.context = checkpoint["nb_lightning"]["context"]
