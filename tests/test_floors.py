@@ -55,6 +55,11 @@ RULES = [
          never=("xformers",), but=library("attention")),
     Rule("one place for bitsandbytes", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("bitsandbytes",), but=library("optim")),
+    Rule("chat: stdlib", library("messages", "chat", "chat_process"),
+         only=modules("messages", "chat", "chat_process")),
+    Rule("one place for Jinja", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
+         never=("jinja2",), but=library("chat_worker")),
+    Rule("the chat worker: stdlib and Jinja", library("chat_worker"), only=("jinja2",)),
     Rule("one place for Hydra", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py"),
          never=("hydra",), but=library("config")),
 ]  # fmt: skip

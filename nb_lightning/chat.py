@@ -1,0 +1,226 @@
+"""Chat templates: messages into the text a model sees, and which characters of it the assistant wrote.
+
+A template comes with a checkpoint and is never trusted: it runs in a process of its own (nb_lightning/chat_worker.py)
+that is reused, and killed when it takes too long.
+
+Which characters are the assistant's is marked by `{% generation %}` blocks, as in ours. Templates without them (most
+that come with tokenizers) are asked again with each assistant turn replaced by a word that occurs nowhere else: what
+stays the same before and after it is not the turn's. What cannot be told apart in this way is an error, not a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nb_lightning.chat_process import TemplateProcess
+from nb_lightning.messages import ChatError, Message, check_messages
+
+CPU_S = 2.0  # per call; to render a long conversation takes about a millisecond
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn: message number `index` wrote the characters [start, end), its end-of-turn token included."""
+
+    index: int
+    start: int
+    end: int
+
+
+class ChatTemplate:
+    """A Jinja chat template: rendered in an immutable sandbox, killed past a time limit, never trusted.
+
+    Safe to use from any thread, to pickle, and to carry across a fork; each process has a worker of its own.
+
+    Args:
+        source: the template's text.
+        special: variables of the template such as `bos_token` and `eos_token`.
+        now: ISO date and time that `strftime_now` tells; None is the time of day. What is prepared from a template
+            that writes the date depends on it.
+        cpu_s: limit of one call, in CPU seconds.
+    """
+
+    def __init__(
+        self, source: str, special: Mapping[str, str] = {}, now: str | None = None, cpu_s: float = CPU_S
+    ) -> None:
+        self.source, self.special, self.now, self.cpu_s = source, dict(special), now, cpu_s
+        self._workers: dict[int, TemplateProcess] = {}  # process id -> worker
+        self._probed: tuple[str, str] | None = None
+
+    @classmethod
+    def chatml(cls) -> ChatTemplate:
+        """Ours: `<|im_start|>role`, newline, content, `<|im_end|>`; reasoning in `<think>`, tools, generation blocks.
+
+        Reasoning is written wherever it is given, in earlier turns too: every rendering of a conversation's beginning
+        is then a prefix of the whole, and all turns can be trained at once.
+        """
+        return cls(Path(__file__).with_name("chatml.jinja").read_text("utf-8"))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ChatTemplate | None:
+        """The template that a tokenizer's folder has: chat_template.jinja, or in tokenizer_config.json; else None.
+
+        Raises:
+            ValueError: a file that cannot be read.
+        """
+        folder = Path(folder)
+        config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        try:
+            config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+            source = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
+        except ValueError as error:
+            raise ValueError(f"{folder}: the chat template cannot be read: {error}") from error
+        if isinstance(source, list):  # several by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if source is None:
+            return None
+        tokens = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token")
+        }
+        return cls(source, {key: value for key, value in tokens.items() if isinstance(value, str)})
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of a conversation; with `add_generation_prompt`, up to where the assistant begins to write.
+
+        Raises:
+            ChatError: messages that are no conversation, or a template that raises, takes too long or too much memory.
+        """
+        return self._render([_Job(check_messages(messages), add_generation_prompt)], tools)[0]
+
+    def render_with_spans(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the character spans [start, end) to train on: the assistant's, less turns of `train: false`.
+
+        Raises:
+            ChatError: as `render`; or the template does not show what the assistant wrote.
+        """
+        text, turns = self.render_turns(messages, tools)
+        return text, [(turn.start, turn.end) for turn in turns if messages[turn.index].get("train") is not False]
+
+    def render_turns(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Turn]]:
+        """The text, and where in it each assistant turn lies, in order.
+
+        Raises:
+            ChatError: as `render_with_spans`.
+        """
+        checked = check_messages(messages)
+        by = self._turns_by_blocks if self.has_generation_blocks else self._turns_by_replacement
+        return by(checked, tools, [i for i, message in enumerate(checked) if message["role"] == "assistant"])
+
+    @property
+    def has_generation_blocks(self) -> bool:
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
+
+    def _turns_by_blocks(
+        self, messages: list[dict[str, Any]], tools: Any, indices: list[int]
+    ) -> tuple[str, list[Turn]]:
+        nonce = secrets.token_hex(8)
+        marks = f"<{nonce}>", f"</{nonce}>"
+        text, marked = self._render([_Job(messages), _Job(messages, marks=marks)], tools)
+        pieces = re.split("|".join(f"({mark})" for mark in marks), marked)
+        found = [mark for mark in pieces if mark in marks]
+        if found != [*marks] * len(indices):
+            raise ChatError(
+                "the template has not one generation block for each assistant turn",
+                detail=f", but {found.count(marks[0])} for {len(indices)}",
+            )
+        pieces = pieces[::3]  # without the two groups of the separator
+        if "".join(pieces) != text:
+            raise ChatError("the template changes what it wrote in a generation block afterwards; it must not")
+        ends = [0, *accumulate(map(len, pieces))]
+        return text, [Turn(i, ends[2 * n + 1], ends[2 * n + 2]) for n, i in enumerate(indices)]
+
+    def _turns_by_replacement(
+        self, messages: list[dict[str, Any]], tools: Any, indices: list[int]
+    ) -> tuple[str, list[Turn]]:
+        """Find the turns of a template without generation blocks.
+
+        With turn i replaced by a word W and nothing else (no reasoning, no calls), the text is A + W + Z. In the real
+        text the turn is what lies between A's generation prompt and Z, and the end-of-turn token that Z begins with.
+        The text must begin as A does up to that prompt, and end in Z: else the template writes what is around a turn
+        differently depending on its content, and where the turn lies cannot be told.
+        """
+        word = _new_word()
+        prompt, end = self._probe()
+        jobs = [_Job(messages)]
+        jobs += [_Job([*messages[:i], {"role": "assistant", "content": word}, *messages[i + 1 :]]) for i in indices]
+        if not prompt:  # then a turn begins where the text of the messages before it ends
+            jobs += [_Job(messages[:i]) for i in indices]
+        text, *others = self._render(jobs, tools)
+        turns = []
+        for number, i in enumerate(indices):
+            before, found, after = others[number].partition(word)
+            if not found:
+                raise ChatError("the template leaves out an assistant turn", f"message {i}")
+            start = _after_prompt(before, prompt) if prompt else len(others[len(indices) + number])
+            content_end = len(text) - len(after)
+            known = start is not None and start <= min(content_end, len(before)) and text[:start] == before[:start]
+            if not (known and text.endswith(after) and after.startswith(end)):
+                raise ChatError(
+                    "the template does not write this assistant turn between its generation prompt and its end of turn",
+                    f"message {i}",
+                    "; give a template with {% generation %} blocks",
+                )
+            head, think, rest = prompt.partition("<think>")
+            if before[:start].endswith(head) and text.startswith(think + rest, start):
+                start += len(think + rest)  # this turn has a thought, so the prompt goes on to open it
+            turns.append(Turn(i, start, content_end + len(end)))
+        return text, turns
+
+    def _probe(self) -> tuple[str, str]:
+        """(generation prompt, end of turn without the white space after it), as the smallest conversation has them."""
+        if self._probed is None:
+            word = _new_word()
+            question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": word}
+            jobs = [_Job([question]), _Job([question], True), _Job([question, answer])]
+            asked, prompted, answered = self._render(jobs, None)
+            if not prompted.startswith(asked) or word not in answered:
+                raise ChatError(
+                    "the template's generation prompt cannot be told; give one with {% generation %} blocks"
+                )
+            self._probed = prompted[len(asked) :], answered.partition(word)[2].rstrip()
+        return self._probed
+
+    def _render(self, jobs: list[_Job], tools: Sequence[Any] | None) -> list[str]:
+        setup = {"source": self.source, "special": self.special, "now": self.now, "cpu_s": self.cpu_s}
+        tools = list(tools) if tools else None
+        requests = [[job.messages, tools, job.add_generation_prompt, job.marks] for job in jobs]
+        return self._workers.setdefault(os.getpid(), TemplateProcess()).render(setup, requests)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_workers": {}}
+
+
+class _Job(NamedTuple):
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool = False
+    marks: tuple[str, str] = ("", "")
+
+
+def _new_word() -> str:
+    return f"W{secrets.token_hex(12)}"
+
+
+def _after_prompt(before: str, prompt: str) -> int | None:
+    """Where the last generation prompt in `before` ends, if nothing but white space and an empty thought follow it.
+
+    A prompt may end in an opened `<think>` that the template leaves away where there was no thought.
+    """
+    for form in (prompt, prompt.partition("<think>")[0]):
+        head, found, rest = before.rpartition(form) if form else ("", "", "")
+        if found and re.fullmatch(r"\s*(<think>)?\s*(</think>)?\s*", rest):
+            return len(head) + len(form)
+    return None

@@ -1,0 +1,117 @@
+"""The process that renders a chat template, as its caller sees it: started when needed, reused, killed past its limits.
+
+What happens inside is in nb_lightning/chat_worker.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+from nb_lightning.messages import ChatError
+
+WALL_S = 60.0  # for a process that was stopped, and does not use up its CPU time
+WORKER_BYTES = 2**30
+CHARACTERS = 2**24  # of one rendered text
+
+
+class TemplateProcess:
+    """Renders one template for one process of ours; safe to use from any of its threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, setup: dict[str, Any], requests: list[Any]) -> list[str]:
+        """The texts of `requests`; `setup` and they are described in chat_worker.py.
+
+        Raises:
+            ChatError: the template raised, or went past a limit.
+        """
+        with self._lock:
+            try:
+                answer = self._ask(setup, requests)
+            except BaseException:  # Ctrl-C too: an answer that nobody waits for must not be taken for the next one
+                if self._process is not None:
+                    _stop(self._process, os.getpid())
+                    self._process = None
+                raise
+        if "error" in answer:
+            raise ChatError("the template raised", detail=f": {answer['error']}")
+        return answer["texts"]
+
+    def _ask(self, setup: dict[str, Any], requests: list[Any]) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = _start(self)
+            requests_before: list[Any] = [{**setup, "bytes": WORKER_BYTES, "characters": CHARACTERS}]
+        else:
+            requests_before = []
+        process = self._process
+        watch = threading.Timer(WALL_S, process.kill)
+        watch.daemon = True
+        watch.start()
+        try:
+            for value in (*requests_before, {"renders": requests}):
+                _send(process, value)
+            return _receive(process)
+        except (OSError, EOFError):
+            code = process.wait()
+            if code == -signal.SIGPROF:
+                raise ChatError(f"the template takes longer than {setup['cpu_s']:g} s; it was stopped") from None
+            if code == -signal.SIGKILL:
+                raise ChatError(f"the template's process did not answer for {WALL_S:g} s, or was killed") from None
+            raise ChatError(f"the template's process died (exit code {code})") from None
+        finally:
+            watch.cancel()
+
+
+def _start(owner: TemplateProcess) -> subprocess.Popen[bytes]:
+    keep = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # and no secrets of the caller's
+    path = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        # -P: beside the script lie modules of ours whose names others have too.
+        [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,  # nothing may be left in a buffer when the process is killed
+        env={"PYTHONPATH": path, **{key: os.environ[key] for key in keep if key in os.environ}},
+    )
+    weakref.finalize(owner, _stop, process, os.getpid())
+    return process
+
+
+def _send(process: subprocess.Popen[bytes], value: Any) -> None:
+    payload = json.dumps(value).encode()
+    left = memoryview(struct.pack("<I", len(payload)) + payload)
+    assert process.stdin is not None
+    while left:
+        left = left[process.stdin.write(left) :]
+
+
+def _receive(process: subprocess.Popen[bytes]) -> Any:
+    return json.loads(_read(process, struct.unpack("<I", _read(process, 4))[0]))
+
+
+def _read(process: subprocess.Popen[bytes], size: int) -> bytes:
+    assert process.stdout is not None
+    payload = bytearray()
+    while len(payload) < size:
+        piece = process.stdout.read(size - len(payload))
+        if not piece:
+            raise EOFError
+        payload += piece
+    return bytes(payload)
+
+
+def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() == owner:  # not the child of a fork
+        process.kill()
+        process.wait()

@@ -1,0 +1,123 @@
+"""The process in which chat templates run: a script that nb_lightning/chat_process.py starts, outside the library.
+
+A template is somebody else's program. Here it meets Jinja's immutable sandbox, a limit on CPU time that the kernel
+enforces (the default action of SIGPROF ends the process, whatever it is doing), a limit on memory, and no files to
+write. Frames in both directions are 4 bytes of length and JSON. The first one is the setup, each later one a job:
+
+    {"source", "special", "now", "cpu_s", "bytes", "characters"}
+    {"renders": [[messages, tools, add_generation_prompt, marks], ...]}  ->  {"texts": [...]} or {"error": "..."}
+
+With `marks` [open, close], what each {% generation %} block wrote is put between the two strings.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import struct
+import sys
+from contextlib import suppress
+from datetime import datetime
+from typing import Any, BinaryIO
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the assistant writes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
+
+    def _wrap(self, caller: Any) -> str:
+        open_, close = self.environment.marks
+        return f"{open_}{caller()}{close}"
+
+
+class TooLong(Exception):
+    """The text has more characters than allowed."""
+
+
+def build(setup: dict[str, Any]) -> Any:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    now = datetime.fromisoformat(setup["now"]) if setup["now"] else None
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form: str) -> str:
+        return (now or datetime.now()).strftime(form)
+
+    environment.filters["tojson"] = tojson  # Jinja's own escapes <, > and & for HTML
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, **setup["special"])
+    return environment.from_string(setup["source"])
+
+
+def render(template: Any, job: list[Any], most: int) -> str:
+    messages, tools, add_generation_prompt, marks = job
+    template.environment.marks = marks
+    pieces, size = [], 0
+    for piece in template.generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt):
+        size += len(piece)
+        if size > most:
+            raise TooLong(f"writes more than {most:,} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def read(stream: BinaryIO) -> Any:
+    size = stream.read(4)
+    if len(size) < 4:  # the caller has gone
+        sys.exit()
+    return json.loads(stream.read(struct.unpack("<I", size)[0]))
+
+
+def failure(reason: str) -> str:
+    return json.dumps({"error": reason[:500]})
+
+
+def main() -> None:
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    setup = read(stdin)
+    for limit, value in ((resource.RLIMIT_AS, setup["bytes"]), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):  # a system without this limit
+            resource.setrlimit(limit, (value, value))
+    template = None
+    while True:
+        jobs = read(stdin)["renders"]
+        signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
+        try:
+            template = template or build(setup)  # constants are folded here: compiling is as dangerous as running
+            answer = json.dumps({"texts": [render(template, job, setup["characters"]) for job in jobs]})
+        except TemplateError as error:
+            line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+            answer = failure(f"{error.message or type(error).__name__}{line}")
+        except TooLong as error:
+            answer = failure(str(error))
+        except MemoryError:
+            answer = failure(f"needs more than {setup['bytes'] // 2**20:,} MiB of memory")
+        except Exception as error:  # whatever expressions in a template can raise
+            answer = failure(f"{type(error).__name__}: {error}")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        payload = answer.encode()
+        stdout.write(struct.pack("<I", len(payload)) + payload)
+        stdout.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it closes the pipe
+    main()
