@@ -17,6 +17,7 @@ from tests.harness import ROOT
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED = '{"name": "add", "arguments": {"a": 1, "b": "é<"}}'
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é<"}}}
 
 TWO_TURNS = [
@@ -58,7 +59,7 @@ def test_chatml_character_by_character() -> None:
         "<|im_start|>assistant\n"
     )
     assert written(template, AGENT, [TOOL]) == [
-        '<think>\nCall.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é<"}}\n</tool_call><|im_end|>',
+        f"<think>\nCall.\n</think>\n\n<tool_call>\n{CALLED}\n</tool_call><|im_end|>",
         "<think>\nFailed.\n</think>\n\nNo.<|im_end|>",
     ]
 
@@ -89,7 +90,7 @@ def test_every_beginning_of_a_chatml_conversation_is_a_prefix() -> None:
         # The thought of the first turn is history when the second begins.
         ("qwen3", TWO_TURNS, ["Hello.<|im_end|>", "<think>\nAdd.\n</think>\n\n4<|im_end|>"]),
         ("qwen3", AGENT, [
-            '<think>\nCall.\n</think>\n\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é<"}}\n</tool_call><|im_end|>',
+            f"<think>\nCall.\n</think>\n\n\n<tool_call>\n{CALLED}\n</tool_call><|im_end|>",
             "<think>\nFailed.\n</think>\n\nNo.<|im_end|>",
         ]),
         # `<think>` is in the generation prompt: the model never writes it, so it is not trained on.
@@ -119,23 +120,26 @@ def test_a_turn_that_imitates_the_template_is_found_whole(name: str) -> None:
     assert all(fake in span and span.count("x") == 1 for span in spans) and len(spans) == 2
 
 
-def test_what_cannot_be_told_is_an_error() -> None:
-    shouting = "{% for m in messages %}{{ m.role }}: {{ m.content|upper }};{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(ChatError, match="generation prompt cannot be told"):
-        ChatTemplate(shouting).render_with_spans(TWO_TURNS)
-    # Says of every turn how long it is, before it: what is before a turn depends on it.
-    counting = (
-        "{% for m in messages %}{{ messages|map(attribute='content')|join|length }}<{{ m.role }}>{{ m.content }}."
-        "{% endfor %}{% if add_generation_prompt %}{{ messages|map(attribute='content')|join|length }}<assistant>{% endif %}"
+def each(body: str, prompt: str = ">") -> ChatTemplate:
+    return ChatTemplate(
+        "{% for m in messages %}" + body + "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
     )
+
+
+def test_what_cannot_be_told_is_an_error() -> None:
+    shouting = each("{{ m.role }}: {{ m.content | upper }};", "assistant: ")
+    with pytest.raises(ChatError, match="generation prompt cannot be told"):
+        shouting.render_with_spans(TWO_TURNS)
+    length = "{{ messages | map(attribute='content') | join | length }}"  # before a turn, and depends on it
+    counting = each(length + "<{{ m.role }}>{{ m.content }}.", length + "<assistant>")
     with pytest.raises(ChatError, match="message 1: the template does not write this assistant turn between"):
-        ChatTemplate(counting).render_with_spans(TWO_TURNS)
-    mute = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+        counting.render_with_spans(TWO_TURNS)
+    mute = each("{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}")
     with pytest.raises(ChatError, match="message 1: the template leaves out an assistant turn"):
-        ChatTemplate(mute).render_with_spans(TWO_TURNS)
-    once = "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+        mute.render_with_spans(TWO_TURNS)
+    once = each("{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}")
     with pytest.raises(ChatError, match="not one generation block for each assistant turn, but 1 for 2"):
-        ChatTemplate(once).render_with_spans(TWO_TURNS)
+        once.render_with_spans(TWO_TURNS)
     cut = "{% set t %}{% generation %}{{ messages[1].content }}   {% endgeneration %}{% endset %}{{ t|trim }}"
     with pytest.raises(ChatError, match="changes what it wrote in a generation block"):
         ChatTemplate(cut).render_with_spans(TWO_TURNS[:2])
@@ -220,7 +224,12 @@ def test_hostile_templates(source: str) -> None:
 
 def test_a_stopped_template_works_again() -> None:
     """Its limit is each call's own, and it holds in a thread."""
-    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% if messages[0].content == 'Hi' %}ok{% break %}{% endif %}{% endfor %}{% if messages[0].content == 'Hi' %}{% break %}{% endif %}{% endfor %}"
+    inner = "{% for b in range(99999) %}{% endfor %}"
+    source = (
+        "{% if messages[0].content == 'Hi' %}ok{% else %}{% for a in range(99999) %}"
+        + inner
+        + "{% endfor %}{% endif %}"
+    )
     template = ChatTemplate(source, cpu_s=0.5)
     results: list[str] = []
 
@@ -290,8 +299,8 @@ def test_the_date_can_be_fixed() -> None:
         ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "tool_calls outside an assistant turn"),
         ([{"role": "assistant", "tool_calls": "x"}], "tool_calls are not a list"),
         ([{"role": "assistant", "tool_calls": ["x"]}], "message 0, tool call 0: no function name"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "arguments are not JSON"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}], "not an object"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments are not JSON"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}], "arguments are not an object"),
     ],
 )  # fmt: skip
 def test_bad_messages(messages: object, reason: str) -> None:
@@ -318,8 +327,9 @@ def test_messages_as_templates_expect_them() -> None:
 def test_from_folder(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text(
-        '{"bos_token": {"content": "<b>", "lstrip": false}, "eos_token": "<e>", "pad_token": null,'
-        ' "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}"}]}'
+        '{"bos_token": {"content": "<b>", "lstrip": false}, "eos_token": "<e>", "pad_token": null, '
+        '"chat_template": [{"name": "tool_use", "template": "no"}, '
+        '{"name": "default", "template": "{{ bos_token }}"}]}'
     )
     template = ChatTemplate.from_folder(tmp_path)
     assert template is not None and template.special == {"bos_token": "<b>", "eos_token": "<e>"}
