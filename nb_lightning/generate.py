@@ -10,56 +10,21 @@ A row's draws depend on its own seed and the distributions alone: not on the bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nb_lightning.kv_cache import Decode, KVCache, Prefill
 from nb_lightning.model import Transformer
+from nb_lightning.sampling import Sampling, choose
 
 MAX_BATCH = 64
 PREFILL_TOKENS = 8192  # prompts are run together up to this many tokens
-NUCLEUS = 1024  # most likely tokens looked at first under top-p; the whole vocabulary is sorted only if they fall short
 DRAWS = 256  # random numbers made at a time
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. The defaults sample from the model's own distribution.
-
-    Attributes:
-        max_new_tokens: a row that has this many and no stop token ends with "length".
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: of those, keep the fewest whose probabilities sum to at least p (nucleus sampling).
-        stop_ids: a row ends with the first of these, which is its last token.
-        top_logprobs: also report this many most likely tokens a step.
-
-    Raises:
-        ValueError: a value out of its range, by name.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
-    top_logprobs: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be positive, or 0 for all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_logprobs < 0:
-            raise ValueError(f"top_logprobs is {self.top_logprobs}; it must not be negative")
 
 
 @dataclass
@@ -117,16 +82,44 @@ def generate(
         decoder.add(i, prompt, sampling, seed)
     training = model.training
     model.eval()
-    while decoder.busy:
-        for token in decoder.step():
-            completion = completions[token.key]  # type: ignore[call-overload]
-            completion.ids.append(token.id)
-            completion.logprobs.append(token.logprob)
-            completion.finish_reason = token.finish_reason
-            if sampling.top_logprobs:
-                completion.top.append(token.top)
-    model.train(training)
+    try:
+        with gathered(model):
+            while decoder.busy:
+                for token in decoder.step():
+                    completion = completions[token.key]  # type: ignore[call-overload]
+                    completion.ids.append(token.id)
+                    completion.logprobs.append(token.logprob)
+                    completion.finish_reason = token.finish_reason
+                    if sampling.top_logprobs:
+                        completion.top.append(token.top)
+    finally:
+        model.train(training)
     return completions
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Under FSDP2: whole parameters on every rank while this lasts, so that each may run as many forwards as it likes.
+
+    Entering and leaving is a collective; elsewhere this does nothing.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    for module in sharded[1:]:  # the root keeps its own parameters after a forward anyway
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in sharded[1:]:
+            module.set_reshard_after_forward(True, recurse=False)
+        for module in sharded:
+            module.reshard()
 
 
 class _Row:
@@ -190,7 +183,8 @@ class Decoder:
             raise ValueError(f"prompt {key} is empty; give it at least one token")
         size = self.model.shape.vocab_size
         if not (0 <= min(prompt) and max(prompt) < size):
-            raise ValueError(f"prompt {key} has token {max(prompt)}; the model's vocabulary is 0 to {size - 1}")
+            wrong = next(id for id in prompt if not 0 <= id < size)
+            raise ValueError(f"prompt {key} has token {wrong}; the model's vocabulary is 0 to {size - 1}")
         self._waiting.append(_Row(key, prompt, sampling, seed))
 
     def cancel(self, key: Hashable) -> None:
@@ -286,59 +280,3 @@ class Decoder:
     @property
     def _device(self) -> torch.device:
         return self.model.embedding.weight.device
-
-
-def choose(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
-    """Draw one token a row by inverting the distribution function at `uniforms`.
-
-    Args:
-        logits: [B, V] float32.
-        samplings: of each row.
-        uniforms: [B] float64 in [0, 1).
-
-    Returns:
-        [B] int64.
-    """
-    if all(s.temperature == 0 for s in samplings):
-        return logits.argmax(-1)
-    V = logits.shape[1]
-
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
-
-    greedy = column([s.temperature == 0 for s in samplings], torch.bool)
-    scaled = logits / column([s.temperature or 1.0 for s in samplings], torch.float32)
-    order: Tensor | None = None
-    if any(s.top_p < 1 or s.top_k for s in samplings):
-        top_p = column([s.top_p for s in samplings], torch.float64)
-        top_k = column([min(s.top_k or V, V) for s in samplings], torch.long)
-        width = V if V <= NUCLEUS or any(s.top_p == 1 and not s.top_k for s in samplings) else NUCLEUS
-        width = min(V, max(width, *(s.top_k for s in samplings)))
-        probs, order = _nucleus(scaled, top_k, top_p, width)
-    else:
-        probs = scaled.softmax(-1, dtype=torch.float64)
-    below = probs.cumsum(-1)
-    chosen = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)
-    chosen = chosen.clamp(max=V - 1)
-    if order is not None:
-        chosen = order.gather(1, chosen.clamp(max=order.shape[1] - 1))
-    return chosen.where(~greedy, logits.argmax(-1, keepdim=True))[:, 0]
-
-
-def _nucleus(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Probabilities of the tokens that top-k, then top-p keep, most likely first, 0 for the others; and their ids."""
-    V = scaled.shape[1]
-    values, order = scaled.sort(dim=-1, descending=True, stable=True) if width == V else scaled.topk(width)
-    cut = torch.arange(width, device=scaled.device) >= top_k
-    wide = values.double()
-    # With top-k the kept ones are the whole; without, the whole vocabulary is.
-    total = torch.where(
-        top_k < V,
-        wide.masked_fill(cut, float("-inf")).logsumexp(-1, keepdim=True),
-        scaled.double().logsumexp(-1, keepdim=True),
-    )
-    probs = (wide - total).exp().masked_fill(cut, 0.0)
-    before = probs.cumsum(-1) - probs
-    if width < V and bool(((top_k > width) & (probs.sum(-1, keepdim=True) < top_p)).any()):
-        return _nucleus(scaled, top_k, top_p, V)
-    return probs.masked_fill(before >= top_p, 0.0), order

@@ -17,7 +17,7 @@ import pytest
 from tests.harness import ROOT
 
 STDLIB = frozenset(sys.stdlib_module_names)
-MATHS = ("model", "attention", "head", "losses", "optim", "kv_cache", "generate", "weights")
+MATHS = ("model", "attention", "head", "losses", "optim", "kv_cache", "sampling", "generate", "weights")
 F0 = ("config", "phases", "batch")
 
 
