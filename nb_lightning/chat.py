@@ -10,7 +10,6 @@ stays the same before and after it is not the turn's. What cannot be told apart 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -63,31 +62,6 @@ class ChatTemplate:
         is then a prefix of the whole, and all turns can be trained at once.
         """
         return cls(Path(__file__).with_name("chatml.jinja").read_text("utf-8"))
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> ChatTemplate | None:
-        """The template that a tokenizer's folder has: chat_template.jinja, or in tokenizer_config.json; else None.
-
-        Raises:
-            ValueError: a file that cannot be read.
-        """
-        folder = Path(folder)
-        config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        try:
-            config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-            source = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-        except ValueError as error:
-            raise ValueError(f"{folder}: the chat template cannot be read: {error}") from error
-        if isinstance(source, list):  # several by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if source is None:
-            return None
-        tokens = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token")
-        }
-        return cls(source, {key: value for key, value in tokens.items() if isinstance(value, str)})
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False

@@ -322,21 +322,3 @@ def test_messages_as_templates_expect_them() -> None:
     assert check_messages([given]) == [{"role": "assistant", "content": "", "tool_calls": [call, call]}]
     empty = {"role": "user", "content": "", "reasoning_content": "", "tool_calls": []}
     assert check_messages([empty]) == [{"role": "user", "content": ""}]
-
-
-def test_from_folder(tmp_path: Path) -> None:
-    assert ChatTemplate.from_folder(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"bos_token": {"content": "<b>", "lstrip": false}, "eos_token": "<e>", "pad_token": null, '
-        '"chat_template": [{"name": "tool_use", "template": "no"}, '
-        '{"name": "default", "template": "{{ bos_token }}"}]}'
-    )
-    template = ChatTemplate.from_folder(tmp_path)
-    assert template is not None and template.special == {"bos_token": "<b>", "eos_token": "<e>"}
-    assert template.render(TWO_TURNS) == "<b>"
-    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
-    template = ChatTemplate.from_folder(tmp_path)
-    assert template is not None and template.render(TWO_TURNS) == "<e>"
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="chat template cannot be read"):
-        ChatTemplate.from_folder(tmp_path)

@@ -57,6 +57,8 @@ RULES = [
          never=("bitsandbytes",), but=library("optim")),
     Rule("chat: stdlib", library("messages", "chat", "chat_process"),
          only=modules("messages", "chat", "chat_process")),
+    Rule("chat tokens: stdlib, tokenizers and chat", library("chat_tokens"),
+         only=("tokenizers", *modules("messages", "chat", "tokenizer"))),
     Rule("one place for Jinja", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("jinja2",), but=library("chat_worker")),
     Rule("the chat worker: stdlib and Jinja", library("chat_worker"), only=("jinja2",)),
