@@ -55,9 +55,9 @@ class PackedBatch(_Movable):
     cu_seqlens: Tensor | None = None
 
     @property
-    def trained_tokens(self) -> Tensor:
-        """Number of labels that count, a 0-d int64 tensor."""
-        return (self.labels != IGNORE).sum()
+    def counts(self) -> dict[str, Tensor]:
+        """`tokens`: the number of labels that count, a 0-d int64 tensor."""
+        return {"tokens": (self.labels != IGNORE).sum()}
 
     @classmethod
     def from_rows(cls, rows: Tensor, eos_id: int | None) -> PackedBatch:

@@ -93,11 +93,11 @@ def test_labels_may_be_changed_without_changing_the_inputs() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3]]
 
 
-def test_trained_tokens_counts_what_is_not_ignored() -> None:
+def test_counts_are_of_what_is_not_ignored() -> None:
     batch = PackedBatch.from_rows(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), EOS)
     batch.labels[0, :2] = IGNORE
-    assert batch.trained_tokens.item() == 4
-    assert batch.trained_tokens.shape == () and batch.trained_tokens.dtype == torch.int64
+    assert batch.counts["tokens"].item() == 4
+    assert batch.counts["tokens"].shape == () and batch.counts["tokens"].dtype == torch.int64
 
 
 # Moving -------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """What all stages share: one `training_step` is one optimizer step.
 
 A batch holds all the rows this rank contributes to the step, as micro-batches. The step runs them forward and
-backward, divides by the *global* number of trained tokens, clips, and steps. So the loss is right under any
-accumulation, packing or world size, and no checkpoint falls inside an accumulation.
+backward, divides every sum by its *global* count (trained tokens, pairs ...), clips, and steps. So the loss is right
+under any accumulation, packing or world size, and no checkpoint falls inside an accumulation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,10 +18,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from nb_lightning.attention import resolve_backend
-from nb_lightning.batch import PackedBatch, StepBatch
+from nb_lightning.batch import StepBatch
 from nb_lightning.config import Config, plain
 from nb_lightning.errors import RunStopped
-from nb_lightning.metrics import Perplexity
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer, clip_grad_norm
 from nb_lightning.phases import Phase, PhasePlan
@@ -53,12 +52,19 @@ class BaseStage(pl.LightningModule):
         self.tokens_seen = 0
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._perplexity: dict[str, Perplexity] = {}
 
     # What a stage defines -------------------------------------------------------------------------------------------
 
-    def loss(self, batch: PackedBatch) -> Tensor:
-        """Summed loss over the trained tokens of one micro-batch, a 0-d tensor."""
+    # Each statistic that `sums` gives -> the one of the batch's `counts` that it is a mean over.
+    per: ClassVar[Mapping[str, str]]
+
+    @property
+    def objective(self) -> Mapping[str, float]:
+        """The loss: weights of the statistics' means. The others are only logged, as `train/<name>`."""
+        raise NotImplementedError
+
+    def sums(self, batch: Any) -> dict[str, Tensor]:
+        """Each statistic summed over one micro-batch, 0-d tensors; those of the objective carry a gradient."""
         raise NotImplementedError
 
     # Building -------------------------------------------------------------------------------------------------------
@@ -106,17 +112,18 @@ class BaseStage(pl.LightningModule):
         return self.plan.phase_at(self.tokens_seen)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
-        optimizer = self.optimizers()
-        trained = self._sum_over_ranks(torch.stack([micro.trained_tokens for micro in batch.micro_batches]).sum())
-        # DDP and FSDP2 average gradients over ranks; times the world size makes that the sum the loss is.
-        scale = self.trainer.world_size / trained.clamp(min=1)
-        total = torch.zeros((), device=self.device)
+        optimizer, objective = self.optimizers(), self.objective
+        counts = self._global_counts(batch)
+        totals = dict.fromkeys(self.per, torch.zeros((), device=self.device))
         for micro in batch.micro_batches:
             with self._synchronise(micro is batch.micro_batches[-1]):
-                loss = self.loss(micro)
-                self.manual_backward(loss * scale)
-            total += loss.detach()
-        loss = self._sum_over_ranks(total) / trained.clamp(min=1)
+                sums = self.sums(micro)
+                loss = sum(sums[name] * (weight / counts[self.per[name]]) for name, weight in objective.items())
+                # DDP and FSDP2 average gradients over ranks; times the world size makes that the sum the loss is.
+                self.manual_backward(loss * self.trainer.world_size)
+            totals = {name: total + sums[name].detach() for name, total in totals.items()}
+        means = {name: total / counts[self.per[name]] for name, total in self._sum_over_ranks(totals).items()}
+        loss = sum(weight * means[name] for name, weight in objective.items())
         grad_norm = clip_grad_norm(self.model.parameters(), self.cfg.stage.optim.clip_norm)
         if bool(torch.isfinite(loss + grad_norm)):  # the same number on every rank, so all decide alike
             optimizer.step()
@@ -126,8 +133,16 @@ class BaseStage(pl.LightningModule):
         optimizer.zero_grad()
         self.tokens_seen += batch.tokens
         metrics = {"train/loss": loss, "optim/grad_norm": grad_norm}
+        if len(means) > 1:  # else the loss says it all
+            metrics |= {f"train/{name}": mean for name, mean in means.items()}
         self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
         return metrics
+
+    def _global_counts(self, batch: StepBatch) -> dict[str, Tensor]:
+        """What the sums of this step are divided by, over all micro-batches and ranks; at least 1."""
+        own = [micro.counts for micro in batch.micro_batches]
+        totals = {name: torch.stack([counts[name] for counts in own]).sum() for name in own[0]}
+        return {name: total.clamp(min=1) for name, total in self._sum_over_ranks(totals).items()}
 
     def _clock(self) -> Tensor:
         """`tokens_seen` for the loggers; float64 holds every count up to 9e15 exactly, float32 only up to 16.7 M."""
@@ -156,21 +171,11 @@ class BaseStage(pl.LightningModule):
             return
         yield
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
-
-    # Validation: perplexity of each source on held-out rows ---------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        self._perplexity = {name: Perplexity().to(self.device) for name in self.trainer.datamodule.val_names}
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        name = self.trainer.datamodule.val_names[dataloader_idx]
-        self._perplexity[name].update(self.loss(batch), batch.trained_tokens)
-
-    def on_validation_epoch_end(self) -> None:
-        values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
-        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+    def _sum_over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.trainer.world_size == 1:
+            return values
+        stacked = self.trainer.strategy.reduce(torch.stack(list(values.values())), reduce_op="sum")
+        return dict(zip(values, stacked))
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

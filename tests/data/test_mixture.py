@@ -117,4 +117,4 @@ def test_held_out_rows_are_spread_over_the_split_without_overlap(corpus: Path) -
         assert all(b - a >= 32 for a, b in pairwise(starts)) and starts[-1] + 33 <= source.tokens
         tokens = [token for batch in batches for row in batch.labels.tolist() for token in row]
         assert tokens == [token for start in starts for token in whole[start + 1 : start + 33]]
-    assert held_out[len(held_out)].trained_tokens == 0  # what evens out the ranks counts nothing
+    assert held_out[len(held_out)].counts["tokens"] == 0  # what evens out the ranks counts nothing

@@ -1,0 +1,36 @@
+"""Training on the next token: what pretraining and SFT share. They differ in their data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from nb_lightning.batch import PackedBatch
+from nb_lightning.losses import cross_entropy
+from nb_lightning.metrics import Perplexity
+from nb_lightning.stages.base import BaseStage
+
+
+class NextTokenStage(BaseStage):
+    """Cross-entropy per trained token; validation is the perplexity of each source on held-out rows."""
+
+    per: ClassVar[Mapping[str, str]] = {"nll": "tokens"}
+    objective: ClassVar[Mapping[str, float]] = {"nll": 1.0}  # type: ignore[assignment]
+
+    def sums(self, batch: PackedBatch) -> dict[str, Tensor]:
+        head = partial(cross_entropy, labels=batch.labels, chunk=self.cfg.stage.head_chunk)
+        return {"nll": self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)}
+
+    def on_validation_epoch_start(self) -> None:
+        self._perplexity = {name: Perplexity().to(self.device) for name in self.trainer.datamodule.val_names}
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        name = self.trainer.datamodule.val_names[dataloader_idx]
+        self._perplexity[name].update(self.sums(batch)["nll"], batch.counts["tokens"])
+
+    def on_validation_epoch_end(self) -> None:
+        values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
+        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
