@@ -10,9 +10,10 @@ A row's draws depend on its own seed and the distributions alone: not on the bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,6 +28,16 @@ PREFILL_TOKENS = 8192  # prompts are run together up to this many tokens
 DRAWS = 256  # random numbers made at a time
 
 
+@dataclass(frozen=True)
+class Request:
+    """One row to generate; `key` names it in what comes back, and must be its own."""
+
+    key: Hashable
+    prompt: Sequence[int]
+    sampling: Sampling
+    seed: int | Sequence[int] = 0
+
+
 @dataclass
 class Completion:
     """What the model wrote.
@@ -35,7 +46,7 @@ class Completion:
         ids: new tokens; with "stop" the last one is the stop token.
         logprobs: nats, of each of `ids` under the model's own softmax (temperature 1, nothing cut off).
         finish_reason: "stop" or "length".
-        top: for each token the (id, logprob) of the `Sampling.top_logprobs` most likely ones.
+        top: for each of `ids` the (id, logprob) of the `Sampling.top_logprobs` most likely tokens.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -76,25 +87,43 @@ def generate(
         seeds = [[seeds, i] for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    decoder = Decoder(model, min(max_batch, max(1, len(prompts))))
-    completions = [Completion() for _ in prompts]
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-        decoder.add(i, prompt, sampling, seed)
+    for i, prompt in enumerate(prompts):
+        _require_valid(model, i, prompt)
+    requests = [Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds))]
+    completions = dict(stream(model, requests, min(max_batch, max(1, len(prompts)))))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def stream(
+    model: Transformer, requests: Iterable[Request], max_batch: int = MAX_BATCH
+) -> Iterator[tuple[Hashable, Completion]]:
+    """(key, completion) of each request as soon as it is finished. `requests` is read little by little.
+
+    Raises:
+        ValueError: an empty prompt or a token the model does not have.
+    """
+    decoder, requests = Decoder(model, max_batch), iter(requests)
+    running: dict[Hashable, Completion] = {}
     training = model.training
     model.eval()
     try:
         with gathered(model):
-            while decoder.busy:
+            while True:
+                for request in islice(requests, 2 * max_batch - len(running)):  # one batch runs, one waits
+                    decoder.add(request.key, request.prompt, request.sampling, request.seed)
+                    running[request.key] = Completion()
+                if not running:
+                    return
                 for token in decoder.step():
-                    completion = completions[token.key]  # type: ignore[call-overload]
+                    completion = running[token.key]
                     completion.ids.append(token.id)
                     completion.logprobs.append(token.logprob)
                     completion.finish_reason = token.finish_reason
-                    if sampling.top_logprobs:
-                        completion.top.append(token.top)
+                    completion.top.append(token.top)
+                    if token.finish_reason:
+                        yield token.key, running.pop(token.key)
     finally:
         model.train(training)
-    return completions
 
 
 @contextmanager
@@ -120,6 +149,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(True, recurse=False)
         for module in sharded:
             module.reshard()
+
+
+def _require_valid(model: Transformer, key: Hashable, prompt: Sequence[int]) -> None:
+    if not len(prompt):
+        raise ValueError(f"prompt {key} is empty; give it at least one token")
+    size = model.shape.vocab_size
+    if not (0 <= min(prompt) and max(prompt) < size):
+        wrong = next(id for id in prompt if not 0 <= id < size)
+        raise ValueError(f"prompt {key} has token {wrong}; the model's vocabulary is 0 to {size - 1}")
 
 
 class _Row:
@@ -179,12 +217,7 @@ class Decoder:
         Raises:
             ValueError: an empty prompt or a token that the model does not have.
         """
-        if not len(prompt):
-            raise ValueError(f"prompt {key} is empty; give it at least one token")
-        size = self.model.shape.vocab_size
-        if not (0 <= min(prompt) and max(prompt) < size):
-            wrong = next(id for id in prompt if not 0 <= id < size)
-            raise ValueError(f"prompt {key} has token {wrong}; the model's vocabulary is 0 to {size - 1}")
+        _require_valid(self.model, key, prompt)
         self._waiting.append(_Row(key, prompt, sampling, seed))
 
     def cancel(self, key: Hashable) -> None:

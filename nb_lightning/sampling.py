@@ -100,7 +100,6 @@ def _from_most_likely(scaled: Tensor, samplings: Sequence[Sampling], uniforms: T
     )
     below = weights.cumsum(-1)
     beyond = (below - weights >= _column([s.top_p for s in samplings], scaled) * total) | (weights == 0)
-    beyond[:, 0] = False
     last = values.gather(1, (~beyond).sum(-1, keepdim=True) - 1)
     if width < V and bool((last <= values[:, -1:]).any()):
         return _from_most_likely(scaled, samplings, uniforms, 8 * width)

@@ -1,0 +1,231 @@
+"""How often a model is right: k completions of each task, scored by its verifier, with intervals.
+
+    report = evaluate_tasks(pretrained, read_tasks("tasks.jsonl"), Sampling(512, 0.6, top_p=0.95), k=8)
+    report.summary()["all"]["mean"], report.summary()["all"]["pass"][8]
+
+Completion j of a task has a seed of its own, made of `seed`, the task and j: what is drawn depends neither on the batch
+nor on which other tasks there are, nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import comb
+from typing import Any
+
+import numpy as np
+import torch
+
+from nb_lightning.generate import MAX_BATCH, Completion, Request, stream
+from nb_lightning.pretrained import Pretrained
+from nb_lightning.rewards import Score, Verifier, get_verifier
+from nb_lightning.sampling import Sampling
+from nb_lightning.tasks import Task
+
+RESAMPLES = 2000
+SCORERS = 4  # threads that score while the model goes on
+
+
+@dataclass
+class Attempts:
+    """The completions of one task, k of each list."""
+
+    task: Task
+    texts: list[str] = field(default_factory=list)  # without the token that ended them
+    tokens: list[int] = field(default_factory=list)  # with it
+    finish_reasons: list[str] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """The mean reward: avg@k."""
+        return sum(score.reward for score in self.scores) / len(self.scores)
+
+    @property
+    def correct(self) -> int:
+        """Completions with the whole reward."""
+        return sum(score.reward == 1 for score in self.scores)
+
+
+@dataclass
+class Report:
+    """All attempts, in the order of the tasks."""
+
+    attempts: list[Attempts]
+    k: int
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """For each source, and "all": see `summarise`."""
+        by_source: dict[str, list[Attempts]] = {}
+        for attempts in self.attempts:
+            by_source.setdefault(attempts.task.source, []).append(attempts)
+        return {name: summarise(found, self.k) for name, found in {**by_source, "all": self.attempts}.items()}
+
+
+def summarise(attempts: Sequence[Attempts], k: int) -> dict[str, Any]:
+    """Numbers of a set of tasks.
+
+    Returns:
+        tasks: how many; mean: avg@k, the mean reward; interval: 95 % of the bootstrap over tasks; pass: {j: pass@j}
+        for j = 1, 2, 4, ... and k, of completions with the whole reward; truncated: share of completions that ended
+        with "length"; tokens: mean length; statuses: {status: completions}.
+    """
+    means = np.array([a.mean for a in attempts])
+    sizes = sorted({2**i for i in range(k.bit_length())} | {k})
+    return {
+        "tasks": len(attempts),
+        "mean": float(means.mean()),
+        "interval": bootstrap(means),
+        "pass": {j: float(np.mean([pass_at(j, k, a.correct) for a in attempts])) for j in sizes if j <= k},
+        "truncated": float(np.mean([reason == "length" for a in attempts for reason in a.finish_reasons])),
+        "tokens": float(np.mean([n for a in attempts for n in a.tokens])),
+        "statuses": dict(Counter(str(score.info["status"]) for a in attempts for score in a.scores)),
+    }
+
+
+def pass_at(j: int, k: int, correct: int) -> float:
+    """The unbiased estimate, from k completions of which `correct` are, that one of j is: 1 - C(k - c, j) / C(k, j)."""
+    return 1 - comb(k - correct, j) / comb(k, j)
+
+
+def bootstrap(
+    values: np.ndarray, weights: np.ndarray | None = None, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of sum(values) / sum(weights), resampling pairs; weights are 1 if not given.
+
+    Always from the same random numbers: equal input gives equal intervals. One value says nothing of its spread: None.
+    """
+    if len(values) < 2:
+        return None
+    weights = np.ones(len(values)) if weights is None else weights
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(resamples):
+        chosen = rng.integers(len(values), size=len(values))
+        ratios.append(values[chosen].sum() / weights[chosen].sum())
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def evaluate_tasks(
+    pretrained: Pretrained,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    k: int = 1,
+    seed: int = 0,
+    max_batch: int = MAX_BATCH,
+    on_scored: Callable[[Attempts], None] = lambda attempts: None,
+) -> Report:
+    """Sample and score k completions of every task.
+
+    Where processes train together (torch.distributed is initialised) each takes its share, all get the whole report,
+    and all must call this; under FSDP2 too.
+
+    Args:
+        sampling: the stop tokens of `pretrained` are added.
+        on_scored: called for each task of this process, in the order in which they are done.
+
+    Raises:
+        ValueError: no task, no chat template, messages that it refuses, an unknown verifier, or a reference that it
+            does not read; before anything is sampled.
+    """
+    if not tasks:
+        raise ValueError("no task to evaluate")
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    verifiers = {name: get_verifier(name) for name in sorted({task.verifier for task in tasks})}
+    for task in tasks:
+        try:
+            verifiers[task.verifier].check(task.reference)
+        except ValueError as error:
+            raise ValueError(f"task {task.id!r}: {error}") from error
+    rank, ranks = _place()
+    share = list(tasks[rank::ranks])
+    prompts = encode(pretrained, share)
+    sampling = Sampling(**{**vars(sampling), "stop_ids": (*sampling.stop_ids, *pretrained.stop_ids)})
+    attempts = [Attempts(task) for task in share]
+    with ThreadPoolExecutor(SCORERS) as scorers:
+        scoring: list[Future[None]] = []
+        for i, completions in _complete(pretrained, share, prompts, sampling, k, seed, max_batch):
+            _record(attempts[i], completions, pretrained)
+            scoring.append(scorers.submit(_score, verifiers[share[i].verifier], attempts[i], on_scored))
+        for future in scoring:
+            future.result()  # raises what it raised
+    return Report(_in_order(attempts, len(tasks)), k)
+
+
+def encode(pretrained: Pretrained, tasks: Iterable[Task]) -> list[list[int]]:
+    """The tokens of each task's chat, up to where the assistant begins.
+
+    Raises:
+        ValueError: no chat template, or messages that it refuses, by the task's id.
+    """
+    if pretrained.chat is None:
+        raise ValueError(f"{pretrained.name} has no chat template, and tasks are chats; name one (--chat-template)")
+    texts = []
+    for task in tasks:
+        try:
+            texts.append(pretrained.chat.render(task.messages, add_generation_prompt=True))
+        except ValueError as error:
+            raise ValueError(f"task {task.id!r}: {error}") from error
+    batch = pretrained.tokenizer.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in batch]
+
+
+def _complete(
+    pretrained: Pretrained,
+    tasks: Sequence[Task],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    k: int,
+    seed: int,
+    max_batch: int,
+) -> Iterable[tuple[int, list[Completion]]]:
+    """(place, its k completions) of each task, as they are done."""
+    requests = (
+        Request((i, j), prompts[i], sampling, [seed, zlib.crc32(f"{task.source}\n{task.id}".encode()), j])
+        for i, task in enumerate(tasks)
+        for j in range(k)
+    )
+    done: dict[int, dict[int, Completion]] = {}
+    for (i, j), completion in stream(pretrained.model, requests, max_batch):  # type: ignore[misc]
+        done.setdefault(i, {})[j] = completion
+        if len(done[i]) == k:
+            yield i, [completion for _, completion in sorted(done.pop(i).items())]
+
+
+def _record(attempts: Attempts, completions: Iterable[Completion], pretrained: Pretrained) -> None:
+    for completion in completions:
+        ids = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
+        attempts.texts.append(pretrained.tokenizer.decode(ids))
+        attempts.tokens.append(len(completion.ids))
+        attempts.finish_reasons.append(completion.finish_reason)
+
+
+def _score(verifier: Verifier, attempts: Attempts, on_scored: Callable[[Attempts], None]) -> None:
+    asked = str(attempts.task.messages[-1].get("content", ""))
+    attempts.scores = verifier.score(asked, attempts.texts, attempts.task.reference)
+    on_scored(attempts)
+
+
+def _place() -> tuple[int, int]:
+    """(rank, number) of the processes that evaluate together."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _in_order(share: list[Attempts], count: int) -> list[Attempts]:
+    """Every rank's attempts, in the order of all tasks."""
+    ranks = _place()[1]
+    if ranks == 1:
+        return share
+    shares: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(shares, share)
+    return [shares[i % ranks][i // ranks] for i in range(count)]

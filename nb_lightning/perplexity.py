@@ -1,0 +1,162 @@
+"""How well a model predicts text: nats per token, perplexity, and bits per byte, which compares tokenizers too.
+
+Every token of a document is predicted exactly once, its end token too. A document begins after an end token; one of
+more than `seq_len` tokens is cut into windows, the first token of each predicted from the one before it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nb_lightning.accuracy import bootstrap
+from nb_lightning.head import token_logprobs
+from nb_lightning.model import Transformer
+from nb_lightning.pretrained import Pretrained
+
+PACKED_TOKENS = 8192  # windows are run together up to this many tokens
+READ_TOKENS = 2**20
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids, the end token last; and the bytes of its text."""
+
+    ids: list[int]
+    bytes: int
+
+
+def perplexity(
+    pretrained: Pretrained,
+    documents: Iterable[Document],
+    seq_len: int,
+    max_tokens: int | None = None,
+    on_tokens: Callable[[int], Any] = lambda tokens: None,
+) -> dict[str, Any]:
+    """Predict documents.
+
+    Args:
+        seq_len: tokens of context at most.
+        max_tokens: no further document is begun once so many tokens were predicted.
+        on_tokens: called with the number of tokens of each document as it is read.
+
+    Returns:
+        documents, tokens, bytes: how much was predicted; nats_per_token; interval: its 95 % bootstrap over documents;
+        perplexity; bits_per_byte.
+
+    Raises:
+        ValueError: no document.
+    """
+    nll: list[float] = []  # of each document
+    sizes: list[tuple[int, int]] = []  # its tokens and bytes
+    pack: list[tuple[int, list[int]]] = []  # (document, its window and one token more)
+    filled = 0
+    for document in documents:
+        if max_tokens is not None and sum(tokens for tokens, _ in sizes) >= max_tokens:
+            break
+        nll.append(0.0)
+        whole = [pretrained.tokenizer.eos_id, *document.ids]
+        for start in range(0, len(document.ids), seq_len):
+            window = whole[start : start + seq_len + 1]
+            if pack and filled + len(window) > PACKED_TOKENS:
+                _predict(pretrained.model, pack, nll)
+                pack, filled = [], 0
+            pack.append((len(nll) - 1, window))
+            filled += len(window)
+        sizes.append((len(document.ids), document.bytes))
+        on_tokens(len(document.ids))
+    if not sizes:
+        raise ValueError("no document to predict")
+    _predict(pretrained.model, pack, nll)
+    tokens, size = (int(total) for total in np.sum(sizes, axis=0))
+    total = math.fsum(nll)
+    return {
+        "documents": len(nll),
+        "tokens": tokens,
+        "bytes": size,
+        "nats_per_token": total / tokens,
+        "interval": bootstrap(np.array(nll), np.array([tokens for tokens, _ in sizes])),
+        "perplexity": math.exp(min(total / tokens, 700)),
+        "bits_per_byte": total / math.log(2) / size if size else None,
+    }
+
+
+@torch.no_grad()
+def _predict(model: Transformer, pack: list[tuple[int, list[int]]], nll: list[float]) -> None:
+    """Add each window's negative log-likelihood to its document's."""
+    device = model.embedding.weight.device
+    lengths = [len(window) - 1 for _, window in pack]
+    ids = torch.tensor([id for _, window in pack for id in window[:-1]], device=device)
+    labels = torch.tensor([id for _, window in pack for id in window[1:]], device=device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device) if len(pack) > 1 else None
+    head = partial(_logprobs, labels=labels)
+    logprobs = model(ids[None], positions[None], ends, head=head)
+    for (document, _), part in zip(pack, logprobs.double().cpu().split(lengths)):
+        nll[document] -= float(part.sum())
+
+
+def _logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return token_logprobs(hidden[0], weight, labels)
+
+
+def source_documents(folder: str, pretrained: Pretrained, split: str = "val") -> Iterator[Document]:
+    """The documents of a tokenized source's split.
+
+    Raises:
+        ValueError: nothing there, damaged, or tokenized by another tokenizer than the model's.
+    """
+    from nb_lightning.source import Source
+
+    source = Source(f"{folder}/{split}")
+    eos_id = source.manifest.eos_id
+    if source.manifest.tokenizer != pretrained.tokenizer.digest:
+        raise ValueError(f"{folder} was tokenized with another tokenizer than {pretrained.name}'s; evaluate its text")
+    left: list[int] = []
+    for chunk, tokens in enumerate(source.chunk_tokens.tolist()):
+        for start in range(0, tokens, READ_TOKENS):
+            read = source.read(chunk, start, min(READ_TOKENS, tokens - start))
+            pieces = np.split(read, np.flatnonzero(read == eos_id) + 1)
+            for piece in pieces[:-1]:
+                yield _from_ids([*left, *piece.tolist()], pretrained)
+                left = []
+            left += pieces[-1].tolist()
+    if left:
+        yield _from_ids(left, pretrained)
+
+
+def text_documents(file: str, pretrained: Pretrained) -> Iterator[Document]:
+    """The texts of a .jsonl file (each line's field "text"), or any other file as one text.
+
+    Raises:
+        ValueError: a file that cannot be read, or a line without a text, by number.
+    """
+    try:
+        content = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    texts = [content]
+    if file.endswith(".jsonl"):
+        texts = []
+        for number, line in enumerate(content.split("\n"), start=1):
+            if line.strip():
+                try:
+                    texts.append(json.loads(line)["text"])
+                    texts[-1].encode()
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f'{file}:{number}: not an object with a string "text"') from error
+    for text in texts:
+        yield Document(pretrained.tokenizer.encode([text])[0], len(text.encode()))
+
+
+def _from_ids(ids: list[int], pretrained: Pretrained) -> Document:
+    text = pretrained.tokenizer.decode(ids[:-1] if ids[-1] == pretrained.tokenizer.eos_id else ids)
+    return Document(ids, len(text.encode()))
