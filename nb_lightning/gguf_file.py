@@ -61,15 +61,8 @@ class GGUFWeights(Weights):
     """
 
     def __init__(self, path: Path) -> None:
-        gguf = require_package()
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-            shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-        except Exception as error:  # a damaged file gives any error that numpy and struct can give
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path} is not a readable GGUF file: {reason}") from error
+        self.metadata, self._tensors = _read(path)
+        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
         if "rope_freqs.weight" in shapes:
             raise ValueError(
                 f"{path}: rope_freqs.weight scales the positions; only plain rotary positions are supported"
@@ -96,6 +89,22 @@ class GGUFWeights(Weights):
 
     def spell(self, name: str) -> str:
         return to_gguf(name)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Key -> value. Raises ValueError for what is not a GGUF file."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    gguf = require_package()
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        return metadata, {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # a damaged file gives any error that numpy and struct can give
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a readable GGUF file: {reason}") from error
 
 
 def to_gguf(name: str) -> str:
