@@ -27,16 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 gc.disable()
 
 log = logging.getLogger("train")
-
-
-def shape_at(init_from: str | None) -> dict[str, Any]:
-    """What `model=from_hf` asks for; torch is loaded only if it does."""
-    from nb_lightning import pretrained
-
-    return pretrained.shape_at(init_from)
-
-
-register(shape_at)
+register()
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")

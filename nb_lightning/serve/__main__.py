@@ -1,0 +1,143 @@
+"""`python -m nb_lightning.serve --model PATH`: an OpenAI-compatible server. See docs/serving.md."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+try:
+    from litserve import LitServer
+    from litserve.utils import WorkerSetupStatus
+except ModuleNotFoundError:
+    sys.exit("nb_lightning.serve needs LitServe: pip install 'nb_lightning[serve]'")
+
+from nb_lightning.chat_tokens import ChatTokenizer
+from nb_lightning.pretrained import chat_template, find
+from nb_lightning.sampling import Sampling
+from nb_lightning.serve.engine import Engine, be_a_child
+from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers
+from nb_lightning.weights import read_json
+
+MAX_BODY = 8 * 2**20  # bytes of a request
+GRACE_S = 5  # for answers that are on their way when the server is stopped
+PAPER = {"temperature": 0.6, "top_p": 0.95}  # how the paper decodes
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m nb_lightning.serve", description="An OpenAI-compatible server.")
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a run, a checkpoint, or a Hugging Face folder")
+    add("--name", help="what requests call the model; by default the last part of PATH")
+    add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"))
+    add("--port", type=int, default=8000, help="1024 to 65535")
+    add("--device", default="auto", help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: bfloat16 on a GPU")
+    add("--max-batch", type=int, default=32, help="completions that run at the same time")
+    add("--max-queue", type=int, default=128, help="completions that wait; further ones get 429")
+    add("--context", type=int, help="tokens of prompt and completion together; by default the model's")
+    add("--reasoning-content", action="store_true", help="return <think>...</think> in a field of its own")
+    add("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    return parser.parse_args(argv)
+
+
+def describe(args: argparse.Namespace) -> Served:
+    """What the routes need of the model, without its weights.
+
+    Raises:
+        ValueError: nothing to serve there, or an argument out of its range.
+    """
+    for name, least in (("max_batch", 1), ("max_queue", 0), ("context", 2)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    origin = find(args.model)
+    tokenizer = origin.tokenizer()
+    template = chat_template(tokenizer)
+    context = args.context or origin.context
+    if context is None:
+        raise ValueError(f"{args.model} does not say how many tokens the model is made for; give --context")
+    return Served(
+        name=args.name or Path(args.model).resolve().name,
+        tokenizer=tokenizer,
+        chat=template and ChatTokenizer(tokenizer, template),
+        stop_ids=origin.stop_ids(tokenizer),
+        vocab_size=origin.shape.vocab_size,
+        context=context,
+        defaults=decoding(Path(args.model)),
+        max_rows=args.max_batch + args.max_queue,
+        reasoning=args.reasoning_content,
+    )
+
+
+def decoding(folder: Path) -> dict[str, float]:
+    """How to decode when a request does not say: as generation_config.json says, else as the paper.
+
+    Raises:
+        ValueError: it says something that cannot be.
+    """
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("do_sample") is False:
+        return {"temperature": 0.0}
+    said = {name: config[name] for name in ("temperature", "top_p", "top_k") if config.get(name) is not None}
+    try:
+        Sampling(1, **said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return said or PAPER
+
+
+class Server(LitServer):
+    """LitServe's, which waits for ever for a worker that is killed while it loads the model."""
+
+    def verify_worker_status(self) -> None:
+        (worker,) = self.inference_workers
+        while WorkerSetupStatus.READY not in self.workers_setup_status.values():
+            if not worker.is_alive():
+                raise RuntimeError(f"the model could not be loaded (exit code {worker.exitcode}); the reason is above")
+            time.sleep(0.05)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ValueError: nothing to serve there, or an argument out of its range.
+        RuntimeError: the worker could not load the model, or died.
+    """
+    engine = Engine(args.model, args.device, args.dtype, args.max_batch, OpenAI(describe(args)))
+    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    server = Server(engine, "cuda" if cuda else "cpu", devices=1, timeout=False, max_payload_size=MAX_BODY)
+    server.uvicorn_graceful_timeout = GRACE_S
+    add_error_handlers(server.app)
+    main = os.getpid()
+
+    def stop(*_: object) -> None:
+        if os.getpid() == main:  # forked processes inherit this; LitServe tells them
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    os.register_at_fork(after_in_child=be_a_child)
+    try:
+        server.run(args.host, args.port, num_api_servers=1, log_level=args.log_level, generate_client_file=False)
+    except KeyboardInterrupt:  # while it was loading
+        pass
+    except (EOFError, OSError) as error:  # a worker died, and LitServe took down what this process was waiting for
+        raise RuntimeError("the decoding process died") from error
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+if __name__ == "__main__":
+    try:
+        serve(arguments())
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"nb_lightning.serve: {error}")

@@ -1,0 +1,321 @@
+"""The process that answers HTTP: from requests to rows for the worker, from its tokens to answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from litserve import LitAPI, LitServer
+from litserve.specs.base import LitSpec
+from litserve.utils import ResponseBufferItem
+from starlette.exceptions import HTTPException
+
+from nb_lightning.chat_tokens import ChatTokenizer
+from nb_lightning.generate import NewToken
+from nb_lightning.messages import ChatError
+from nb_lightning.sampling import Sampling
+from nb_lightning.serve.engine import FAILED, STEPS
+from nb_lightning.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from nb_lightning.serve.replies import CHAT, TEXT, Job, Piece
+from nb_lightning.serve.text import REASONING, TOOL_CALL, TokenBytes
+from nb_lightning.tokenizer import TextTokenizer
+
+T = TypeVar("T")
+COMPLETION_TOKENS = 16  # OpenAI's default for completions
+GONE = 499  # nobody reads it: the client has closed the connection
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the routes know of the model.
+
+    Attributes:
+        context: tokens that prompt and completion may have together.
+        defaults: of `temperature`, `top_p` and `top_k`.
+        max_rows: completions that may run and wait at the same time.
+        reasoning: return <think> ... </think> as `reasoning_content` instead of in the content.
+    """
+
+    name: str
+    tokenizer: TextTokenizer
+    chat: ChatTokenizer | None
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+    context: int
+    defaults: Mapping[str, float]
+    max_rows: int
+    reasoning: bool = False
+
+
+class OpenAI(LitSpec):
+    """The routes, and the rows that the worker runs for them."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__()
+        self.api_path = "/v1/chat/completions"  # also names LitServe's queue to the worker
+        self.served = served
+        self.token_bytes = TokenBytes(served.tokenizer.tokenizer)
+        self._threads = ThreadPoolExecutor(2)
+        self._keys = itertools.count()
+        self._rows: dict[int, asyncio.Queue[NewToken]] = {}
+        self._listener: asyncio.Task[None] | None = None
+
+    @property
+    def stream(self) -> bool:
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"api_path": self.api_path}  # all that the worker needs
+
+    def pre_setup(self, lit_api: LitAPI) -> None:
+        self.add_endpoint("/v1/models", self.models, ["GET"])
+        self.add_endpoint("/v1/models/{name:path}", self.model, ["GET"])
+        self.add_endpoint("/v1/chat/completions", self.chat, ["POST"])
+        self.add_endpoint("/v1/completions", self.completions, ["POST"])
+
+    def setup(self, server: LitServer) -> None:
+        super().setup(server)
+        self.response_buffer[STEPS] = ResponseBufferItem(asyncio.Event(), response_queue=deque())
+
+    # Routes
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [await self.model(self.served.name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return {"id": name, "object": "model", "created": 0, "owned_by": "nb_lightning"}
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        self._check_model(body.model)
+        tools = body.tools if body.tool_choice != "none" else None
+        prompt, opened = await self._aside(self._render, body.messages, tools)
+        job = self._job(
+            CHAT,
+            body,
+            [prompt],
+            body.max_completion_tokens or body.max_tokens,
+            body.top_logprobs,
+            logprobs=bool(body.logprobs),
+            tags=[REASONING] * self.served.reasoning + [TOOL_CALL] * bool(tools),
+            inside=REASONING if opened and self.served.reasoning else "",
+        )
+        return await self._answer(job, body, request)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        self._check_model(body.model)
+        prompts = await self._aside(lambda: [self._encode(prompt) for prompt in body.prompts])
+        tokens, logprobs = body.max_tokens or COMPLETION_TOKENS, body.logprobs is not None
+        return await self._answer(
+            self._job(TEXT, body, prompts, tokens, body.logprobs, logprobs=logprobs), body, request
+        )
+
+    async def _aside(self, work: Callable[..., T], *arguments: Any) -> T:
+        """In a thread, but not in one of those that LitServe receives tokens with."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    # From requests to jobs
+
+    def _check_model(self, name: str) -> None:
+        if name != self.served.name:
+            message = f"there is no model {name!a}; this server has {self.served.name!r}"
+            raise refusal(message, 404, "model", "model_not_found")
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[int], bool]:
+        """The prompt's tokens and whether it ends inside reasoning."""
+        if self.served.chat is None:
+            raise refusal("this model has no chat template; use /v1/completions")
+        try:
+            ids = self.served.chat.prompt(messages, tools)
+        except (ChatError, UnicodeEncodeError, RecursionError) as error:
+            raise refusal(f"messages: {error}", param="messages") from error
+        return ids, self.served.tokenizer.decode(ids[-16:]).rstrip().endswith(REASONING)
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):  # with what the tokenizer puts first
+            prompt = self.served.tokenizer.tokenizer.encode(prompt).ids
+        elif max(prompt) >= self.served.vocab_size:
+            raise refusal(f"prompt: the model's tokens are 0 to {self.served.vocab_size - 1}", param="prompt")
+        return prompt or [self.served.tokenizer.eos_id]  # nothing before: the beginning of a document
+
+    def _job(
+        self,
+        kind: str,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        tokens: int | None,
+        top_logprobs: int | None,
+        **form: Any,
+    ) -> Job:
+        served, n = self.served, body.n or 1
+        rows, longest = len(prompts) * n, max(map(len, prompts))
+        left = served.context - longest
+        if left < (tokens or 1):
+            wanted = f" and {tokens} of completion" if tokens else ""
+            message = f"{longest} tokens of prompt{wanted}; this model's context is {served.context} tokens"
+            raise refusal(message, code="context_length_exceeded")
+        if rows > served.max_rows:
+            raise refusal(f"{rows} completions in one request; this server takes {served.max_rows}", param="n")
+        if rows + len(self._rows) > served.max_rows:
+            raise refusal("the queue is full; try again later", 429, code="queue_full")
+        how = {**served.defaults, **body.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)}
+        sampling = Sampling(tokens or left, stop_ids=served.stop_ids, top_logprobs=top_logprobs or 0, **how)
+        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+        return Job(kind, body.model, prompts, n, sampling, seed, self.token_bytes, stops=body.stops, **form)
+
+    # From jobs to answers
+
+    async def _answer(self, job: Job, body: GenerationRequest, request: Request) -> Response:
+        pieces = self._pieces(job)
+        try:
+            if body.stream:
+                first = await _unless_gone(request, anext(pieces))  # errors until here have a status of their own
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                return StreamingResponse(_events(job, first, pieces, usage), media_type="text/event-stream")
+            return _json(await _unless_gone(request, _whole(job, pieces)))
+        except ClientGone:
+            return Response(status_code=GONE)
+
+    async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """Have the job's rows run; what is new of them, as it comes. Whoever stops listening cancels them."""
+        if self._listener is None:
+            self._listener = asyncio.create_task(self._listen())
+        queue: asyncio.Queue[NewToken] = asyncio.Queue()
+        running = {next(self._keys): choice for choice in job.choices}
+        try:
+            for key, choice in running.items():
+                self._rows[key] = queue
+                self._tell("add", key, job.prompts[choice.index // job.n], job.sampling, [job.seed, choice.index])
+            while running:
+                new = defaultdict(list)
+                token = await queue.get()
+                new[token.key].append(token)
+                while not queue.empty():  # a slow reader gets several at once
+                    token = queue.get_nowait()
+                    new[token.key].append(token)
+                for key in new.keys() & running.keys():  # others came after a stop string
+                    if any(token.finish_reason == FAILED for token in new[key]):
+                        raise HTTPException(500, "the model failed; see the server's log")
+                    piece = running[key].add(new[key])
+                    if piece.finish_reason:
+                        del running[key], self._rows[key]
+                        self._tell("cancel", key)
+                    if piece.parts or piece.tokens or piece.finish_reason:
+                        yield piece
+        finally:
+            for key in running:
+                self._rows.pop(key, None)
+                self._tell("cancel", key)
+
+    def _tell(self, *message: Any) -> None:
+        self.request_queue.put((0, message[1], time.monotonic(), message))
+
+    async def _listen(self) -> None:
+        item = self.response_buffer[STEPS]
+        async for tokens in self.data_streamer(item.response_queue, item.event):
+            for token in tokens:
+                if token.key in self._rows:
+                    self._rows[token.key].put_nowait(token)
+
+
+async def _whole(job: Job, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+    whole = [Piece(choice.index) for choice in job.choices]
+    async for piece in pieces:
+        whole[piece.index].extend(piece)
+    return job.body(whole, chunk=False, usage=job.usage())
+
+
+async def _events(job: Job, first: Piece, pieces: AsyncGenerator[Piece, None], usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: a chunk a piece."""
+    more = {"usage": None} if usage else {}
+    async with aclosing(pieces):
+        try:
+            if job.kind == CHAT:
+                role = [Piece(choice.index, [("role", "assistant"), ("content", "")]) for choice in job.choices]
+                yield _event(job.body(role, chunk=True, **more))
+            yield _event(job.body([first], chunk=True, **more))
+            async for piece in pieces:
+                yield _event(job.body([piece], chunk=True, **more))
+        except HTTPException as error:  # too late for a status
+            yield _event(_error_body(error.status_code, str(error.detail)))
+            return
+    if usage:
+        yield _event(job.body([], chunk=True, usage=job.usage()))
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+class ClientGone(Exception):
+    """The client has closed the connection before it had an answer."""
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes (starlette sees to that only while it streams)."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def run() -> T:
+        return await work
+
+    tasks = asyncio.create_task(run()), asyncio.create_task(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientGone
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# Errors
+
+
+def refusal(message: str, status: int = 400, param: str | None = None, code: str | None = None) -> HTTPException:
+    return HTTPException(status, {"message": message, "param": param, "code": code})
+
+
+def _error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+    kind = "server_error" if status >= 500 else kind
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's shape."""
+    if isinstance(error, RequestValidationError):
+        found = [
+            (".".join(str(at) for at in e["loc"][1:]), e["msg"].removeprefix("Value error, ")) for e in error.errors()
+        ]
+        message = "; ".join(f"{at}: {what}" if at else what for at, what in found[:3])
+        return _json(_error_body(400, message, found[0][0] or None), 400)
+    if isinstance(error, HTTPException):
+        detail = error.detail if isinstance(error.detail, dict) else {"message": str(error.detail)}
+        return _json(_error_body(error.status_code, **detail), error.status_code, error.headers)
+    return _json(_error_body(500, "internal error; see the server's log"), 500)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    for kind in (RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, error_response)
+
+
+def _json(body: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), status, headers, media_type="application/json")
