@@ -27,7 +27,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 gc.disable()
 
 log = logging.getLogger("train")
-register()
+
+
+def shape_at(init_from: str | None) -> dict[str, Any]:
+    """What `model=from_hf` asks for; torch is loaded only if it does."""
+    from nb_lightning import pretrained
+
+    return pretrained.shape_at(init_from)
+
+
+register(shape_at)
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")

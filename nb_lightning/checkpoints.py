@@ -101,8 +101,15 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def resolve(path: str) -> Path:
-    """The verified checkpoint folder that `path` means: a checkpoint, or a run (its newest whole checkpoint).
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def resolve(path: str, check: bool = True) -> Path:
+    """The checkpoint folder that `path` means: a checkpoint, or a run (its newest whole checkpoint).
+
+    Args:
+        check: verify its files; without it a run stands for its newest checkpoint.
 
     Raises:
         ValueError: nothing there, or damaged.
@@ -110,10 +117,13 @@ def resolve(path: str) -> Path:
     folder = Path(path)
     if folder.name == STATE:
         folder = folder.parent
-    if (folder / MANIFEST).is_file():
-        verify(folder)
+    if is_checkpoint(folder):
+        if check:
+            verify(folder)
         return folder
     if all_checkpoints(folder):
+        if not check:
+            return all_checkpoints(folder)[-1]
         found, problems = newest(folder)
         if found is None:
             raise DamagedCheckpoint("; ".join(problems))

@@ -8,7 +8,7 @@ wrong key fails before anything heavy is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,14 @@ class Config:
     dry_run: bool = False  # print the plan, sizes and memory, and stop
 
 
-def register() -> None:
-    """Put the schemas where the YAML files' defaults lists find them."""
+def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> None:
+    """Put the schemas where the YAML files' defaults lists find them.
+
+    Args:
+        shape_of: `ModelConfig`'s values of the weights at `init_from`; what `model=from_hf` looks them up with.
+    """
+    if shape_of is not None:
+        OmegaConf.register_new_resolver("shape_of", lambda path, key: shape_of(path)[key], replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, node in (("model", ModelConfig), ("trainer", TrainerConfig), ("paths", PathsConfig)):
@@ -189,7 +195,9 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        _, _, by_resolver = reason.partition("raised while resolving interpolation: ")
+        raise ValueError(by_resolver or f"{error.full_key}: {reason}") from error
     _one_of("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", "cuda"))
     _one_of("trainer.strategy", cfg.trainer.strategy, ("single", "ddp", "fsdp"))
     _one_of("trainer.precision", cfg.trainer.precision, ("32-true", "bf16-mixed", "bf16-true"))

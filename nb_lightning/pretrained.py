@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nb_lightning import checkpoints, weights
+from nb_lightning.chat import ChatTemplate
+from nb_lightning.gguf_file import GGUFWeights
+from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.tokenizer import TextTokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from nb_lightning.chat import ChatTemplate
-
-END_OF_TURN = "<|im_end|>"
+from nb_lightning.tokenizer import END_OF_TURN, TextTokenizer, load_tokenizer
 
 
 @dataclass
@@ -40,67 +39,116 @@ class Origin:
     """Where weights come from, before any of them is read.
 
     Attributes:
-        kind: "checkpoint" or "hf".
-        path: the checkpoint's folder, or the Hugging Face folder.
+        path: the checkpoint's folder, the Hugging Face folder or the GGUF file.
         shape: of the model, with its own RoPE base.
-        context: tokens that the model was made for; None where nothing says so.
+        context: tokens a row that the model was made for; None where nothing says so.
     """
 
-    kind: str
     path: Path
     shape: ModelShape
     context: int | None
 
     def open(self) -> weights.Weights:
         """The tensors, read one at a time."""
-        return weights.HFWeights(self.path) if self.kind == "hf" else checkpoints.CheckpointWeights(self.path)
+        raise NotImplementedError
 
     def tokenizer(self) -> TextTokenizer:
-        """Raises ValueError where it has none."""
-        folder = self.path if self.kind == "hf" else self.path.parent.parent / "tokenizer"
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{self.path} has no tokenizer: there is no {folder / 'tokenizer.json'}")
-        return load_tokenizer(str(folder))
+        """Raises ValueError where there is none."""
+        return load_tokenizer(str(self.path))
 
     def stop_ids(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
         """The end of a document, and all that the files call an end."""
-        ids = {tokenizer.eos_id}
-        for token in (END_OF_TURN, tokenizer.special.get("eos_token")):
-            ids.add(tokenizer.tokenizer.token_to_id(token) if token else None)
-        if self.kind == "hf":
-            for file in ("generation_config.json", weights.CONFIG):
-                path = self.path / file
-                named = weights.read_json(path).get("eos_token_id") if path.is_file() else None
-                ids.update(named if isinstance(named, list) else [named])
+        named = [END_OF_TURN, tokenizer.special.get("eos_token", END_OF_TURN)]
+        ids = {tokenizer.eos_id, *map(tokenizer.tokenizer.token_to_id, named), *self._named_ends()}
         return tuple(sorted(id for id in ids if isinstance(id, int)))
 
+    def _named_ends(self) -> list[Any]:
+        return []
 
-def find(path: str) -> Origin:
-    """What is at `path`: a run, one of its checkpoints, or a Hugging Face folder.
+
+class CheckpointOrigin(Origin):
+    def open(self) -> weights.Weights:
+        return checkpoints.CheckpointWeights(self.path)
+
+
+class HFOrigin(Origin):
+    def open(self) -> weights.Weights:
+        return weights.HFWeights(self.path)
+
+    def _named_ends(self) -> list[Any]:
+        ends: list[Any] = []
+        for path in (self.path / "generation_config.json", self.path / weights.CONFIG):
+            named = weights.read_json(path).get("eos_token_id") if path.is_file() else None
+            ends += named if isinstance(named, list) else [named]
+        return ends
+
+
+@dataclass(frozen=True)
+class GGUFOrigin(Origin):
+    weights: GGUFWeights
+
+    def open(self) -> weights.Weights:
+        return self.weights
+
+    def tokenizer(self) -> TextTokenizer:
+        return tokenizer_from_gguf(self.weights.metadata, self.path)
+
+    def _named_ends(self) -> list[Any]:
+        return [self.weights.metadata.get("tokenizer.ggml.eot_token_id")]
+
+
+def find(path: str, verify: bool = True) -> Origin:
+    """What is at `path`: a run, one of its checkpoints, a Hugging Face folder, or a .gguf file.
+
+    Args:
+        verify: compare a checkpoint's files with their hashes, which reads all of them.
 
     Raises:
         ValueError: none of them, damaged, or a model that the backbone cannot be.
     """
-    folder = Path(path)
-    if (folder / weights.CONFIG).is_file():
-        config = weights.read_json(folder / weights.CONFIG)
-        shape = weights.shape_from_config(config, folder / weights.CONFIG)
+    where = Path(path)
+    if where.suffix == ".gguf":
+        if not where.is_file():
+            raise ValueError(f"there is no file {path}")
+        gguf = GGUFWeights(where)
+        return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
+    if (where / weights.CONFIG).is_file():
+        config = weights.read_json(where / weights.CONFIG)
         context = config.get("max_position_embeddings")
-        return Origin("hf", folder, shape, context if isinstance(context, int) else None)
-    if folder.is_dir() and not (folder / checkpoints.MANIFEST).is_file() and not checkpoints.all_checkpoints(folder):
+        shape = weights.shape_from_config(config, where / weights.CONFIG)
+        return HFOrigin(where, shape, context if isinstance(context, int) else None)
+    if where.is_dir() and not checkpoints.is_checkpoint(where) and not checkpoints.all_checkpoints(where):
         raise ValueError(
             f"{path} is neither a run (checkpoints/), nor a checkpoint ({checkpoints.MANIFEST}), "
             f"nor a Hugging Face folder ({weights.CONFIG})"
         )
-    folder = checkpoints.resolve(path)
-    return Origin("checkpoint", folder, checkpoints.read_shape(folder), checkpoints.read_info(folder).get("context"))
+    folder = checkpoints.resolve(path, verify)
+    return CheckpointOrigin(folder, checkpoints.read_shape(folder), checkpoints.read_info(folder).get("context"))
+
+
+@functools.cache
+def shape_at(init_from: str | None) -> dict[str, Any]:
+    """`ModelConfig`'s values for the model whose weights a run begins with.
+
+    Raises:
+        ValueError: see `find`.
+    """
+    if not init_from:
+        raise ValueError(
+            "model=from_hf takes the shape from init_from=: name a Hugging Face folder, a .gguf file, a run or one of "
+            "its checkpoints"
+        )
+    try:
+        return asdict(find(init_from, verify=False).shape)
+    except ValueError as error:
+        raise ValueError(f"init_from={init_from}: {error}") from error
 
 
 def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pretrained:
     """Load a model to generate with.
 
     Args:
-        path: a run (its newest whole checkpoint), one of its checkpoints, or a Hugging Face folder.
+        path: a run (its newest whole checkpoint), one of its checkpoints, a Hugging Face folder, or a .gguf file.
         device: "auto" (the GPU where there is one), or a torch device.
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "float32", "bfloat16" or "float16".
 
@@ -121,16 +169,6 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
     model.tie()
     weights.fill(model, tensors)
     model.eval()
-    stop_ids = origin.stop_ids(tokenizer)
-    return Pretrained(model, tokenizer, chat_template(tokenizer), stop_ids, Path(path).resolve().name)
-
-
-def chat_template(tokenizer: TextTokenizer) -> Any:
-    """The template that came with the tokenizer, or None."""
-    if tokenizer.chat_template is None:
-        return None
-    try:
-        from nb_lightning.chat import ChatTemplate
-    except ImportError:
-        return None
-    return ChatTemplate(tokenizer.chat_template, tokenizer.special)
+    template = tokenizer.chat_template
+    chat = None if template is None else ChatTemplate(template, tokenizer.special)
+    return Pretrained(model, tokenizer, chat, origin.stop_ids(tokenizer), Path(path).resolve().name)

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+END_OF_TURN = "<|im_end|>"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 EOS_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -79,7 +80,7 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
     """Load the tokenizer that `spec` names.
 
     Args:
-        spec: "bytes", a path of a tokenizer.json, or a folder that holds one.
+        spec: "bytes", a tokenizer.json, a folder that holds one, a run or one of its checkpoints, or a .gguf file.
         eos_token: the token that ends a document; by default the first of `EOS_CANDIDATES` in the vocabulary.
 
     Raises:
@@ -90,12 +91,17 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
     if spec == "bytes":
         tokenizer = byte_tokenizer()
     else:
-        path = Path(spec)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = tokenizer_file(Path(spec))
         if not path.is_file():
             raise ValueError(
-                f"data.tokenizer is {spec!r}, but there is no {path}; give 'bytes', a tokenizer.json or its folder"
+                f"no tokenizer at {spec!r}: there is no {path}; "
+                "give 'bytes', a tokenizer.json, its folder, a run or a .gguf file"
             )
+        if path.suffix == ".gguf":
+            from nb_lightning.gguf_file import read_metadata
+            from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
+
+            return tokenizer_from_gguf(read_metadata(path), path)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
@@ -104,6 +110,14 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
         tokenizer.no_truncation()
         beside, template = _beside(path.parent)
     return text_tokenizer(tokenizer, beside, template, spec, eos_token)
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Where the tokenizer is that `path` means: a file, its folder, a run, or one of its checkpoints."""
+    if not path.is_dir():
+        return path
+    near = [path, path / "tokenizer", path.parent.parent / "tokenizer"]
+    return next((file for folder in near if (file := folder / "tokenizer.json").is_file()), near[0] / "tokenizer.json")
 
 
 def text_tokenizer(

@@ -17,7 +17,7 @@ import pytest
 from tests.harness import ROOT
 
 STDLIB = frozenset(sys.stdlib_module_names)
-MATHS = ("model", "attention", "head", "losses", "optim", "kv_cache", "sampling", "generate", "weights")
+MATHS = ("model", "attention", "head", "losses", "optim", "kv_cache", "sampling", "generate", "weights", "gguf_file")
 F0 = ("config", "phases", "batch")
 
 
@@ -62,6 +62,8 @@ RULES = [
     Rule("one place for Jinja", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("jinja2",), but=library("chat_worker")),
     Rule("the chat worker: stdlib and Jinja", library("chat_worker"), only=("jinja2",)),
+    Rule("one place for gguf", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
+         never=("gguf",), but=library("gguf_file")),
     Rule("one place for the server", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("litserve", "fastapi", "starlette", "pydantic"),
          but=library("serve/__main__", "serve/engine", "serve/protocol", "serve/routes")),

@@ -50,7 +50,7 @@ def test_a_run_and_its_checkpoints(train: Train, tmp_path: Path) -> None:
     (completion,) = generate(pretrained.model, [prompt], Sampling(4, temperature=0, stop_ids=pretrained.stop_ids))
     assert completion.ids
     shutil.rmtree(run / "tokenizer")
-    with pytest.raises(ValueError, match=r"has no tokenizer: there is no .*runs/pretrain/tokenizer/tokenizer.json$"):
+    with pytest.raises(ValueError, match=r"^no tokenizer at .*runs/pretrain"):
         load_pretrained(str(run))
 
 

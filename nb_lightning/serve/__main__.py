@@ -20,7 +20,7 @@ except ModuleNotFoundError:
     sys.exit("nb_lightning.serve needs LitServe: pip install 'nb_lightning[serve]'")
 
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.pretrained import chat_template, find
+from nb_lightning.pretrained import find
 from nb_lightning.sampling import Sampling
 from nb_lightning.serve.engine import Engine, be_a_child
 from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers
@@ -34,7 +34,7 @@ PAPER = {"temperature": 0.6, "top_p": 0.95}  # how the paper decodes
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m nb_lightning.serve", description="An OpenAI-compatible server.")
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a run, a checkpoint, or a Hugging Face folder")
+    add("--model", required=True, metavar="PATH", help="a run, a checkpoint, a Hugging Face folder or a .gguf file")
     add("--name", help="what requests call the model; by default the last part of PATH")
     add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"))
     add("--port", type=int, default=8000, help="1024 to 65535")
@@ -57,16 +57,15 @@ def describe(args: argparse.Namespace) -> Served:
     for name, least in (("max_batch", 1), ("max_queue", 0), ("context", 2)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
-    origin = find(args.model)
+    origin = find(args.model, verify=False)  # the worker does
     tokenizer = origin.tokenizer()
-    template = chat_template(tokenizer)
     context = args.context or origin.context
     if context is None:
         raise ValueError(f"{args.model} does not say how many tokens the model is made for; give --context")
     return Served(
         name=args.name or Path(args.model).resolve().name,
         tokenizer=tokenizer,
-        chat=template and ChatTokenizer(tokenizer, template),
+        chat=ChatTokenizer.of(tokenizer) if tokenizer.chat_template else None,
         stop_ids=origin.stop_ids(tokenizer),
         vocab_size=origin.shape.vocab_size,
         context=context,

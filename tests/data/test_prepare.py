@@ -259,7 +259,7 @@ def test_overwrite_deletes_sources_only(tmp_path: Path, mixed: Path) -> None:
 
 def test_mistakes_in_the_arguments(tmp_path: Path, mixed: Path) -> None:
     for settings, knobs, words in (
-        (Settings("nowhere.json"), {}, "data.tokenizer is 'nowhere.json', but there is no"),
+        (Settings("nowhere.json"), {}, "no tokenizer at 'nowhere.json': there is no"),
         (Settings(eos="<none>"), {}, "has none of the end tokens <none>"),
         (Settings(val_fraction=1.5), {}, "--val-fraction is 1.5; it must lie between 0 and 1"),
         (Settings(chunk_tokens=10), {}, "--chunk-tokens is 10; it must be at least 1024"),

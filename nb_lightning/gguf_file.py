@@ -1,0 +1,245 @@
+"""GGUF, llama.cpp's one-file format: weights and metadata of a Llama model, in and out.
+
+Its attention rotates neighbouring components, ours pairs e with e + E / 2, so the rows of q and k are permuted on the
+way. Quantized tensors are read as the float32 they stand for. Its tokenizers are in gguf_tokenizer.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nb_lightning.model import ModelShape
+from nb_lightning.weights import LARGEST, Stored, Weights, parameter_shapes
+
+MARK = "nb_lightning.version"  # in the files that `save_gguf` wrote
+TYPES = ("float32", "float16", "bfloat16", "q8_0")
+
+_TOP = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
+_LAYER = {
+    "attention_norm.weight": "attn_norm.weight",
+    "attention.q_proj.weight": "attn_q.weight",
+    "attention.k_proj.weight": "attn_k.weight",
+    "attention.v_proj.weight": "attn_v.weight",
+    "attention.o_proj.weight": "attn_output.weight",
+    "mlp_norm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+_OURS = {theirs: ours for ours, theirs in (_TOP | _LAYER).items()}
+
+
+def require_package() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("GGUF files need the package gguf: pip install 'nb_lightning[gguf]'") from error
+    return gguf
+
+
+class GGUFWeights(Weights):
+    """A GGUF file of a Llama model.
+
+    Attributes:
+        metadata: key -> value, lists included.
+        shape: of the model.
+
+    Raises:
+        ValueError: not a GGUF file, another architecture, or one whose positions the backbone does not compute.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.metadata, self._tensors = _read(path)
+        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        if "rope_freqs.weight" in shapes:
+            raise ValueError(
+                f"{path}: rope_freqs.weight scales the positions; only plain rotary positions are supported"
+            )
+        stored = {}
+        for name, dims in shapes.items():
+            ours = from_gguf(name)
+            if ours is None:
+                raise ValueError(f"{path}: tensor {name} is not part of a Llama model")
+            stored[ours] = Stored(name, dims)
+        super().__init__(path, stored, torch.float32)
+        self.shape = _shape(self.metadata, stored, path)
+
+    def read(self, name: str) -> Tensor:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[self.stored[name].spelling]
+        try:
+            whole = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        except NotImplementedError as error:
+            raise ValueError(f"{self.origin}: tensor {tensor.name} is {tensor.tensor_type.name}: {error}") from error
+        heads = _heads(name, self.shape)
+        return whole.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(whole.shape) if heads else whole
+
+    def spell(self, name: str) -> str:
+        return to_gguf(name)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Key -> value. Raises ValueError for what is not a GGUF file."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    gguf = require_package()
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        return metadata, {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # a damaged file gives any error that numpy and struct can give
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a readable GGUF file: {reason}") from error
+
+
+def to_gguf(name: str) -> str:
+    """`Transformer`'s name of a parameter in llama.cpp's spelling."""
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, part = name.split(".", 2)
+    return f"blk.{layer}.{_LAYER[part]}"
+
+
+def from_gguf(name: str) -> str | None:
+    """The inverse of `to_gguf`; None for a name that is not one of theirs."""
+    match name.split(".", 2):
+        case ["blk", layer, part] if part in _OURS and part not in _TOP.values():
+            return f"layers.{layer}.{_OURS[part]}"
+    return _OURS[name] if name in _TOP.values() else None
+
+
+def _heads(name: str, shape: ModelShape) -> int:
+    """Number of heads whose rows are permuted; 0 for all but q and k."""
+    if name.endswith("q_proj.weight"):
+        return shape.n_heads
+    return shape.n_kv_heads if name.endswith("k_proj.weight") else 0
+
+
+def _shape(metadata: Mapping[str, Any], stored: Mapping[str, Stored], path: Path) -> ModelShape:
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{path}: general.architecture is {architecture!r}; only 'llama' is supported")
+
+    def size(key: str, default: int | None = None) -> int:
+        value = metadata.get(f"llama.{key}", default)
+        if not isinstance(value, int) or not 0 < value <= LARGEST:
+            raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a whole number from 1 to {LARGEST:,}")
+        return value
+
+    def number(key: str, default: float | None = None) -> float:
+        value = metadata.get(f"llama.{key}", default)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a positive number")
+        return float(str(np.float32(value)))  # 1e-05 is stored as 9.999999747378752e-06
+
+    if metadata.get("llama.rope.scaling.type", "none") != "none":
+        scaling = metadata["llama.rope.scaling.type"]
+        raise ValueError(f"{path}: llama.rope.scaling.type is {scaling!r}; only plain rotary positions are supported")
+    if metadata.get("llama.expert_count"):
+        raise ValueError(f"{path}: llama.expert_count is {metadata['llama.expert_count']}; the backbone has no experts")
+    if "embedding.weight" not in stored:
+        raise ValueError(f"{path}: tensor token_embd.weight is missing")
+    d_model, n_heads = size("embedding_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", d_model // n_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if size(key, head_dim) != head_dim:
+            raise ValueError(f"{path}: llama.{key} is {size(key)}, but a head has {head_dim} components")
+    n_kv_heads = size("attention.head_count_kv", n_heads)
+    if n_heads % n_kv_heads or head_dim % 2:
+        raise ValueError(f"{path}: {n_heads} heads of {head_dim} components share {n_kv_heads} key-value heads")
+    return ModelShape(
+        vocab_size=stored["embedding.weight"].shape[0],
+        d_model=d_model,
+        n_layers=size("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_mlp=size("feed_forward_length"),
+        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        rope_theta=number("rope.freq_base", 10_000.0),
+        tie_embeddings="head.weight" not in stored,
+    )
+
+
+def save_gguf(
+    weights: Weights, shape: ModelShape, file: Path, kind: str, context: int, metadata: Mapping[str, Any], version: str
+) -> None:
+    """Write a GGUF file, one tensor at a time.
+
+    Args:
+        kind: one of `TYPES`, for the matrices; norms stay float32, and a row that no block of 32 divides float16.
+        context: llama.context_length.
+        metadata: more keys and values (the tokenizer's); a list holds strings or integers.
+
+    Raises:
+        ValueError: see `Weights.require`.
+    """
+    gguf = require_package()
+    weights.require(shape)
+    types = gguf.GGMLQuantizationType
+    wanted = {"float32": types.F32, "float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
+    file_types = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}  # llama.cpp's llama_ftype
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_string(MARK, version)
+    writer.add_file_type(file_types[kind])
+    writer.add_block_count(shape.n_layers)
+    writer.add_context_length(context)
+    writer.add_embedding_length(shape.d_model)
+    writer.add_feed_forward_length(shape.d_mlp)
+    writer.add_head_count(shape.n_heads)
+    writer.add_head_count_kv(shape.n_kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_theta)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_vocab_size(shape.vocab_size)
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)
+    chosen = {}
+    for name, dims in parameter_shapes(shape).items():
+        chosen[name] = types.F32 if len(dims) == 1 else wanted
+        if wanted == types.Q8_0 and len(dims) > 1 and dims[-1] % 32:
+            chosen[name] = types.F16
+        size = math.prod(gguf.quant_shape_to_byte_shape(dims, chosen[name]))
+        writer.add_tensor_info(to_gguf(name), dims, np.dtype(np.float32), size, chosen[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, kind_of in chosen.items():
+        whole = weights.read(name).float()
+        heads = _heads(name, shape)
+        if heads:
+            whole = whole.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(whole.shape)
+        writer.write_tensor_data(gguf.quants.quantize(whole.contiguous().numpy(), kind_of))
+    writer.close()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save_gguf` wrote this file."""
+    try:
+        return MARK in require_package().GGUFReader(path).fields
+    except Exception:  # whatever else it is
+        return False
