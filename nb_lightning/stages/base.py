@@ -55,16 +55,19 @@ class BaseStage(pl.LightningModule):
 
     # What a stage defines -------------------------------------------------------------------------------------------
 
-    # Each statistic that `sums` gives -> the one of the batch's `counts` that it is a mean over.
-    per: ClassVar[Mapping[str, str]]
+    # Each statistic of `loss` -> which of the batch's `counts` it is a mean over; logged as `train/<name>`.
+    per: ClassVar[Mapping[str, str]] = {}
 
-    @property
-    def objective(self) -> Mapping[str, float]:
-        """The loss: weights of the statistics' means. The others are only logged, as `train/<name>`."""
-        raise NotImplementedError
+    def loss(self, batch: Any, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What one micro-batch adds to the loss of the whole step, and its sums of the statistics `per` names.
 
-    def sums(self, batch: Any) -> dict[str, Tensor]:
-        """Each statistic summed over one micro-batch, 0-d tensors; those of the objective carry a gradient."""
+        Args:
+            batch: a micro-batch.
+            counts: the step's `batch.counts`, summed over all micro-batches and ranks, at least 1 each.
+
+        Returns:
+            A 0-d tensor, already divided by the counts: the parts of all micro-batches and ranks add up to the loss.
+        """
         raise NotImplementedError
 
     # Building -------------------------------------------------------------------------------------------------------
@@ -112,18 +115,17 @@ class BaseStage(pl.LightningModule):
         return self.plan.phase_at(self.tokens_seen)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
-        optimizer, objective = self.optimizers(), self.objective
+        optimizer = self.optimizers()
         counts = self._global_counts(batch)
-        totals = dict.fromkeys(self.per, torch.zeros((), device=self.device))
+        totals = dict.fromkeys(("loss", *self.per), torch.zeros((), device=self.device))
         for micro in batch.micro_batches:
             with self._synchronise(micro is batch.micro_batches[-1]):
-                sums = self.sums(micro)
-                loss = sum(sums[name] * (weight / counts[self.per[name]]) for name, weight in objective.items())
+                loss, sums = self.loss(micro, counts)
                 # DDP and FSDP2 average gradients over ranks; times the world size makes that the sum the loss is.
                 self.manual_backward(loss * self.trainer.world_size)
-            totals = {name: total + sums[name].detach() for name, total in totals.items()}
-        means = {name: total / counts[self.per[name]] for name, total in self._sum_over_ranks(totals).items()}
-        loss = sum(weight * means[name] for name, weight in objective.items())
+            totals = {name: total + {**sums, "loss": loss}[name].detach() for name, total in totals.items()}
+        totals = self._sum_over_ranks(totals)
+        loss = totals.pop("loss")
         grad_norm = clip_grad_norm(self.model.parameters(), self.cfg.stage.optim.clip_norm)
         if bool(torch.isfinite(loss + grad_norm)):  # the same number on every rank, so all decide alike
             optimizer.step()
@@ -133,8 +135,7 @@ class BaseStage(pl.LightningModule):
         optimizer.zero_grad()
         self.tokens_seen += batch.tokens
         metrics = {"train/loss": loss, "optim/grad_norm": grad_norm}
-        if len(means) > 1:  # else the loss says it all
-            metrics |= {f"train/{name}": mean for name, mean in means.items()}
+        metrics |= {f"train/{name}": total / counts[self.per[name]] for name, total in totals.items()}
         self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
         return metrics
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,19 +16,20 @@ from nb_lightning.stages.base import BaseStage
 class NextTokenStage(BaseStage):
     """Cross-entropy per trained token; validation is the perplexity of each source on held-out rows."""
 
-    per: ClassVar[Mapping[str, str]] = {"nll": "tokens"}
-    objective: ClassVar[Mapping[str, float]] = {"nll": 1.0}  # type: ignore[assignment]
-
-    def sums(self, batch: PackedBatch) -> dict[str, Tensor]:
+    def nll(self, batch: PackedBatch) -> Tensor:
+        """-log p of all labels that count, summed, 0-d."""
         head = partial(cross_entropy, labels=batch.labels, chunk=self.cfg.stage.head_chunk)
-        return {"nll": self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)}
+        return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
+
+    def loss(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.nll(batch) / counts["tokens"], {}
 
     def on_validation_epoch_start(self) -> None:
         self._perplexity = {name: Perplexity().to(self.device) for name in self.trainer.datamodule.val_names}
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         name = self.trainer.datamodule.val_names[dataloader_idx]
-        self._perplexity[name].update(self.sums(batch)["nll"], batch.counts["tokens"])
+        self._perplexity[name].update(self.nll(batch), batch.counts["tokens"])
 
     def on_validation_epoch_end(self) -> None:
         values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}

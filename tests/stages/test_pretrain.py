@@ -58,9 +58,9 @@ def test_everything_moves_at_the_same_step(corpus: Path, tmp_path: Path) -> None
 class Poisoned(PretrainStage):
     """The loss of the 4th and 9th step is not a number."""
 
-    def sums(self, batch: PackedBatch) -> dict[str, Tensor]:
-        nll = super().sums(batch)["nll"]
-        return {"nll": nll * float("nan") if self.tokens_seen in (3 * 512, 8 * 512) else nll}
+    def nll(self, batch: PackedBatch) -> Tensor:
+        nll = super().nll(batch)
+        return nll * float("nan") if self.tokens_seen in (3 * 512, 8 * 512) else nll
 
 
 class Weights(pl.Callback):

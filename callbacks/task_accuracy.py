@@ -1,0 +1,101 @@
+"""How often the model is right on held-out tasks: before the first step and at the end of every phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nb_lightning.accuracy import evaluate_tasks
+from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phases import Phase
+from nb_lightning.pretrained import Pretrained
+from nb_lightning.sampling import Sampling
+from nb_lightning.source import write_json
+from nb_lightning.tasks import Task, read_tasks
+
+BEFORE = "before"
+
+
+class TaskAccuracy(PhaseCallback):
+    """Logs `val/greedy/<source>` and `val/avg@k/<source>`, keeps them in `accuracy.json`, prints a table at the end.
+
+    Args:
+        tasks: .jsonl files of `nb_lightning.tasks.Task`.
+        k: completions sampled for each task.
+        limit: only the first so many tasks of each file.
+        temperature, top_p, max_new_tokens: of the sampled completions (and the greedy one's length).
+        seed: of the samples; the same at every phase.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        k: int = 8,
+        limit: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+    ) -> None:
+        self.files, self.k, self.limit, self.seed = list(tasks), k, limit, seed
+        self.greedy = Sampling(max_new_tokens, temperature=0.0)
+        self.sampled = Sampling(max_new_tokens, temperature, top_p=top_p)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._tasks: list[Task] = [task for file in self.files for task in read_tasks(file)[: self.limit]]
+        if module.tokens_seen == 0:
+            self._measure(trainer, module, BEFORE)
+
+    def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+        self._measure(trainer, module, phase.name)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        module.print(table(_read(Path(trainer.default_root_dir) / "accuracy.json")))
+
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
+        """Every rank takes its share of the tasks; all get the numbers."""
+        data = trainer.datamodule
+        stop_ids = data.tokenizer.stop_ids(data.chat)
+        model = Pretrained(module.model, data.tokenizer, data.chat, stop_ids, module.cfg.run_name)
+        greedy = evaluate_tasks(model, self._tasks, self.greedy, 1, self.seed).summary()
+        sampled = evaluate_tasks(model, self._tasks, self.sampled, self.k, self.seed).summary()
+        if not trainer.is_global_zero:
+            return
+        found = {
+            name: {
+                "tasks": numbers["tasks"],
+                "greedy": greedy[name]["mean"],
+                f"avg@{self.k}": numbers["mean"],
+                "interval": numbers["interval"],
+                "truncated": numbers["truncated"],
+            }
+            for name, numbers in sampled.items()
+        }
+        path = Path(trainer.default_root_dir) / "accuracy.json"
+        kept = _read(path) if when != BEFORE else {}
+        write_json(path, {**kept, when: {"tokens_seen": module.tokens_seen, "k": self.k, "sources": found}})
+        values: dict[str, Any] = {"tokens_seen": module.tokens_seen}
+        for name, numbers in found.items():
+            values |= {f"val/{key}/{name}": numbers[key] for key in ("greedy", f"avg@{self.k}")}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def table(measured: dict[str, Any]) -> str:
+    """Sources down, phases across: greedy and avg@k in percent."""
+    if not measured:
+        return ""
+    k = next(iter(measured.values()))["k"]
+    head = f"{'held-out tasks right, in %':<28}" + "".join(f"{when.replace('_', ' '):>24}" for when in measured)
+    lines = [head, f"{'':<28}" + f"{'greedy':>12}{f'avg@{k}':>12}" * len(measured)]
+    for name in next(iter(measured.values()))["sources"]:
+        cells = (entry["sources"][name] for entry in measured.values())
+        lines.append(f"{name:<28}" + "".join(f"{100 * c['greedy']:>12.1f}{100 * c[f'avg@{k}']:>12.1f}" for c in cells))
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
