@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from data.source import SourceWriter
 from nb_lightning import evaluate
 from nb_lightning.accuracy import evaluate_tasks
 from nb_lightning.chat import ChatTemplate
+from nb_lightning.model import Transformer
 from nb_lightning.pretrained import load_pretrained
 from nb_lightning.sampling import Sampling
 from nb_lightning.source import SourceManifest
@@ -25,19 +27,23 @@ from nb_lightning.weights import config_from_shape, to_hf
 from tests.harness import ROOT, environment
 from tests.test_accuracy import COIN, TOKENIZER, chain, tasks_of
 
+GREEDY = Sampling(20, temperature=0)
 QUICK = "--k 4 --temperature 1 --top-p 1 --max-new-tokens 9 --device cpu".split()
+
+
+def write_folder(folder: Path, model: Transformer) -> None:
+    """A Hugging Face folder."""
+    TOKENIZER.save(folder, ChatTemplate.chatml().source)
+    (folder / "config.json").write_text(json.dumps(config_from_shape(model.shape, torch.float32)))
+    tensors = {to_hf(name): p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, tasks.jsonl, web/ (a source) and text.jsonl."""
     root = tmp_path_factory.mktemp("evaluate")
-    model = chain(COIN)
-    (root / "model").mkdir()
-    TOKENIZER.save(root / "model", ChatTemplate.chatml().source)
-    (root / "model/config.json").write_text(json.dumps(config_from_shape(model.shape, torch.float32)))
-    tensors = {to_hf(name): p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, root / "model/model.safetensors", metadata={"format": "pt"})
+    write_folder(root / "model", chain(COIN))
     tasks = [*tasks_of(["42"] * 12), *(replace(task, id=f"h{task.id}") for task in tasks_of(["x"] * 2, "hard"))]
     write_tasks(root / "tasks.jsonl", tasks)
     writer = SourceWriter(root / "web/val", SourceManifest(TOKENIZER.digest, TOKENIZER.vocab_size, TOKENIZER.eos_id))
@@ -127,3 +133,28 @@ def test_two_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None
         assert done.stdout.count("avg@4") == 1
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["tasks"] == two["tasks"] and one["perplexity"] == two["perplexity"]
+
+
+@pytest.mark.slow
+def test_lm_eval_gives_the_same_number_on_a_local_task(tmp_path: Path) -> None:
+    """The example of docs/evaluation.md, offline, on a folder that transformers loads."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed: pip install 'nb_lightning[lm_eval]'")
+    answer = "Answer: 42"
+    steps = list(zip("\n" + answer, [*answer, "<|im_end|>"]))
+    write_folder(tmp_path / "model", chain({last: {following: 1.0} for last, following in steps}))
+    write_tasks(tmp_path / "tasks.jsonl", tasks_of(["42", "43", "42", "44", "42"]))
+    example = (ROOT / "docs/examples/lm_eval/maths_sort.yaml").read_text()
+    place = "outputs/data/demo_tasks/tasks/val/maths_sort.jsonl"
+    assert place in example
+    (tmp_path / "task.yaml").write_text(example.replace(place, f"{tmp_path}/tasks.jsonl"))
+    words = ["--model", "hf", "--model_args", f"pretrained={tmp_path}/model,dtype=float32", "--tasks", "maths_sort"]
+    words += ["--include_path", str(tmp_path), "--apply_chat_template", "--device", "cpu", "--batch_size", "4"]
+    command = [sys.executable, "-m", "lm_eval", "run", *words, "--output_path", f"{tmp_path}/out"]
+    env = environment(HF_HUB_OFFLINE="1", HF_HOME=f"{tmp_path}/cache")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]["maths_sort"]["exact_match,answer"]
+    ours = evaluate_tasks(load_pretrained(f"{tmp_path}/model", "cpu"), read_tasks(tmp_path / "tasks.jsonl"), GREEDY)
+    assert theirs == ours.summary()["all"]["mean"] == 0.6

@@ -175,3 +175,14 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["tasks", "thesis.txt"]
     with pytest.raises(ValueError, match="no family 'maths'; they have maths_sort"):
         build_demo_tasks(tmp_path / "other", ("maths",))
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tasks.build_demo_tasks, "__defaults__", (("maths_sort",), SMALL, 0))
+    tasks.main(["--output", str(tmp_path / "tasks"), "--seed", "3"])
+    assert f"{tmp_path}/tasks/tasks/val: maths_sort 8\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tasks/tasks.json").read_text())["seed"] == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="error: the demo tasks are to be built in"):
+        tasks.main(["--output", str(tmp_path / "other")])
