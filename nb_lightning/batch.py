@@ -83,6 +83,58 @@ class PackedBatch(_Movable):
         return cls(input_ids, labels, position_ids, cu_seqlens)
 
 
+@dataclass(kw_only=True)
+class PreferenceBatch(PackedBatch):
+    """Pairs of responses. Both of a pair lie in the same batch, each a document of its own: prompt, then response.
+
+    A response is trained exactly where its tokens have labels; the prompt's labels are `IGNORE`.
+
+    Attributes:
+        pairs: number of pairs P, those with an empty response included.
+        response_index: [B, T] int32: 2 * pair where the label belongs to the chosen response, 2 * pair + 1 to the
+            rejected one, -1 where the label is `IGNORE`.
+        ref_logprobs: [P, 2] float32 nats of the frozen reference, summed over chosen and rejected response.
+        teacher_ids, teacher_logprobs: [B, T, k] int32 and float32 nats: the cached teacher's k most likely tokens where
+            there is a label, anything elsewhere.
+    """
+
+    pairs: int
+    response_index: Tensor
+    ref_logprobs: Tensor | None = None
+    teacher_ids: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """[3] int64: pairs, tokens of chosen and of rejected responses; to be added over micro-batches and ranks."""
+        trained = self.response_index >= 0
+        rejected = (self.response_index % 2 == 1) & trained
+        pairs = torch.tensor(self.pairs, device=trained.device)
+        return torch.stack([pairs, (trained & ~rejected).sum(), rejected.sum()])
+
+
+@dataclass(kw_only=True)
+class RolloutBatch(PackedBatch):
+    """Sampled completions with their advantages; each is a document of its own: prompt, then completion.
+
+    What is masked (prompts, truncated completions) has label `IGNORE` and index -1: numerators and denominators see the
+    same tokens.
+
+    Attributes:
+        completion_index: [B, T] int32: which completion the label belongs to, -1 where the label is `IGNORE`.
+        advantages: [C] float32, of the completions of this batch.
+        rollout_logprobs: [B, T] float32 nats, the sampler's; only compared with, never trained on.
+        old_logprobs: [B, T] float32 nats at the weights that sampled; None where these are the weights being trained.
+        ref_logprobs: [B, T] float32 nats of a frozen reference, for a KL term.
+    """
+
+    completion_index: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
 @dataclass
 class StepBatch(_Movable):
     """All the rows this rank contributes to one optimizer step, as micro-batches.

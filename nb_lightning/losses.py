@@ -1,10 +1,25 @@
-"""Losses over packed rows. Each returns a *sum* over trained tokens; the stage divides once, by the global count."""
+"""Losses over packed rows, called as the model's `head`: `model(..., head=partial(dpd_loss, batch=batch, ...))`.
+
+Each is a *sum*; nothing here divides by what this micro-batch alone has. `cross_entropy` and `pairwise_reward_loss` are
+divided by the stage. `dpd_loss` and `grpo_loss` have several denominators and form gradients on the way, so they take
+the *global* counts and divide by them: what they return for all micro-batches and ranks adds up to the loss.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nb_lightning import head
+from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch
+from nb_lightning.divergence import FORWARD_KL, Divergence, Teacher, TopKTeacher
+
+DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
+NORMALISATIONS = ("token", "sequence", "constant")
+REWARD_LOSSES = ("bradley_terry", "cross_entropy")
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = head.CHUNK) -> Tensor:
@@ -19,3 +34,285 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = h
         0-d float32: the sum of -log p(label) in nats over the trained tokens of these rows.
     """
     return head.cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
+
+
+# Sums over segments -------------------------------------------------------------------------------------------------
+
+
+def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    """Sum of `values` [N] over each segment: [segments]. `index` [N] says which segment a token is of, -1 none."""
+    return values.new_zeros(segments + 1).index_add(0, index.long() + 1, values)[1:]
+
+
+def masked_mean(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    """Mean of `values` [N] over the tokens of each segment: [segments]; 0 where a segment has none."""
+    return segment_sum(values, index, segments) / segment_sum(torch.ones_like(values), index, segments).clamp(min=1)
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], logprobs: Tensor) -> Tensor:
+    """d loss / d logprobs, [N]."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+# Preference: DPO and distillation (report, section on DPD) ----------------------------------------------------------
+
+
+def dpo_loss(logratios: Tensor, beta: float, variant: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """DPO of each pair.
+
+    Args:
+        logratios: [P, 2] nats, log pi(y) - log pi_ref(y) of the chosen and the rejected response: *sums* over tokens
+            for "sigmoid" (Rafailov et al. 2023, eq. 7) and "hinge" (Zhao et al. 2023), *means* for "ipo" (Azar et al.
+            2024, eq. 17, whose tau is beta).
+        label_smoothing: of "sigmoid": the probability that a pair is the wrong way round.
+
+    Returns:
+        [P] losses.
+    """
+    margin = logratios[:, 0] - logratios[:, 1]
+    if (
+        variant == "sigmoid"
+    ):  # (1 - s) * -logsigmoid(x) + s * -logsigmoid(-x), where -logsigmoid(-x) = x - logsigmoid(x)
+        return label_smoothing * beta * margin - F.logsigmoid(beta * margin)
+    if variant == "hinge":
+        return (1 - beta * margin).relu()
+    assert variant == "ipo"
+    return (margin - 1 / (2 * beta)).square()
+
+
+def response_logprobs(hidden: Tensor, weight: Tensor, batch: PreferenceBatch, chunk: int = head.CHUNK) -> Tensor:
+    """log pi(y), summed over each response: [P, 2] nats (chosen, rejected). Arguments as `dpd_loss`."""
+    logprobs = head.token_logprobs(hidden.flatten(0, 1), weight, batch.labels.flatten(), chunk)
+    return segment_sum(logprobs, batch.response_index.flatten(), 2 * batch.pairs).view(-1, 2)
+
+
+def dpd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: PreferenceBatch,
+    counts: Tensor,
+    teacher: Teacher | TopKTeacher | None = None,
+    *,
+    beta: float = 0.1,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    dpo_weight: float = 1.0,
+    lambda_plus: float = 1.0,
+    lambda_minus: float = 1.0,
+    divergence: Divergence = FORWARD_KL,
+    chunk: int = head.CHUNK,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Dual-level preference distillation: DPO between responses, distillation at each of their tokens.
+
+        dpo_weight * mean over pairs of DPO + lambda_plus * mean over chosen tokens of D(teacher, student)
+                                            + lambda_minus * mean over rejected tokens of D(teacher, student)
+
+    Args:
+        hidden: [B, T, D] last hidden states of the policy.
+        weight: [V, D] of its head.
+        counts: [3], the global `PreferenceBatch.counts` of the whole optimizer step.
+        teacher: of the same tokens, flattened to [B * T, ...]; None takes the batch's cached one, where it has one.
+        beta, variant, label_smoothing: see `dpo_loss`. DPO needs `batch.ref_logprobs`.
+        dpo_weight, lambda_plus, lambda_minus: 0 leaves a term out; without a teacher the last two are not looked at.
+
+    Returns:
+        This batch's part of the loss, 0-d; and sums to be logged, detached 0-d tensors. Over pairs (divide by
+        counts[0]): dpo, chosen_reward, rejected_reward, margin, accuracy, those of beta * log(pi / pi_ref); over the
+        tokens of each side (counts[1], counts[2]): chosen_entropy, rejected_entropy and, with a teacher,
+        chosen_divergence, rejected_divergence.
+    """
+    labels, index, segments = batch.labels.flatten(), batch.response_index.flatten(), 2 * batch.pairs
+    if teacher is None and batch.teacher_ids is not None:
+        teacher = TopKTeacher(batch.teacher_ids.flatten(0, 1), batch.teacher_logprobs.flatten(0, 1))
+    assert not dpo_weight or batch.ref_logprobs is not None
+
+    def logratios(logprobs: Tensor) -> Tensor:
+        return segment_sum(logprobs, index, segments).view(-1, 2) - batch.ref_logprobs.to(logprobs.dtype)
+
+    def dpo(ratios: Tensor) -> Tensor:
+        if variant == "ipo":
+            lengths = segment_sum((index >= 0).to(ratios.dtype), index, segments).view(-1, 2)
+            ratios = ratios / lengths.clamp(min=1)
+        return dpo_loss(ratios, beta, variant, label_smoothing)
+
+    hidden, per = hidden.flatten(0, 1), 1 / counts.clamp(min=1).to(head.wide(hidden.dtype))
+    of_logprobs = torch.zeros(labels.shape, dtype=per.dtype, device=per.device)
+    if dpo_weight and torch.is_grad_enabled():
+        with torch.no_grad():
+            logprobs = head.token_logprobs(hidden, weight, labels, chunk)
+        of_logprobs = _gradient(lambda x: dpo_weight * per[0] * dpo(logratios(x)).sum(), logprobs)
+    of_divergence = None
+    if teacher is not None:
+        of_divergence = torch.stack([0 * per[0], lambda_plus * per[1], lambda_minus * per[2]])[_side(index)]
+    total, found = head.weighted_sum(
+        hidden, weight, labels, of_logprobs, teacher, divergence, of_divergence, chunk=chunk
+    )
+
+    sums = _by_side("entropy", found.entropy, index)
+    value = 0 * per[0]
+    if teacher is not None:
+        sums |= _by_side("divergence", found.divergence, index)
+        value = value + (of_divergence * found.divergence).sum()
+    if batch.ref_logprobs is not None:
+        ratios = logratios(found.logprobs)
+        rewards, losses = beta * ratios, dpo(ratios)
+        margin = rewards[:, 0] - rewards[:, 1]
+        sums |= {"dpo": losses.sum(), "chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum()}
+        sums |= {"margin": margin.sum(), "accuracy": (margin > 0).to(margin.dtype).sum()}
+        value = value + dpo_weight * per[0] * losses.sum()
+    return value + (total - total.detach()), sums
+
+
+def _side(index: Tensor) -> Tensor:
+    """0 for tokens of no response, 1 of a chosen, 2 of a rejected one."""
+    return torch.where(index < 0, 0, 1 + index % 2)
+
+
+def _by_side(name: str, values: Tensor, index: Tensor) -> dict[str, Tensor]:
+    _, chosen, rejected = segment_sum(values, _side(index), 3)
+    return {f"chosen_{name}": chosen, f"rejected_{name}": rejected}
+
+
+# Policy gradient: GRPO (report, section on RL) ----------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> tuple[Tensor, int]:
+    """Rewards against their group (Shao et al. 2024).
+
+    Args:
+        rewards: [P, G], the G completions of each prompt.
+        scale: divide by the group's standard deviation (G - 1 in its denominator) plus `eps`; Dr.GRPO does not.
+
+    Returns:
+        [P, G] advantages, exactly 0 in a group whose rewards are all equal; and the number of such groups.
+    """
+    rewards = rewards.to(torch.float64)
+    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale and rewards.shape[1] > 1:
+        centred = centred / (rewards.std(1, keepdim=True) + eps)
+    return centred.masked_fill(constant, 0).float(), int(constant.sum())
+
+
+def grpo_count(batch: RolloutBatch, normalisation: str) -> Tensor:
+    """What this batch adds to the denominator of `grpo_loss`: tokens, or completions that have any; 0-d int64."""
+    index = batch.completion_index.flatten()
+    trained = index >= 0
+    if normalisation == "token":
+        return trained.sum()
+    return (segment_sum(trained.long(), index, len(batch.advantages)) > 0).sum()
+
+
+def grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: RolloutBatch,
+    count: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    normalisation: str = "token",
+    max_tokens: int | None = None,
+    kl_weight: float = 0.0,
+    chunk: int = head.CHUNK,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy gradient with one advantage for all tokens of a completion.
+
+    A token's loss is -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / pi_old, plus kl_weight times the
+    estimator exp(d) - d - 1 with d = log pi_ref - log pi (k3, Schulman 2020) of KL(pi || pi_ref).
+
+    Args:
+        hidden: [B, T, D] last hidden states.
+        weight: [V, D] of the head.
+        count: 0-d, the sum of `grpo_count` over the whole optimizer step.
+        normalisation: "token" is the mean over tokens (DAPO), "sequence" the mean over completions of the mean over
+            their tokens (GRPO), "constant" the mean over completions of the sum over `max_tokens` (Dr.GRPO).
+        kl_weight: needs `batch.ref_logprobs`.
+
+    Returns:
+        This batch's part of the loss, 0-d; and sums over tokens to be logged, detached 0-d tensors: tokens, entropy,
+        clipped_low, clipped_high, and where there is something to compare with ref_kl, rollout_gap (of |log pi -
+        log pi_rollout|).
+    """
+    assert normalisation in NORMALISATIONS
+    labels, index = batch.labels.flatten(), batch.completion_index.flatten()
+    trained, completions, hidden = index >= 0, len(batch.advantages), hidden.flatten(0, 1)
+    advantages = batch.advantages[index.clamp(min=0).long()]
+    old, ref = (x if x is None else x.flatten() for x in (batch.old_logprobs, batch.ref_logprobs))
+    assert not kl_weight or ref is not None
+
+    def ratio(logprobs: Tensor) -> Tensor:
+        return (logprobs - (logprobs.detach() if old is None else old)).masked_fill(~trained, 0).exp()
+
+    def ref_kl(logprobs: Tensor) -> Tensor:
+        d = (ref - logprobs).masked_fill(~trained, 0)
+        return d.exp() - d - 1
+
+    def objective(logprobs: Tensor) -> Tensor:
+        r = ratio(logprobs)
+        loss = -torch.minimum(r * advantages, r.clamp(1 - clip_low, 1 + clip_high) * advantages)
+        if kl_weight:
+            loss = loss + kl_weight * ref_kl(logprobs)
+        if normalisation == "sequence":
+            total = masked_mean(loss, index, completions).sum()
+        else:
+            total = segment_sum(loss, index, completions).sum()
+        return total / (count.clamp(min=1) * (max_tokens if normalisation == "constant" else 1))
+
+    logprobs = torch.zeros(labels.shape, dtype=head.wide(hidden.dtype), device=labels.device)
+    if old is not None or kl_weight:  # else the ratio is 1 whatever they are, and one pass is enough
+        with torch.no_grad():
+            logprobs = head.token_logprobs(hidden, weight, labels, chunk)
+    total, found = head.weighted_sum(hidden, weight, labels, _gradient(objective, logprobs), chunk=chunk)
+
+    r, sums = ratio(found.logprobs), {"tokens": trained.sum(), "entropy": found.entropy.sum()}
+    sums["clipped_low"] = ((r < 1 - clip_low) & (advantages < 0)).sum()
+    sums["clipped_high"] = ((r > 1 + clip_high) & (advantages > 0)).sum()
+    if ref is not None:
+        sums["ref_kl"] = ref_kl(found.logprobs).sum()
+    if batch.rollout_logprobs is not None:
+        gap = found.logprobs - batch.rollout_logprobs.flatten()
+        sums["rollout_gap"] = gap.masked_fill(~trained, 0).abs().sum()
+    return objective(found.logprobs) + (total - total.detach()), sums
+
+
+# Reward model -------------------------------------------------------------------------------------------------------
+
+
+def pairwise_reward_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    answers: tuple[int, int],
+    kind: str = "bradley_terry",
+    chunk: int = head.CHUNK,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a reward model that names the better of two responses with one token.
+
+    Args:
+        hidden: [B, T, D] last hidden states.
+        weight: [V, D] of the head.
+        labels: [B, T] int64: the right one of `answers` at the position that answers, -100 elsewhere.
+        answers: ids of the two tokens.
+        kind: "bradley_terry" -log sigmoid(z_right - z_wrong) of the two tokens' logits; "cross_entropy"
+            -log p(right) over the whole vocabulary, which also teaches to answer with one of the two.
+
+    Returns:
+        The sum over comparisons, 0-d, and sums to be logged: comparisons, accuracy (those with z_right > z_wrong).
+    """
+    assert kind in REWARD_LOSSES
+    asked = labels != IGNORE
+    right = labels[asked]
+    second = right == answers[1]
+    assert bool((second | (right == answers[0])).all())
+    dtype = head.wide(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden[asked].to(dtype) @ weight[list(answers)].to(dtype).T
+    margin = torch.where(second, -1, 1) * (logits[:, 0] - logits[:, 1])
+    if kind == "bradley_terry":
+        loss = -F.logsigmoid(margin).sum()
+    else:
+        loss = cross_entropy(hidden, weight, labels, chunk)
+    return loss, {"comparisons": asked.sum(), "accuracy": (margin > 0).sum()}

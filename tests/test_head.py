@@ -74,10 +74,31 @@ def test_token_logprobs_equal_the_naive_head(chunk: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
-def test_gradcheck(function: Callable[..., Tensor]) -> None:
+def test_gradcheck() -> None:
     hidden, weight, labels = inputs(n=8, d=4, v=9)
-    assert torch.autograd.gradcheck(lambda h, w: function(h, w, labels, 3), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: head.token_logprobs(h, w, labels, 3), (hidden, weight))
+
+
+def test_a_second_backward_of_scaled_gradients_is_refused_and_not_wrong() -> None:
+    loss = head.cross_entropy(*inputs())
+    (2 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs only once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_tiles_of_any_height_give_the_same(
+    function: Callable[..., Tensor], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, labels = inputs()
+    expected = function(hidden, weight, labels)
+    gradients = torch.autograd.grad(expected.sum(), (hidden, weight))
+    monkeypatch.setattr(head, "CPU_TILE", rows * V // torch.get_num_threads())
+    out = function(hidden, weight, labels, chunk=6)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+    for a, b in zip(torch.autograd.grad(out.sum(), (hidden, weight)), gradients):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
@@ -140,7 +161,7 @@ def test_without_gradients_no_gradient_work_is_done(
     """Validation runs under `no_grad` over a weight that requires one."""
     hidden, weight, labels = inputs()
     expected = function(hidden, weight, labels)
-    monkeypatch.setattr(head, "_grad_of_chunk", lambda *_: pytest.fail("a gradient was formed"))
+    monkeypatch.setattr(Tensor, "scatter_add_", lambda *_: pytest.fail("a gradient was formed"))
     with torch.no_grad():
         out = function(hidden, weight, labels)
     assert torch.equal(out, expected) and not out.requires_grad

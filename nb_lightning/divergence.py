@@ -1,0 +1,190 @@
+"""Divergences between a teacher's and a student's next-token distributions, with their gradients, tile by tile.
+
+A tile is [R, V] log-probabilities of R tokens in float32 or wider. Each divergence returns its value [R] in nats and
+its gradient [R, V] with respect to the student's logits; the head multiplies that with the weights it knows.
+
+The teacher is given whole (hidden states and the weight of its own head, of any width) or as the `k` most likely tokens
+of each position, cached. Of the latter all other tokens are one bucket: see `TopKTeacher`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+LOG2_E = 1.4426950408889634
+Part = slice | Tensor  # tokens: a slice or their positions
+
+
+class Scratch:
+    """Named [rows, V] tiles, allocated once and used for all rows: fresh ones would cost page faults on a CPU."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.dtype = rows, dtype  # `rows` may be lowered for a shorter tile
+        self._new = lambda: torch.empty(rows, width, dtype=dtype, device=device)
+        self._tiles: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._tiles:
+            self._tiles[name] = self._new()
+        return self._tiles[name][: self.rows]
+
+
+def exp(x: Tensor, out: Tensor) -> Tensor:
+    """e^x into `out`, through exp2: `torch.exp` on a CPU takes 3 times as long, 30 times where results underflow."""
+    return torch.mul(x, LOG2_E, out=out).exp2_()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence, between distributions softmax(logits / temperature).
+
+    Attributes:
+        kind: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), or "jsd", the generalised
+            Jensen-Shannon divergence beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture
+            m = beta teacher + (1 - beta) student (Agarwal et al. 2024, eq. 1).
+        beta: of "jsd" only; towards 0 it is beta times the forward KL, towards 1 (1 - beta) times the reverse KL.
+        temperature: divides both logits. The value is *not* multiplied with temperature squared.
+
+    Raises:
+        ValueError: a value out of its range, by name.
+    """
+
+    kind: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"divergence is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.kind == "jsd" and not 0 < self.beta < 1:
+            raise ValueError(
+                f"divergence beta is {self.beta}; jsd takes 0 < beta < 1; its ends are forward_kl, reverse_kl"
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be a positive number")
+
+    def __call__(self, s: Tensor, p: Tensor, t: Tensor, scratch: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+        """Value [R] and gradient [R, V] of one tile.
+
+        Args:
+            s: student's log-probabilities [R, V]; p = e^s. Both are left as they are.
+            t: teacher's log-probabilities [R, V]; overwritten.
+            scratch: gives tiles by name; the gradient is one of them.
+        """
+        q = scratch("q")
+        if self.kind == "forward_kl":  # value: sum q (t - s); gradient: p - q
+            exp(t, out=q)
+            value = t.sub_(s).mul_(q).sum(1)
+            return value, torch.sub(p, q, out=q)
+        if self.kind == "reverse_kl":  # value: sum p (s - t); gradient: p (s - t - value)
+            value = torch.mul(p, t.neg_().add_(s), out=q).sum(1)
+            return value, q.addcmul_(p, value.unsqueeze(1), value=-1)
+        exp(t, out=q)
+        m = torch.mul(q, self.beta, out=scratch("m")).add_(p, alpha=1 - self.beta)
+        m.clamp_(min=torch.finfo(m.dtype).tiny).log_()  # where both are 0 so are the products below
+        of_teacher = t.sub_(m).mul_(q).sum(1)
+        m.neg_().add_(s).mul_(p)
+        of_student = m.sum(1)
+        gradient = m.addcmul_(p, of_student.unsqueeze(1), value=-1).mul_(1 - self.beta)
+        return self.beta * of_teacher + (1 - self.beta) * of_student, gradient
+
+
+FORWARD_KL = Divergence()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher of which everything is known.
+
+    Attributes:
+        hidden: [N, Dt] its last hidden states, of any width.
+        weight: [V, Dt] of its head, over the student's vocabulary.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+
+    def prepare(self, n: int, vocab: int, dtype: torch.dtype) -> Teacher:
+        """Without gradients, in the dtype of the products.
+
+        Raises:
+            ValueError: the vocabularies differ.
+        """
+        if self.weight.shape[0] != vocab:
+            raise ValueError(
+                f"the teacher's vocabulary has {self.weight.shape[0]:,} tokens and the student's {vocab:,}: their "
+                "distributions are compared token by token, so both need the same tokenizer"
+            )
+        assert self.hidden.shape == (n, self.weight.shape[1])
+        return Teacher(self.hidden.detach().to(dtype), self.weight.detach().to(dtype))
+
+    def open(self, part: Part, buffer: Tensor) -> tuple[Tensor, ...]:
+        """What `tile` needs of the tokens of `part`: their logits, written into `buffer` [n, V]."""
+        return (torch.mm(self.hidden[part], self.weight.T, out=buffer),)
+
+    @staticmethod
+    def tile(
+        divergence: Divergence, s: Tensor, p: Tensor, scratch: Callable[[str], Tensor], logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Value [R] and gradient [R, V] of some rows of what `open` gave. `s`, `p`: the student at the temperature."""
+        t = scratch("t")
+        if divergence.temperature == 1:
+            torch.log_softmax(logits, -1, dtype=t.dtype, out=t)
+        else:
+            torch.log_softmax(t.copy_(logits).div_(divergence.temperature), -1, out=t)
+        return divergence(s, p, t, scratch)
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """The k most likely tokens of a teacher at each position.
+
+    All other tokens are one bucket, for teacher and student alike, and the divergence is that of the k + 1 buckets.
+    Merging tokens can only lower a divergence (log-sum inequality), so this is a lower bound of the whole teacher's;
+    it is equal at k = V, and where the student spreads the rest over its tokens as the teacher does.
+
+    Attributes:
+        ids: [N, k] integer, distinct within a row.
+        logprobs: [N, k] nats, at the temperature of the divergence: it cannot be changed afterwards. Rows whose
+            probabilities sum to more than 1, as rounding makes them, are normalised. Keep them in float32.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def prepare(self, n: int, vocab: int, dtype: torch.dtype) -> TopKTeacher:
+        """As `Teacher.prepare`; ids are not compared with the vocabulary."""
+        assert self.ids.shape == self.logprobs.shape and self.ids.shape[0] == n and self.ids.shape[1] <= vocab
+        return self
+
+    def open(self, part: Part, buffer: Tensor) -> tuple[Tensor, ...]:
+        return self.ids[part].long(), self.logprobs[part]
+
+    @staticmethod
+    def tile(
+        divergence: Divergence, s: Tensor, p: Tensor, scratch: Callable[[str], Tensor], ids: Tensor, logprobs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `Teacher.tile`."""
+        limits = torch.finfo(s.dtype)
+        t = logprobs.double().clamp(min=math.log(limits.tiny))
+        mass = t.logsumexp(1, keepdim=True)
+        t = t - mass.clamp(min=0)
+        s_buckets, everything = s.gather(1, ids), ids.shape[1] == s.shape[1]
+        if not everything:
+            # Summed up, not 1 minus the others: that would lose all digits of a small rest.
+            rest = scratch("q").copy_(p).scatter_(1, ids, 0).sum(1, keepdim=True).clamp(min=limits.tiny)
+            s_buckets = torch.cat([s_buckets, rest.log()], 1)
+            # The teacher's is known by subtraction only; below one rounding it is not known at all.
+            t = torch.cat([t, mass.clamp(max=0).expm1().neg().clamp(min=limits.eps).log()], 1)
+        t = t.to(s.dtype)
+        value, of_buckets = divergence(s_buckets, s_buckets.exp(), t, lambda _: torch.empty_like(t))
+        gradient = scratch("q")
+        if not everything:  # a token of the rest moves its bucket by its share of it
+            torch.mul(p, of_buckets[:, -1:] / rest, out=gradient)
+        return value, gradient.scatter_(1, ids, of_buckets[:, : ids.shape[1]])
