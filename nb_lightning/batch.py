@@ -5,6 +5,7 @@ B rows, T tokens per row, S documents. Labels are already shifted: `labels[b, t]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -83,6 +84,34 @@ class PackedBatch(_Movable):
         return cls(input_ids, labels, position_ids, cu_seqlens)
 
 
+def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Put documents behind each other into one row, without padding. Only the responses are trained.
+
+    Args:
+        prompts: token ids, at least one each.
+        responses: as many; may be empty. The last token of a document is predicted but not read.
+
+    Returns:
+        The fields of a `PackedBatch` with B = 1, and [1, T] int32: for each label the index of its response, else -1.
+    """
+    inputs, labels, positions, index, lengths = [], [], [], [], []
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        tokens = [*prompt, *response]
+        n = max(1, len(tokens) - 1)  # a document of one token keeps it, so that no document is empty
+        inputs += tokens[:n]
+        labels += [IGNORE] * (n - len(response)) + list(response)
+        index += [-1] * (n - len(response)) + [i] * len(response)
+        positions += range(n)
+        lengths.append(n)
+    packed = {
+        "input_ids": torch.tensor([inputs]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.tensor([positions]),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+    }
+    return packed, torch.tensor([index], dtype=torch.int32)
+
+
 @dataclass(kw_only=True)
 class PreferenceBatch(PackedBatch):
     """Pairs of responses. Both of a pair lie in the same batch, each a document of its own: prompt, then response.
@@ -103,6 +132,15 @@ class PreferenceBatch(PackedBatch):
     ref_logprobs: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], **fields: Any
+    ) -> PreferenceBatch:
+        """Pack (prompt, chosen, rejected) token ids into one row, see `pack`; `fields` are the optional ones."""
+        prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+        packed, index = pack(prompts, [response for pair in pairs for response in pair[1:]])
+        return cls(**packed, pairs=len(pairs), response_index=index, **fields)
 
     @property
     def counts(self) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
+from nb_lightning.batch import IGNORE, PackedBatch, PreferenceBatch, StepBatch, pack
 
 EOS = 9
 
@@ -155,3 +155,27 @@ def test_the_data_loader_pins_every_tensor(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
 def test_pinned_memory_is_pinned() -> None:
     assert all(x.is_pinned() for x in tensors(step_batch().pin_memory()))
+
+
+# Packed prompts and responses ---------------------------------------------------------------------------------------
+
+
+def test_pack_by_hand() -> None:
+    """The first response token is predicted by the last prompt token, the last token is read by nothing."""
+    packed, index = pack([[1, 2], [3], [4], [5, 6]], [[7, 8], [], [9], []])
+    batch = PackedBatch(**packed)
+    assert batch.input_ids.tolist() == [[1, 2, 7, 3, 4, 5]]
+    assert batch.labels.tolist() == [[IGNORE, 7, 8, IGNORE, 9, IGNORE]]
+    assert index.tolist() == [[-1, 0, 0, -1, 2, -1]] and index.dtype == torch.int32
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 6] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.trained_tokens == 3
+
+
+def test_pairs_are_packed_side_by_side_and_counted() -> None:
+    batch = PreferenceBatch.from_pairs([([1], [2, 3], [4]), ([5], [], [6, 7])], ref_logprobs=torch.zeros(2, 2))
+    assert batch.response_index.tolist() == [[0, 0, 1, -1, 3, 3]]
+    assert batch.labels.tolist() == [[2, 3, 4, IGNORE, 6, 7]]
+    assert batch.counts.tolist() == [2, 2, 3]
+    moved = batch.to(torch.device("meta"))
+    assert moved.response_index.is_meta and moved.ref_logprobs.is_meta and moved.pairs == 2

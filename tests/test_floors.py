@@ -17,7 +17,10 @@ import pytest
 from tests.harness import ROOT
 
 STDLIB = frozenset(sys.stdlib_module_names)
-MATHS = ("model", "attention", "head", "losses", "optim", "kv_cache", "sampling", "generate", "weights", "gguf_file")
+MATHS = (
+    "model", "attention", "head", "divergence", "losses", "reference_cache", "optim", "kv_cache", "sampling",
+    "generate", "weights", "gguf_file",
+)  # fmt: skip
 F0 = ("config", "phases", "batch")
 
 

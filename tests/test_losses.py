@@ -1,0 +1,379 @@
+"""DPD, GRPO and the reward model's loss against naive float64 ones, hand calculations, and each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nb_lightning import losses
+from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch, pack
+from nb_lightning.divergence import Divergence, Teacher
+from tests.test_divergence import naive_of, top_k
+
+V, D, TEACHER_D = 29, 6, 9
+# (prompt, chosen, rejected) lengths: ragged, a response of one token, an empty one on either side
+LENGTHS = [(3, 5, 2), (1, 1, 7), (4, 3, 1), (2, 0, 4), (5, 6, 0), (1, 0, 0)]
+
+
+def random_pairs(lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) -> list[tuple[list[int], ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, V, (n,), generator=generator).tolist() for n in pair) for pair in lengths]
+
+
+def rows(batch: PreferenceBatch, width: int) -> PreferenceBatch:
+    """The same tokens in rows of `width`, the last one padded."""
+    missing = -batch.input_ids.numel() % width
+
+    def pad(x: Tensor, value: int) -> Tensor:
+        return F.pad(x.flatten(), (0, missing), value=value).view(-1, width)
+
+    index = pad(batch.response_index, -1)
+    return PreferenceBatch(
+        pad(batch.input_ids, 0), pad(batch.labels, IGNORE), pairs=batch.pairs, response_index=index,
+        ref_logprobs=batch.ref_logprobs,
+    )  # fmt: skip
+
+
+def states(batch: PreferenceBatch, seed: int = 1) -> tuple[Tensor, Tensor, Teacher]:
+    """Hidden states and head of a student, and a teacher of another width, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    B, T = batch.input_ids.shape
+    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
+    hidden, weight = draw(B, T, D).requires_grad_(), draw(V, D).requires_grad_()
+    return hidden, weight, Teacher(draw(B * T, TEACHER_D), draw(V, TEACHER_D))
+
+
+def reference(batch: PreferenceBatch) -> Tensor:
+    return -5 * torch.rand(batch.pairs, 2, generator=torch.Generator().manual_seed(4))
+
+
+def naive_dpd(
+    hidden: Tensor, weight: Tensor, batch: PreferenceBatch, teacher: Teacher, divergence: Divergence, variant: str,
+    beta: float, smoothing: float, weights: tuple[float, float, float],
+) -> Tensor:  # fmt: skip
+    """Everything materialised, one response after the other, one mean a term."""
+    logits = hidden.flatten(0, 1) @ weight.T
+    of_teacher = teacher.hidden @ teacher.weight.T
+    logprobs, labels, index = logits.log_softmax(-1), batch.labels.flatten(), batch.response_index.flatten()
+    ratios, kl = [], ([], [])
+    for response in range(2 * batch.pairs):
+        at = (index == response).nonzero().flatten().tolist()
+        total = sum((logprobs[t, labels[t]] for t in at), start=torch.zeros((), dtype=torch.float64))
+        ratio = total - batch.ref_logprobs.double().flatten()[response]
+        ratios.append(ratio / max(1, len(at)) if variant == "ipo" else ratio)
+        kl[response % 2].extend(naive_of(divergence, logits[at], of_teacher[at]))
+    terms = []
+    for chosen, rejected in zip(ratios[::2], ratios[1::2]):
+        x = chosen - rejected
+        if variant == "sigmoid":
+            terms.append(-(1 - smoothing) * F.logsigmoid(beta * x) - smoothing * F.logsigmoid(-beta * x))
+        elif variant == "hinge":
+            terms.append(torch.clamp(1 - beta * x, min=0))
+        else:
+            terms.append((x - 0.5 / beta) ** 2)
+    means = [torch.stack(x).mean() for x in (terms, *kl)]
+    return sum(w * mean for w, mean in zip(weights, means))
+
+
+@pytest.mark.parametrize("variant, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0)])
+@pytest.mark.parametrize(
+    "divergence",
+    [Divergence(), Divergence("reverse_kl", temperature=2.0), Divergence("jsd", beta=0.3)],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [None, 7])
+def test_dpd_and_its_gradients_equal_the_naive_loss(
+    variant: str, smoothing: float, divergence: Divergence, width: int | None
+) -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch.ref_logprobs = reference(batch)
+    batch = rows(batch, width) if width else batch
+    hidden, weight, teacher = states(batch)
+    weights = (0.7, 0.5, 0.3)
+    loss, _ = losses.dpd_loss(
+        hidden, weight, batch, batch.counts, teacher, beta=0.4, variant=variant, label_smoothing=smoothing,
+        dpo_weight=weights[0], lambda_plus=weights[1], lambda_minus=weights[2], divergence=divergence, chunk=5,
+    )  # fmt: skip
+    expected = naive_dpd(hidden, weight, batch, teacher, divergence, variant, 0.4, smoothing, weights)
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
+def test_each_term_by_its_knob(weights: tuple[float, float, float]) -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch.ref_logprobs = reference(batch)
+    hidden, weight, teacher = states(batch)
+    knobs = dict(zip(("dpo_weight", "lambda_plus", "lambda_minus"), weights))
+    loss, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, **knobs)
+    expected = naive_dpd(hidden, weight, batch, teacher, Divergence(), "sigmoid", 0.1, 0.0, weights)
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_parts_of_a_step_add_up_to_the_whole() -> None:
+    """Two micro-batches (or ranks) with the counts of both, against all pairs at once."""
+    pairs = random_pairs()
+    whole = PreferenceBatch.from_pairs(pairs)
+    whole.ref_logprobs = reference(whole)
+    hidden, weight, teacher = states(whole)
+    loss, sums = losses.dpd_loss(hidden, weight, whole, whole.counts, teacher)
+    expected = torch.autograd.grad(loss, (hidden, weight))
+
+    parts = [PreferenceBatch.from_pairs(pairs[a:b], ref_logprobs=whole.ref_logprobs[a:b]) for a, b in ((0, 2), (2, 6))]
+    counts = sum(part.counts for part in parts)
+    assert torch.equal(counts, whole.counts)
+    total, gradients, logged, start = 0.0, [], {}, 0
+    for part in parts:
+        end = start + part.input_ids.numel()
+        own = Teacher(teacher.hidden[start:end], teacher.weight)
+        loss_of_part, found = losses.dpd_loss(hidden[:, start:end], weight, part, counts, own)
+        gradients.append(torch.autograd.grad(loss_of_part, (hidden, weight)))
+        total, start = total + loss_of_part.detach(), end
+        logged = {name: logged.get(name, 0) + value for name, value in found.items()}
+    torch.testing.assert_close(total, loss.detach(), atol=1e-12, rtol=1e-12)
+    for a, b in zip((sum(x) for x in zip(*gradients)), expected):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    assert logged.keys() == sums.keys()
+    for name, value in sums.items():
+        torch.testing.assert_close(logged[name], value, atol=1e-12, rtol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", losses.DPO_VARIANTS)
+def test_at_step_0_the_margin_is_exactly_0(dtype: torch.dtype, variant: str) -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs([(3, 40, 25), (5, 9, 61), (2, 0, 1)]))
+    hidden, weight, teacher = states(batch)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.no_grad():
+        batch.ref_logprobs = losses.response_logprobs(hidden, weight, batch, chunk=16)
+    _, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant, chunk=16)
+    assert sums["margin"] == sums["chosen_reward"] == sums["rejected_reward"] == sums["accuracy"] == 0
+
+
+def test_the_batchs_own_cached_teacher_is_used() -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch.ref_logprobs = reference(batch)
+    hidden, weight, teacher = states(batch)
+    cached = top_k(teacher, 4)
+    expected, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, cached)
+    batch.teacher_ids, batch.teacher_logprobs = cached.ids.unsqueeze(0), cached.logprobs.unsqueeze(0)
+    loss, _ = losses.dpd_loss(hidden, weight, batch, batch.counts)
+    whole, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher)
+    assert torch.equal(loss, expected) and loss < whole
+
+
+def test_what_is_logged() -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch.ref_logprobs = reference(batch)
+    hidden, weight, teacher = states(batch)
+    loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
+    rewards = 0.3 * (losses.response_logprobs(hidden, weight, batch) - batch.ref_logprobs)
+    margin = rewards[:, 0] - rewards[:, 1]
+    pairs, chosen, rejected = batch.counts.tolist()
+    assert (pairs, chosen, rejected) == (6, sum(c for _, c, _ in LENGTHS), sum(r for _, _, r in LENGTHS))
+    assert sums["chosen_reward"] == pytest.approx(rewards[:, 0].sum().item())
+    assert sums["rejected_reward"] == pytest.approx(rewards[:, 1].sum().item())
+    assert sums["margin"] == pytest.approx(margin.sum().item())
+    assert sums["accuracy"] == (margin > 0).sum()
+    value = sums["dpo"] / pairs + sums["chosen_divergence"] / chosen + 0.5 * sums["rejected_divergence"] / rejected
+    assert loss.item() == pytest.approx(value.item())
+    assert 0 < sums["chosen_entropy"] < chosen * math.log(V)
+    assert not any(value.requires_grad for value in sums.values())
+    with torch.no_grad():
+        without, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
+    assert without.item() == pytest.approx(loss.item(), rel=1e-12) and not without.requires_grad
+
+
+def test_nothing_but_empty_responses_is_no_nan() -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs([(1, 0, 0), (3, 0, 0)]), ref_logprobs=torch.zeros(2, 2))
+    hidden, weight, teacher = states(batch)
+    for variant in losses.DPO_VARIANTS:
+        loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant)
+        assert loss.isfinite() and all(value.isfinite() for value in sums.values())
+        assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_dpo_by_hand() -> None:
+    ratios = torch.tensor([[1.0, -1.0], [-2.0, 0.5]])
+    sigmoid = losses.dpo_loss(ratios, 0.5)
+    assert sigmoid.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1.25))])
+    assert losses.dpo_loss(ratios, 0.5, "hinge").tolist() == pytest.approx([0.0, 2.25])
+    assert losses.dpo_loss(ratios, 0.5, "ipo").tolist() == pytest.approx([1.0, 12.25])
+    assert losses.dpo_loss(torch.tensor([[1e5, -1e5], [-1e5, 1e5]]), 1.0).isfinite().all()
+
+
+# GRPO ---------------------------------------------------------------------------------------------------------------
+
+
+def rollout(logprobs: Sequence[Sequence[float]], trained: Sequence[Sequence[int]], **fields: Any) -> tuple[Any, ...]:
+    """Hidden states and head whose log-probabilities of label 0 are `logprobs` [C, T]; 0 in `trained` masks."""
+    p = torch.tensor(logprobs, dtype=torch.float64).exp()
+    hidden = torch.stack([p.log(), (1 - p).log()], -1).view(1, -1, 2).requires_grad_()
+    mask, (C, T) = torch.tensor(trained, dtype=torch.bool).flatten(), p.shape
+    index = torch.arange(C, dtype=torch.int32).repeat_interleave(T)
+    batch = RolloutBatch(
+        torch.zeros(1, C * T, dtype=torch.int64), torch.where(mask, 0, IGNORE).view(1, -1),
+        completion_index=torch.where(mask, index, -1).view(1, -1), **fields,
+    )  # fmt: skip
+    return hidden, torch.eye(2, dtype=torch.float64), batch
+
+
+def per_token(values: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(1, -1)
+
+
+def test_grpo_by_hand() -> None:
+    """Two completions of three tokens; advantages 1 and -2; clipped at 0.8 and 1.3."""
+    ratios = [[1.0, 1.5, 0.5], [1.5, 0.5, 1.1]]
+    logprobs = [[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]]
+    old = [[-1.0 - math.log(r) for r in row] for row in ratios]
+    fields = {"advantages": torch.tensor([1.0, -2.0]), "old_logprobs": per_token(old)}
+    # -min(r A, clip(r) A): 1.0, 1.3 (clipped high), 0.5 | 3.0 (r above counts in full), 1.6 (clipped low), 2.2
+    token_losses = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
+    every = [[1, 1, 1], [1, 1, 1]]
+    hidden, weight, batch = rollout(logprobs, every, **fields)
+    loss, sums = losses.grpo_loss(hidden, weight, batch, torch.tensor(6), clip_high=0.3)
+    assert loss.item() == pytest.approx(sum(map(sum, token_losses)) / 6)
+    assert {k: int(v) for k, v in sums.items() if k != "entropy"} == {"tokens": 6, "clipped_low": 1, "clipped_high": 1}
+    # d loss / d logprob = -r A where not clipped, 0 where clipped; d logprob / d logit of the label = 1 - p
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    factor = (1 - math.exp(-1)) / 6
+    expected = [-1.0 * factor, 0.0, -0.5 * factor, 3.0 * factor, 0.0, 2.2 * factor]
+    assert gradient[0, :, 0].tolist() == pytest.approx(expected)
+
+    # The second completion loses its last token: numerator and denominator see the same mask.
+    hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [1, 1, 0]], **fields)
+    for normalisation, max_tokens, count, value in (
+        ("token", None, 5, (-2.8 + 4.6) / 5),
+        ("sequence", None, 2, (-2.8 / 3 + 4.6 / 2) / 2),
+        ("constant", 10, 2, (-2.8 + 4.6) / 10 / 2),
+    ):
+        assert losses.grpo_count(batch, normalisation) == count
+        loss, _ = losses.grpo_loss(
+            hidden, weight, batch, torch.tensor(count), clip_high=0.3, normalisation=normalisation,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(value), normalisation
+
+    # Truncated as a whole, it counts nowhere.
+    hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
+    for normalisation, count, value in (("token", 3, -2.8 / 3), ("sequence", 1, -2.8 / 3), ("constant", 1, -0.28)):
+        assert losses.grpo_count(batch, normalisation) == count
+        loss, _ = losses.grpo_loss(
+            hidden, weight, batch, torch.tensor(count), clip_high=0.3, normalisation=normalisation, max_tokens=10
+        )
+        assert loss.item() == pytest.approx(value), normalisation
+
+
+def random_rollout(lengths: Sequence[int], truncated: Sequence[int] = ()) -> tuple[Tensor, Tensor, RolloutBatch]:
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
+    responses = [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths]
+    packed, index = pack([[1, 2]] * len(lengths), responses)
+    for i in truncated:
+        packed["labels"][index == i] = IGNORE
+        index[index == i] = -1
+    T = index.numel()
+    batch = RolloutBatch(
+        **packed, completion_index=index, advantages=draw(len(lengths)).float(), old_logprobs=-1.5 + draw(1, T) / 3,
+        ref_logprobs=-1.5 + draw(1, T) / 3, rollout_logprobs=-1.5 + draw(1, T) / 3,
+    )  # fmt: skip
+    return draw(1, T, D).requires_grad_(), draw(V, D).requires_grad_(), batch
+
+
+def naive_grpo(
+    hidden: Tensor, weight: Tensor, batch: RolloutBatch, on_policy: bool, normalisation: str, kl_weight: float
+) -> Tensor:
+    logprobs = (hidden[0] @ weight.T).log_softmax(-1)
+    sequences = []
+    for i, advantage in enumerate(batch.advantages.double()):
+        values = []
+        for t in (batch.completion_index[0] == i).nonzero().flatten().tolist():
+            lp = logprobs[t, batch.labels[0, t]]
+            r = (lp - (lp.detach() if on_policy else batch.old_logprobs[0, t])).exp()
+            value = -torch.minimum(r * advantage, r.clamp(0.9, 1.4) * advantage)
+            d = batch.ref_logprobs[0, t] - lp
+            values.append(value + kl_weight * (d.exp() - d - 1))
+        if values:
+            sequences.append(torch.stack(values))
+    if normalisation == "token":
+        return torch.cat(sequences).mean()
+    if normalisation == "sequence":
+        return torch.stack([x.mean() for x in sequences]).mean()
+    return torch.stack([x.sum() / 11 for x in sequences]).mean()
+
+
+@pytest.mark.parametrize("normalisation", losses.NORMALISATIONS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_policy: bool, kl_weight: float) -> None:
+    hidden, weight, batch = random_rollout([4, 1, 0, 7, 3], truncated=[3])
+    expected = naive_grpo(hidden, weight, batch, on_policy, normalisation, kl_weight)
+    if on_policy:
+        batch.old_logprobs = None
+    count = losses.grpo_count(batch, normalisation)
+    loss, sums = losses.grpo_loss(
+        hidden, weight, batch, count, clip_low=0.1, clip_high=0.4, normalisation=normalisation, max_tokens=11,
+        kl_weight=kl_weight, chunk=3,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    assert sums["tokens"] == 8 and sums["ref_kl"] > 0 and sums["rollout_gap"] > 0
+
+
+def test_nothing_but_truncated_completions_is_no_nan() -> None:
+    hidden, weight, batch = random_rollout([4, 2], truncated=[0, 1])
+    for normalisation in losses.NORMALISATIONS:
+        count = losses.grpo_count(batch, normalisation)
+        loss, _ = losses.grpo_loss(hidden, weight, batch, count, normalisation=normalisation, max_tokens=5, kl_weight=1)
+        assert count == 0 and loss == 0
+        assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_group_advantages() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 3.0]])
+    advantages, constant = losses.group_advantages(rewards)
+    assert constant == 1 and (advantages[1] == 0).all()
+    std = math.sqrt(4 * 0.25 / 3) + 1e-4
+    assert advantages[0].tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std])
+    unscaled, _ = losses.group_advantages(rewards, scale=False)
+    assert unscaled[2].tolist() == pytest.approx([-0.75, -0.75, -0.75, 2.25])
+    alone, constant = losses.group_advantages(torch.ones(3, 1))
+    assert constant == 3 and (alone == 0).all()
+
+
+# Reward model -------------------------------------------------------------------------------------------------------
+
+
+def test_pairwise_reward_loss_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 3.0], [1.0, 1.5, 0.0]], dtype=torch.float64)
+    hidden, weight = logits.unsqueeze(0).requires_grad_(), torch.eye(3, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([[0, IGNORE, 0]])  # answers are tokens 0 and 1; the second row says the wrong one
+    loss, sums = losses.pairwise_reward_loss(hidden, weight, labels, (0, 1))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(0.5)))
+    assert sums["comparisons"] == 2 and sums["accuracy"] == 1
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    a, b = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(-0.5))
+    assert gradient[0].flatten().tolist() == pytest.approx([-a, a, 0, 0, 0, 0, -b, b, 0])
+    whole, _ = losses.pairwise_reward_loss(hidden, weight, labels, (0, 1), "cross_entropy")
+    assert whole.item() == pytest.approx(-logits.log_softmax(-1)[[0, 2], [0, 0]].sum().item())
+    swapped, sums = losses.pairwise_reward_loss(hidden, weight, torch.tensor([[1, IGNORE, 1]]), (0, 1))
+    assert swapped.item() == pytest.approx(math.log(1 + math.exp(1.5)) + math.log(1 + math.exp(-0.5)))
+    nothing, sums = losses.pairwise_reward_loss(hidden, weight, torch.full((1, 3), IGNORE), (0, 1))
+    assert nothing == 0 and sums["comparisons"] == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
+
+
+def test_masked_mean() -> None:
+    values, index = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 2, -1, 2])
+    assert losses.masked_mean(values, index, 4).tolist() == [1.0, 0.0, 5.0, 0.0]
