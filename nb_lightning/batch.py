@@ -143,12 +143,12 @@ class PreferenceBatch(PackedBatch):
         return cls(**packed, pairs=len(pairs), response_index=index, **fields)
 
     @property
-    def counts(self) -> Tensor:
-        """[3] int64: pairs, tokens of chosen and of rejected responses; to be added over micro-batches and ranks."""
-        trained = self.response_index >= 0
-        rejected = (self.response_index % 2 == 1) & trained
-        pairs = torch.tensor(self.pairs, device=trained.device)
-        return torch.stack([pairs, (trained & ~rejected).sum(), rejected.sum()])
+    def counts(self) -> dict[str, Tensor]:
+        """`pairs`, and `chosen_tokens` and `rejected_tokens` that are trained; 0-d int64 tensors."""
+        index = self.response_index
+        pairs = torch.tensor(self.pairs, device=index.device)
+        chosen, rejected = (((index >= 0) & (index % 2 == side)).sum() for side in (0, 1))
+        return {"pairs": pairs, "chosen_tokens": chosen, "rejected_tokens": rejected}
 
 
 @dataclass(kw_only=True)
@@ -171,6 +171,16 @@ class RolloutBatch(PackedBatch):
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """`tokens` that are trained, and `completions` that have any; 0-d int64 tensors."""
+        index = self.completion_index.flatten()
+        index = index[index >= 0]
+        return {
+            "tokens": torch.tensor(index.numel(), device=index.device),
+            "completions": torch.tensor(index.unique().numel(), device=index.device),
+        }
 
 
 @dataclass

@@ -1,13 +1,13 @@
 """Losses over packed rows, called as the model's `head`: `model(..., head=partial(dpd_loss, batch=batch, ...))`.
 
-Each is a *sum*; nothing here divides by what this micro-batch alone has. `cross_entropy` and `pairwise_reward_loss` are
-divided by the stage. `dpd_loss` and `grpo_loss` have several denominators and form gradients on the way, so they take
-the *global* counts and divide by them: what they return for all micro-batches and ranks adds up to the loss.
+`cross_entropy` is a sum. The others take the step's global counts (`BaseStage.loss`) and divide each of their sums by
+its own: what they return for all micro-batches and ranks adds up to the loss. They also return sums to be logged; the
+`..._PER` tables name them and say which of the counts each is a mean over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,12 @@ from nb_lightning.divergence import FORWARD_KL, Divergence, Teacher, TopKTeacher
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 NORMALISATIONS = ("token", "sequence", "constant")
 REWARD_LOSSES = ("bradley_terry", "cross_entropy")
+DPD_PER = {
+    **dict.fromkeys(("dpo", "chosen_reward", "rejected_reward", "margin", "accuracy"), "pairs"),
+    **{f"{side}_{name}": f"{side}_tokens" for name in ("divergence", "entropy") for side in ("chosen", "rejected")},
+}
+GRPO_PER = dict.fromkeys(("entropy", "clipped_low", "clipped_high", "ref_kl", "rollout_gap"), "tokens")
+REWARD_PER = {"accuracy": "tokens"}
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = head.CHUNK) -> Tensor:
@@ -92,7 +98,7 @@ def dpd_loss(
     hidden: Tensor,
     weight: Tensor,
     batch: PreferenceBatch,
-    counts: Tensor,
+    counts: Mapping[str, Tensor],
     teacher: Teacher | TopKTeacher | None = None,
     *,
     beta: float = 0.1,
@@ -112,16 +118,15 @@ def dpd_loss(
     Args:
         hidden: [B, T, D] last hidden states of the policy.
         weight: [V, D] of its head.
-        counts: [3], the global `PreferenceBatch.counts` of the whole optimizer step.
+        counts: `batch.counts` of the whole optimizer step.
         teacher: of the same tokens, flattened to [B * T, ...]; None takes the batch's cached one, where it has one.
         beta, variant, label_smoothing: see `dpo_loss`. DPO needs `batch.ref_logprobs`.
         dpo_weight, lambda_plus, lambda_minus: 0 leaves a term out; without a teacher the last two are not looked at.
 
     Returns:
-        This batch's part of the loss, 0-d; and sums to be logged, detached 0-d tensors. Over pairs (divide by
-        counts[0]): dpo, chosen_reward, rejected_reward, margin, accuracy, those of beta * log(pi / pi_ref); over the
-        tokens of each side (counts[1], counts[2]): chosen_entropy, rejected_entropy and, with a teacher,
-        chosen_divergence, rejected_divergence.
+        This batch's part of the loss, 0-d; and the sums of `DPD_PER`, detached: the DPO loss, the rewards
+        beta log(pi / pi_ref) of both sides, their difference (margin) and how often it is positive (accuracy),
+        divergence and entropy of both sides. What there is nothing for (no reference, no teacher) is 0.
     """
     labels, index, segments = batch.labels.flatten(), batch.response_index.flatten(), 2 * batch.pairs
     if teacher is None and batch.teacher_ids is not None:
@@ -137,31 +142,33 @@ def dpd_loss(
             ratios = ratios / lengths.clamp(min=1)
         return dpo_loss(ratios, beta, variant, label_smoothing)
 
-    hidden, per = hidden.flatten(0, 1), 1 / counts.clamp(min=1).to(head.wide(hidden.dtype))
-    of_logprobs = torch.zeros(labels.shape, dtype=per.dtype, device=per.device)
+    hidden = hidden.flatten(0, 1)
+    of_logprobs = torch.zeros(labels.shape, dtype=head.wide(hidden.dtype), device=labels.device)
+    names = ("pairs", "chosen_tokens", "rejected_tokens")
+    pairs, chosen, rejected = (counts[name].clamp(min=1).to(of_logprobs) for name in names)
     if dpo_weight and torch.is_grad_enabled():
         with torch.no_grad():
             logprobs = head.token_logprobs(hidden, weight, labels, chunk)
-        of_logprobs = _gradient(lambda x: dpo_weight * per[0] * dpo(logratios(x)).sum(), logprobs)
+        of_logprobs = _gradient(lambda x: dpo_weight / pairs * dpo(logratios(x)).sum(), logprobs)
     of_divergence = None
     if teacher is not None:
-        of_divergence = torch.stack([0 * per[0], lambda_plus * per[1], lambda_minus * per[2]])[_side(index)]
+        of_divergence = torch.stack([0 * chosen, lambda_plus / chosen, lambda_minus / rejected])[_side(index)]
     total, found = head.weighted_sum(
         hidden, weight, labels, of_logprobs, teacher, divergence, of_divergence, chunk=chunk
     )
 
-    sums = _by_side("entropy", found.entropy, index)
-    value = 0 * per[0]
+    sums = dict.fromkeys(DPD_PER, total.new_zeros(())) | _by_side("entropy", found.entropy, index)
+    value = total.new_zeros(())
     if teacher is not None:
         sums |= _by_side("divergence", found.divergence, index)
         value = value + (of_divergence * found.divergence).sum()
     if batch.ref_logprobs is not None:
         ratios = logratios(found.logprobs)
-        rewards, losses = beta * ratios, dpo(ratios)
+        losses, rewards = dpo(ratios), beta * ratios
         margin = rewards[:, 0] - rewards[:, 1]
         sums |= {"dpo": losses.sum(), "chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum()}
         sums |= {"margin": margin.sum(), "accuracy": (margin > 0).to(margin.dtype).sum()}
-        value = value + dpo_weight * per[0] * losses.sum()
+        value = value + dpo_weight / pairs * losses.sum()
     return value + (total - total.detach()), sums
 
 
@@ -196,20 +203,11 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> 
     return centred.masked_fill(constant, 0).float(), int(constant.sum())
 
 
-def grpo_count(batch: RolloutBatch, normalisation: str) -> Tensor:
-    """What this batch adds to the denominator of `grpo_loss`: tokens, or completions that have any; 0-d int64."""
-    index = batch.completion_index.flatten()
-    trained = index >= 0
-    if normalisation == "token":
-        return trained.sum()
-    return (segment_sum(trained.long(), index, len(batch.advantages)) > 0).sum()
-
-
 def grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     batch: RolloutBatch,
-    count: Tensor,
+    counts: Mapping[str, Tensor],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -226,15 +224,14 @@ def grpo_loss(
     Args:
         hidden: [B, T, D] last hidden states.
         weight: [V, D] of the head.
-        count: 0-d, the sum of `grpo_count` over the whole optimizer step.
+        counts: `batch.counts` of the whole optimizer step.
         normalisation: "token" is the mean over tokens (DAPO), "sequence" the mean over completions of the mean over
             their tokens (GRPO), "constant" the mean over completions of the sum over `max_tokens` (Dr.GRPO).
         kl_weight: needs `batch.ref_logprobs`.
 
     Returns:
-        This batch's part of the loss, 0-d; and sums over tokens to be logged, detached 0-d tensors: tokens, entropy,
-        clipped_low, clipped_high, and where there is something to compare with ref_kl, rollout_gap (of |log pi -
-        log pi_rollout|).
+        This batch's part of the loss, 0-d; and the sums of `GRPO_PER`, detached: entropy, how often the ratio was
+        clipped on each side, k3, and |log pi - log pi_rollout|. What there is nothing to compare with is 0.
     """
     assert normalisation in NORMALISATIONS
     labels, index = batch.labels.flatten(), batch.completion_index.flatten()
@@ -259,7 +256,8 @@ def grpo_loss(
             total = masked_mean(loss, index, completions).sum()
         else:
             total = segment_sum(loss, index, completions).sum()
-        return total / (count.clamp(min=1) * (max_tokens if normalisation == "constant" else 1))
+        count = counts["tokens" if normalisation == "token" else "completions"].clamp(min=1)
+        return total / (count * max_tokens if normalisation == "constant" else count)
 
     logprobs = torch.zeros(labels.shape, dtype=head.wide(hidden.dtype), device=labels.device)
     if old is not None or kl_weight:  # else the ratio is 1 whatever they are, and one pass is enough
@@ -267,9 +265,10 @@ def grpo_loss(
             logprobs = head.token_logprobs(hidden, weight, labels, chunk)
     total, found = head.weighted_sum(hidden, weight, labels, _gradient(objective, logprobs), chunk=chunk)
 
-    r, sums = ratio(found.logprobs), {"tokens": trained.sum(), "entropy": found.entropy.sum()}
-    sums["clipped_low"] = ((r < 1 - clip_low) & (advantages < 0)).sum()
-    sums["clipped_high"] = ((r > 1 + clip_high) & (advantages > 0)).sum()
+    r, sums = ratio(found.logprobs), dict.fromkeys(GRPO_PER, total.new_zeros(()))
+    sums["entropy"] = found.entropy.sum()
+    sums["clipped_low"] = ((r < 1 - clip_low) & (advantages < 0)).to(r.dtype).sum()
+    sums["clipped_high"] = ((r > 1 + clip_high) & (advantages > 0)).to(r.dtype).sum()
     if ref is not None:
         sums["ref_kl"] = ref_kl(found.logprobs).sum()
     if batch.rollout_logprobs is not None:
@@ -285,7 +284,9 @@ def pairwise_reward_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    counts: Mapping[str, Tensor],
     answers: tuple[int, int],
+    *,
     kind: str = "bradley_terry",
     chunk: int = head.CHUNK,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -295,12 +296,13 @@ def pairwise_reward_loss(
         hidden: [B, T, D] last hidden states.
         weight: [V, D] of the head.
         labels: [B, T] int64: the right one of `answers` at the position that answers, -100 elsewhere.
+        counts: `PackedBatch.counts` of the whole optimizer step; its tokens are comparisons.
         answers: ids of the two tokens.
         kind: "bradley_terry" -log sigmoid(z_right - z_wrong) of the two tokens' logits; "cross_entropy"
             -log p(right) over the whole vocabulary, which also teaches to answer with one of the two.
 
     Returns:
-        The sum over comparisons, 0-d, and sums to be logged: comparisons, accuracy (those with z_right > z_wrong).
+        This batch's part of the mean over comparisons, 0-d; and the sum of `REWARD_PER`: those with z_right > z_wrong.
     """
     assert kind in REWARD_LOSSES
     asked = labels != IGNORE
@@ -315,4 +317,4 @@ def pairwise_reward_loss(
         loss = -F.logsigmoid(margin).sum()
     else:
         loss = cross_entropy(hidden, weight, labels, chunk)
-    return loss, {"comparisons": asked.sum(), "accuracy": (margin > 0).sum()}
+    return loss / counts["tokens"].clamp(min=1), {"accuracy": (margin > 0).to(margin.dtype).sum()}

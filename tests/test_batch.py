@@ -169,13 +169,13 @@ def test_pack_by_hand() -> None:
     assert index.tolist() == [[-1, 0, 0, -1, 2, -1]] and index.dtype == torch.int32
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 0]]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 6] and batch.cu_seqlens.dtype == torch.int32
-    assert batch.trained_tokens == 3
+    assert batch.counts["tokens"] == 3
 
 
 def test_pairs_are_packed_side_by_side_and_counted() -> None:
     batch = PreferenceBatch.from_pairs([([1], [2, 3], [4]), ([5], [], [6, 7])], ref_logprobs=torch.zeros(2, 2))
     assert batch.response_index.tolist() == [[0, 0, 1, -1, 3, 3]]
     assert batch.labels.tolist() == [[2, 3, 4, IGNORE, 6, 7]]
-    assert batch.counts.tolist() == [2, 2, 3]
+    assert batch.counts == {"pairs": 2, "chosen_tokens": 2, "rejected_tokens": 3}
     moved = batch.to(torch.device("meta"))
     assert moved.response_index.is_meta and moved.ref_logprobs.is_meta and moved.pairs == 2

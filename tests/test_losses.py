@@ -130,8 +130,8 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
     expected = torch.autograd.grad(loss, (hidden, weight))
 
     parts = [PreferenceBatch.from_pairs(pairs[a:b], ref_logprobs=whole.ref_logprobs[a:b]) for a, b in ((0, 2), (2, 6))]
-    counts = sum(part.counts for part in parts)
-    assert torch.equal(counts, whole.counts)
+    counts = {name: sum(part.counts[name] for part in parts) for name in whole.counts}
+    assert counts == whole.counts
     total, gradients, logged, start = 0.0, [], {}, 0
     for part in parts:
         end = start + part.input_ids.numel()
@@ -179,7 +179,7 @@ def test_what_is_logged() -> None:
     loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
     rewards = 0.3 * (losses.response_logprobs(hidden, weight, batch) - batch.ref_logprobs)
     margin = rewards[:, 0] - rewards[:, 1]
-    pairs, chosen, rejected = batch.counts.tolist()
+    pairs, chosen, rejected = map(int, batch.counts.values())
     assert (pairs, chosen, rejected) == (6, sum(c for _, c, _ in LENGTHS), sum(r for _, _, r in LENGTHS))
     assert sums["chosen_reward"] == pytest.approx(rewards[:, 0].sum().item())
     assert sums["rejected_reward"] == pytest.approx(rewards[:, 1].sum().item())
@@ -188,6 +188,7 @@ def test_what_is_logged() -> None:
     value = sums["dpo"] / pairs + sums["chosen_divergence"] / chosen + 0.5 * sums["rejected_divergence"] / rejected
     assert loss.item() == pytest.approx(value.item())
     assert 0 < sums["chosen_entropy"] < chosen * math.log(V)
+    assert sums.keys() == losses.DPD_PER.keys() and set(losses.DPD_PER.values()) == batch.counts.keys()
     assert not any(value.requires_grad for value in sums.values())
     with torch.no_grad():
         without, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
@@ -242,9 +243,9 @@ def test_grpo_by_hand() -> None:
     token_losses = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
     every = [[1, 1, 1], [1, 1, 1]]
     hidden, weight, batch = rollout(logprobs, every, **fields)
-    loss, sums = losses.grpo_loss(hidden, weight, batch, torch.tensor(6), clip_high=0.3)
+    loss, sums = losses.grpo_loss(hidden, weight, batch, batch.counts, clip_high=0.3)
     assert loss.item() == pytest.approx(sum(map(sum, token_losses)) / 6)
-    assert {k: int(v) for k, v in sums.items() if k != "entropy"} == {"tokens": 6, "clipped_low": 1, "clipped_high": 1}
+    assert sums["clipped_low"] == 1 and sums["clipped_high"] == 1 and sums["ref_kl"] == sums["rollout_gap"] == 0
     # d loss / d logprob = -r A where not clipped, 0 where clipped; d logprob / d logit of the label = 1 - p
     (gradient,) = torch.autograd.grad(loss, hidden)
     factor = (1 - math.exp(-1)) / 6
@@ -253,24 +254,23 @@ def test_grpo_by_hand() -> None:
 
     # The second completion loses its last token: numerator and denominator see the same mask.
     hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [1, 1, 0]], **fields)
-    for normalisation, max_tokens, count, value in (
-        ("token", None, 5, (-2.8 + 4.6) / 5),
-        ("sequence", None, 2, (-2.8 / 3 + 4.6 / 2) / 2),
-        ("constant", 10, 2, (-2.8 + 4.6) / 10 / 2),
+    assert batch.counts == {"tokens": 5, "completions": 2}
+    for normalisation, value in (
+        ("token", (-2.8 + 4.6) / 5),
+        ("sequence", (-2.8 / 3 + 4.6 / 2) / 2),
+        ("constant", (-2.8 + 4.6) / 10 / 2),
     ):
-        assert losses.grpo_count(batch, normalisation) == count
         loss, _ = losses.grpo_loss(
-            hidden, weight, batch, torch.tensor(count), clip_high=0.3, normalisation=normalisation,
-            max_tokens=max_tokens,
-        )  # fmt: skip
+            hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
+        )
         assert loss.item() == pytest.approx(value), normalisation
 
     # Truncated as a whole, it counts nowhere.
     hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
-    for normalisation, count, value in (("token", 3, -2.8 / 3), ("sequence", 1, -2.8 / 3), ("constant", 1, -0.28)):
-        assert losses.grpo_count(batch, normalisation) == count
+    assert batch.counts == {"tokens": 3, "completions": 1}
+    for normalisation, value in (("token", -2.8 / 3), ("sequence", -2.8 / 3), ("constant", -0.28)):
         loss, _ = losses.grpo_loss(
-            hidden, weight, batch, torch.tensor(count), clip_high=0.3, normalisation=normalisation, max_tokens=10
+            hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
         )
         assert loss.item() == pytest.approx(value), normalisation
 
@@ -321,23 +321,24 @@ def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_poli
     expected = naive_grpo(hidden, weight, batch, on_policy, normalisation, kl_weight)
     if on_policy:
         batch.old_logprobs = None
-    count = losses.grpo_count(batch, normalisation)
     loss, sums = losses.grpo_loss(
-        hidden, weight, batch, count, clip_low=0.1, clip_high=0.4, normalisation=normalisation, max_tokens=11,
+        hidden, weight, batch, batch.counts, clip_low=0.1, clip_high=0.4, normalisation=normalisation, max_tokens=11,
         kl_weight=kl_weight, chunk=3,
     )  # fmt: skip
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-    assert sums["tokens"] == 8 and sums["ref_kl"] > 0 and sums["rollout_gap"] > 0
+    assert batch.counts == {"tokens": 8, "completions": 3} and sums["ref_kl"] > 0 and sums["rollout_gap"] > 0
+    assert sums.keys() == losses.GRPO_PER.keys()
 
 
 def test_nothing_but_truncated_completions_is_no_nan() -> None:
     hidden, weight, batch = random_rollout([4, 2], truncated=[0, 1])
     for normalisation in losses.NORMALISATIONS:
-        count = losses.grpo_count(batch, normalisation)
-        loss, _ = losses.grpo_loss(hidden, weight, batch, count, normalisation=normalisation, max_tokens=5, kl_weight=1)
-        assert count == 0 and loss == 0
+        loss, _ = losses.grpo_loss(
+            hidden, weight, batch, batch.counts, normalisation=normalisation, max_tokens=5, kl_weight=1
+        )
+        assert batch.counts == {"tokens": 0, "completions": 0} and loss == 0
         assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
 
 
@@ -360,18 +361,20 @@ def test_pairwise_reward_loss_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 3.0], [1.0, 1.5, 0.0]], dtype=torch.float64)
     hidden, weight = logits.unsqueeze(0).requires_grad_(), torch.eye(3, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([[0, IGNORE, 0]])  # answers are tokens 0 and 1; the second row says the wrong one
-    loss, sums = losses.pairwise_reward_loss(hidden, weight, labels, (0, 1))
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(0.5)))
-    assert sums["comparisons"] == 2 and sums["accuracy"] == 1
+    counts = {"tokens": torch.tensor(2)}
+    reward_loss = partial(losses.pairwise_reward_loss, hidden, weight, counts=counts, answers=(0, 1))
+    loss, sums = reward_loss(labels)
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(0.5))) / 2)
+    assert sums == {"accuracy": 1} and sums.keys() == losses.REWARD_PER.keys()
     (gradient,) = torch.autograd.grad(loss, hidden)
-    a, b = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(-0.5))
+    a, b = 0.5 / (1 + math.exp(1.5)), 0.5 / (1 + math.exp(-0.5))
     assert gradient[0].flatten().tolist() == pytest.approx([-a, a, 0, 0, 0, 0, -b, b, 0])
-    whole, _ = losses.pairwise_reward_loss(hidden, weight, labels, (0, 1), "cross_entropy")
-    assert whole.item() == pytest.approx(-logits.log_softmax(-1)[[0, 2], [0, 0]].sum().item())
-    swapped, sums = losses.pairwise_reward_loss(hidden, weight, torch.tensor([[1, IGNORE, 1]]), (0, 1))
-    assert swapped.item() == pytest.approx(math.log(1 + math.exp(1.5)) + math.log(1 + math.exp(-0.5)))
-    nothing, sums = losses.pairwise_reward_loss(hidden, weight, torch.full((1, 3), IGNORE), (0, 1))
-    assert nothing == 0 and sums["comparisons"] == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
+    whole, _ = reward_loss(labels, kind="cross_entropy")
+    assert whole.item() == pytest.approx(-logits.log_softmax(-1)[[0, 2], [0, 0]].mean().item())
+    swapped, _ = reward_loss(torch.tensor([[1, IGNORE, 1]]))
+    assert swapped.item() == pytest.approx((math.log(1 + math.exp(1.5)) + math.log(1 + math.exp(-0.5))) / 2)
+    nothing, sums = reward_loss(torch.full((1, 3), IGNORE))
+    assert nothing == sums["accuracy"] == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
 
 
 def test_masked_mean() -> None:
