@@ -23,8 +23,8 @@ CASES = [(seq_len, workers) for seq_len in (256, 4096) for workers in (0, 2)]
 def measure(root: Path, seq_len: int, workers: int, steps: int, rows: int) -> float:
     """Tokens per second over `steps` steps, the first few not counted."""
     from benchmarks.corpus import composed, overrides
-    from data.mixture import TokenStream
-    from data.pretrain import PretrainData, StepDataset, StepLoader
+    from data.loading import StepLoader
+    from data.pretrain import PretrainData
     from nb_lightning.config import plan_of
 
     words = overrides(root, steps + 5, seq_len=seq_len, rows=rows, packed=True)
@@ -32,9 +32,7 @@ def measure(root: Path, seq_len: int, workers: int, steps: int, rows: int) -> fl
     plan = plan_of(cfg.stage).in_whole_steps()
     data = PretrainData(cfg, plan)
     data.prepare()
-    streams = {name: TokenStream(name, source, cfg.seed) for name, source in data.train.items()}
-    dataset = StepDataset(data.order, streams, data.tokenizer.eos_id, rank=0, world_size=1)
-    loader = iter(StepLoader(dataset, 0, num_workers=workers))
+    loader = iter(StepLoader(data.steps(), 0, num_workers=workers))
     for _ in range(5):
         next(loader)
     start = time.perf_counter()

@@ -25,7 +25,7 @@ PER_STEP = ("fg_wsd", "data_mixture", "context_extension", "throughput")  # call
 def prepare(a: argparse.Namespace) -> None:
     """The corpus, the weights, and the rows in the order in which our loader deals them."""
     from benchmarks.corpus import write_corpus
-    from data.pretrain import PretrainData, StepDataset, TokenStream
+    from data.pretrain import PretrainData
     from nb_lightning.config import plain, plan_of
     from nb_lightning.model import ModelShape, Transformer
 
@@ -34,8 +34,7 @@ def prepare(a: argparse.Namespace) -> None:
     plan = plan_of(cfg.stage).in_whole_steps()
     data = PretrainData(cfg, plan)
     data.prepare()
-    streams = {name: TokenStream(name, source, cfg.seed) for name, source in data.train.items()}
-    dataset = StepDataset(data.order, streams, None, 0, 1)
+    dataset = data.steps()
     batches = [micro for i in range(len(dataset)) for micro in dataset[i].micro_batches]
     rows = [torch.cat((batch.input_ids, batch.labels[:, -1:]), 1) for batch in batches]
     np.save(a.folder / "rows.npy", torch.cat(rows).numpy())

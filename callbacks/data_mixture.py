@@ -33,9 +33,8 @@ class DataMixtureShift(PhaseCallback):
             return
         order = trainer.datamodule.order
         taken, before = order.consumed(module.tokens_seen), order.consumed(self._logged_at)
-        values: dict[str, float] = {}
+        values = {f"data/repeats/{name}": times for name, times in order.repeats(module.tokens_seen).items()}
         for name, tokens in taken.items():
             values[f"data/share/{name}"] = (tokens - before[name]) / (module.tokens_seen - self._logged_at)
-            values[f"data/repeats/{name}"] = tokens / order.tokens[name]
         module.log_dict(values, batch_size=1)
         self._logged_at = module.tokens_seen

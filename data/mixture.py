@@ -6,6 +6,9 @@ it starts at the token where the previous phase stopped, whatever the context le
 loses no token and repeats none. Within the stretch rows are shuffled window by window (which keeps streamed reads
 local); the stream repeats the source's chunks in a new order each time it runs out.
 
+Conversations are packed, differently for each context length (data/packing.py): there, the rows of a source at one
+context length are a stream, and a phase goes on where the last one with its context length stopped.
+
 So the whole state of the data is one integer, resume is exact with any number of workers or ranks, and a shift of the
 mixture takes effect at its exact row.
 """
@@ -24,6 +27,7 @@ from nb_lightning.phases import PhasePlan, exact
 from nb_lightning.source import Source
 
 SHUFFLE_WINDOW_TOKENS = 2**26
+Stream = str | tuple[str, int]
 
 
 def balanced_pattern(weights: list[float]) -> np.ndarray:
@@ -59,7 +63,7 @@ class Row:
 
     phase: int
     source: str
-    start: int  # token offset in the source's endless stream
+    start: int  # token offset in the endless stream
     seq_len: int
 
 
@@ -83,11 +87,12 @@ class RowOrder:
 
     Args:
         plan: the plan as it runs (`PhasePlan.in_whole_steps`).
-        tokens: size of each source in tokens.
+        tokens: size of each stream in tokens: of a source by its name, or by (name, seq_len) where the rows of each
+            context length are a stream of their own.
         seed: fixes every shuffle.
     """
 
-    def __init__(self, plan: PhasePlan, tokens: Mapping[str, int], seed: int) -> None:
+    def __init__(self, plan: PhasePlan, tokens: Mapping[Stream, int], seed: int) -> None:
         self.plan, self.tokens, self.seed = plan, dict(tokens), seed
         self._phases: list[_PhaseOrder] = []
         self._first_row: list[int] = []
@@ -96,13 +101,18 @@ class RowOrder:
         for phase in plan.phases:
             names = [name for name, weight in phase.mixture.items() if weight > 0]
             rows = phase.tokens // phase.seq_len
-            order = _PhaseOrder(names, [phase.mixture[name] for name in names], rows, {n: reached[n] for n in names})
+            streams = {name: self._stream(name, phase.seq_len) for name in names}
+            starts = {name: reached[stream] for name, stream in streams.items()}
+            order = _PhaseOrder(names, [phase.mixture[name] for name in names], rows, starts)
             self._phases.append(order)
             self._first_row.append(first)
             first += rows
             for name, count in zip(names, order.drawn(rows)):
-                reached[name] += int(count) * phase.seq_len
+                reached[streams[name]] += int(count) * phase.seq_len
         self.total_rows = first
+
+    def _stream(self, source: str, seq_len: int) -> Stream:
+        return source if source in self.tokens else (source, seq_len)
 
     def first_row_of_step(self, step: int) -> int:
         """Global number of the first row of optimizer step `step`."""
@@ -126,11 +136,26 @@ class RowOrder:
 
     def consumed(self, tokens_seen: int) -> dict[str, int]:
         """Tokens taken from each source after `tokens_seen` tokens of the run."""
-        taken = dict.fromkeys(self.tokens, 0)
+        taken: dict[str, int] = {}
+        for (name, _), tokens in self._taken(tokens_seen).items():
+            taken[name] = taken.get(name, 0) + tokens
+        return taken
+
+    def repeats(self, tokens_seen: int) -> dict[str, float]:
+        """How often each source was gone through after `tokens_seen` tokens of the run."""
+        times: dict[str, float] = {}
+        for (name, seq_len), tokens in self._taken(tokens_seen).items():
+            times[name] = times.get(name, 0.0) + tokens / self.tokens[self._stream(name, seq_len)]
+        return times
+
+    def _taken(self, tokens_seen: int) -> dict[tuple[str, int], int]:
+        """Tokens taken from each source at each context length."""
+        taken: dict[tuple[str, int], int] = {}
         for index, (phase, order) in enumerate(zip(self.plan.phases, self._phases)):
             seen = min(max(tokens_seen - self.plan.start_of(index), 0), phase.tokens)
             for name, count in zip(order.names, order.drawn(seen // phase.seq_len)):
-                taken[name] += int(count) * phase.seq_len
+                key = (name, phase.seq_len)
+                taken[key] = taken.get(key, 0) + int(count) * phase.seq_len
         return taken
 
 

@@ -1,8 +1,9 @@
-"""Text into tokenized sources: `python -m data.prepare --input PATH... --output FOLDER --tokenizer ...`.
+"""Text and conversations into tokenized sources: `python -m data.prepare --input PATH... --output FOLDER ...`.
 
 The input is cut into parts (data/records.py). Each part becomes chunks of its own, in a worker process; finished parts
 are kept, so a stopped preparation goes on where it was; at the end the chunks move under one index. What comes out
-depends on the input and the settings alone, not on the number of workers. A bad record is counted, written to
+depends on the input and the settings alone, not on the number of workers. What a record becomes is up to its form:
+`Documents` (data/documents.py) or, with --chat, `Chats` (data/chats.py). A bad record is counted, written to
 `dropped.jsonl` with file and line, and left out, or ends the preparation with --on-bad fail.
 
     <staging>/claim.json        what the work is for, and how far it is
@@ -17,7 +18,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -26,33 +26,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data import source
-from data.records import ARCHIVES, Part, cut, lines_before, log_dropped, merge_dropped, read
-from data.source import CHUNK_TOKENS, SourceWriter
+from data.chats import HISTORY, Chats
+from data.documents import ChatSettings, Documents, Settings
+from data.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
+from data.source import CHUNK_TOKENS
+from data.staging import CLAIM, clean_up, new_claim, require_room, take_up
 from nb_lightning.source import PAGE, SPLITS, SourceManifest, write_json
-from nb_lightning.tokenizer import load_tokenizer
 
-CLAIM, DONE, DROPPED = "claim.json", "done.json", "dropped.jsonl"
-ENCODE_CHARACTERS = 2**20
+DONE, DROPPED = "done.json", "dropped.jsonl"
 _GO_ON = "run the same command again to go on: finished parts are kept"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the result depends on besides the input."""
-
-    tokenizer: str = "bytes"
-    eos: str | None = None
-    field: str = "text"
-    val_fraction: float = 0.005  # of the documents, chosen by a hash of their text
-    seed: int = 0  # another seed holds out other documents
-    chunk_tokens: int = CHUNK_TOKENS
 
 
 @dataclass
@@ -67,7 +56,8 @@ class Prepared:
     def __str__(self) -> str:
         lines = [self.output]
         for name, m in self.manifests.items():
-            lines.append(f"  {name:<8}{m.documents:>14,} documents{m.tokens:>20,} tokens{len(m.chunks):>8,} chunks")
+            kind = f"samples{m.trained:>20,} trained of" if m.is_chat else "documents"
+            lines.append(f"  {name:<8}{m.documents:>14,} {kind}{m.tokens:>20,} tokens{len(m.chunks):>8,} chunks")
         dropped = self.manifests["train"].dropped
         lines.append(f"  dropped {sum(dropped.values()):>14,} records" + (f", each in {DROPPED}" if dropped else ""))
         for reason, count in sorted(dropped.items()):
@@ -77,7 +67,7 @@ class Prepared:
             kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(self.ignored.items()))
             lines.append(f"  not read{sum(self.ignored.values()):>14,} files of other kinds: {kinds}")
         if not self.manifests["val"].tokens:
-            lines.append("  no document was held out: raise --val-fraction to be able to validate on this source")
+            lines.append("  nothing was held out: raise --val-fraction to be able to validate on this source")
         return "\n".join(lines)
 
 
@@ -94,46 +84,60 @@ def prepare(
     on_bad: str = "skip",
     overwrite: bool = False,
     staging: Path | None = None,
+    val_inputs: Iterable[str] = (),
     text_suffixes: Iterable[str] = (),
     hf_split: str | None = None,
     progress: bool = True,
 ) -> Prepared:
     """Make the source `output` (local or s3://). With `workers` > 1 the caller's module must be importable (spawn).
 
+    Args:
+        val_inputs: all that is held out; of `inputs` then nothing is.
+
     Raises:
         BadRecord: the first bad record of the input, with `on_bad="fail"`.
         ValueError: input, settings, output or a worker that does not do, in one line.
     """
-    if not 0 < settings.val_fraction < 1:
+    inputs, val_inputs, output = [str(p) for p in inputs], [str(p) for p in val_inputs], output.rstrip("/")
+    if val_inputs:
+        settings = replace(settings, val_fraction=0.0)
+    elif not 0 < settings.val_fraction < 1:
         raise ValueError(f"--val-fraction is {settings.val_fraction}; it must lie between 0 and 1")
     for name, value, least in (("chunk-tokens", settings.chunk_tokens, PAGE), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    load_tokenizer(settings.tokenizer, settings.eos)  # its errors come before any work
-    inputs, output = [str(path) for path in inputs], output.rstrip("/")
+    _form(settings)  # a tokenizer's errors come before any work
     remote = "://" in output
     if staging is None:  # a place that the same command finds again
         address = f"nb_lightning-{os.getuid()}-{hashlib.sha256(output.encode()).hexdigest()[:12]}"
         staging = Path(tempfile.gettempdir(), address) if remote else Path(f"{Path(output)}.parts")
     work = staging / "parts"
     final = work / "whole" if remote else Path(output)
-    for given in inputs:
+    for given in (*inputs, *val_inputs):
         for place in (final.resolve(), staging.resolve()):
             if Path(given).resolve() in (place, *place.parents):
                 raise ValueError(f"--input {given} contains {place}, where output goes; choose a folder outside it")
-    parts, ignored = cut(inputs, text_suffixes, hf_split)
+    suffixes = None if settings.chat else text_suffixes
+    parts, ignored = cut(inputs, suffixes, hf_split)
+    if val_inputs:
+        held_out, ignored_too = cut(val_inputs, suffixes, hf_split)
+        _require_apart(parts, held_out)
+        parts, ignored = [*parts, *(replace(part, held_out=True) for part in held_out)], ignored + ignored_too
     source.require_source_or_nothing(final)
     folders = [work / f"{number:06d}" for number in range(len(parts))]
     with source.locked(staging, wait=False):
-        claim = _take_up(staging, _claim(parts, settings, output), output, overwrite)
-        _require_room(staging, [p for p, folder in zip(parts, folders) if not (folder / DONE).exists()], settings)
+        claim = take_up(staging, new_claim(parts, settings, output), output, overwrite)
+        require_room(staging, [p for p, folder in zip(parts, folders) if not (folder / DONE).exists()], settings)
         _run(parts, folders, settings, workers, on_bad, progress)
         summaries = [json.loads((folder / DONE).read_text()) for folder in folders]
         lines = [summary["lines"] for summary in summaries]
         if not any(summary["tokens"] for summary in summaries):  # a wrong --field, most likely
-            _clean_up(staging, claim)
+            first = next((r for p, f in zip(parts, folders) if (r := _first_dropped(p, f))), None)
             reasons = sorted({reason for summary in summaries for reason in summary["dropped"]})
-            raise ValueError(f"none of the {sum(lines)} records of the input is a document: {', '.join(reasons)}")
+            clean_up(staging, claim)
+            raise ValueError(
+                f"none of the {sum(lines)} records of the input can be used: {', '.join(reasons)}; the first: {first}"
+            )
         if claim["state"] != "merging":  # else what is there is ours already
             source.remove_source(final)
             (final / DROPPED).unlink(missing_ok=True)
@@ -143,7 +147,7 @@ def prepare(
         made = {name: source.merge_parts([folder / name for folder in folders], final / name) for name in SPLITS}
         if remote:
             source.upload_source(final, output, progress)
-        _clean_up(staging, claim)
+        clean_up(staging, claim)
     return Prepared(output, made, origins, dict(ignored))
 
 
@@ -197,33 +201,31 @@ def do_part(part: Part, folder: Path, settings: Settings, on_bad: str) -> dict[s
     if (folder / DONE).exists():
         summary = json.loads((folder / DONE).read_text())
         if summary["dropped"] and on_bad == "fail":
-            with open(folder / DROPPED, encoding="utf-8") as log:
-                raise _bad_record(part, **json.loads(log.readline()))
+            raise BadRecord(_first_dropped(part, folder))
         return summary
     # Only a finished part gets its name, and two processes never write into one folder.
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    tokenizer = load_tokenizer(settings.tokenizer, settings.eos)
-    manifests = [SourceManifest(tokenizer.digest, tokenizer.vocab_size, tokenizer.eos_id) for _ in SPLITS]
-    train, val = (SourceWriter(unfinished / s, m, settings.chunk_tokens) for s, m in zip(SPLITS, manifests))
+    form = _form(settings)
+    train, val = (form.writer(unfinished / split) for split in SPLITS)
     dropped: Counter[str] = Counter()
     lines = 0
 
-    def good() -> Iterator[str]:
+    def good() -> Iterator[Any]:
         nonlocal lines
-        for record in read(part, settings.field):
+        for record in form.read(part):
             lines += 1
-            if record.text is not None:
-                yield record.text
+            if record.bad is None:
+                yield record.value
             elif on_bad == "fail":
-                raise _bad_record(part, record.file, record.line, record.bad)
+                raise BadRecord(_place(part, record))
             else:
-                dropped[record.bad or ""] += 1
+                dropped[record.bad] += 1
                 log_dropped(log, record)
 
     with open(unfinished / DROPPED, "w", encoding="utf-8", errors="backslashreplace") as log:
-        for texts in _batches(good()):
-            for text, ids in zip(texts, tokenizer.encode(texts)):
-                (val if _is_held_out(text, settings) else train).add(ids)
+        for held_out, items in form.encode(good()):
+            for words in items:
+                (val if held_out or part.held_out else train).add(words)
     train.manifest.dropped.update(dropped)
     tokens = sum(writer.close().tokens for writer in (train, val))
     summary = {"tokens": tokens, "lines": lines, "dropped": dict(dropped)}
@@ -232,88 +234,34 @@ def do_part(part: Part, folder: Path, settings: Settings, on_bad: str) -> dict[s
     return summary
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Enough texts at a time to keep the tokenizer busy, few enough to bound the memory."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text) + 100
-        if size >= ENCODE_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    yield batch
+def _form(settings: Settings) -> Documents | Chats:
+    return Chats(settings) if settings.chat else Documents(settings)
 
 
-def _is_held_out(text: str, settings: Settings) -> bool:
-    """By the text alone: equal texts fall on one side, in whatever order and wherever they come."""
-    digest = hashlib.blake2b(f"{settings.seed} {text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < settings.val_fraction * 2**64
+def _require_apart(train: list[Part], held_out: list[Part]) -> None:
+    both = {file for part in train for file in part.files} & {file for part in held_out for file in part.files}
+    if both:
+        raise ValueError(f"{min(both)} is in both --input and --val-input")
 
 
-def _bad_record(part: Part, file: str, line: int, reason: str | None) -> BadRecord:
-    return BadRecord(f"{file}:{lines_before(part) + line}: {reason}")
+def _place(part: Part, record: Record) -> str:
+    return f"{record.file}:{lines_before(part) + record.line}: {record.detail or record.bad}"
 
 
-def _claim(parts: list[Part], settings: Settings, output: str) -> dict[str, Any]:
-    """What the work in a staging folder is for; `state` is tokenizing, then merging, then over."""
-    named = sorted({Path(file) for part in parts for file in part.files})
-    files = [f for path in named for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    claim = {
-        "state": "tokenizing",
-        "output": output if "://" in output else str(Path(output).resolve()),
-        "settings": {**asdict(settings), "tokenizer": load_tokenizer(settings.tokenizer, settings.eos).digest},
-        "files": {str(file): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files},
-        "parts": [asdict(part) for part in parts],
-    }
-    return json.loads(json.dumps(claim))  # as it reads back
+def _first_dropped(part: Part, folder: Path) -> str | None:
+    """The first bad record of a finished part, by file and line."""
+    with open(folder / DROPPED, encoding="utf-8") as log:
+        entry = json.loads(log.readline() or "null")
+    if entry is None:
+        return None
+    return _place(part, Record(entry["file"], entry["line"], None, entry["reason"], entry.get("detail")))
 
 
-def _take_up(staging: Path, claim: dict[str, Any], output: str, overwrite: bool) -> dict[str, Any]:
-    """Claim `staging`, or go on with the same work there; returns the claim that holds.
-
-    Without `overwrite`, unfinished work of other input or settings, or a finished source, is a `ValueError`.
-    """
-    path, work = staging / CLAIM, staging / "parts"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    if work.exists() and not old:
-        raise ValueError(f"{work} is in the way, and not from a preparation; choose another --staging")
-    changed = [key for key in claim if old and key != "state" and old[key] != claim[key]]
-    if changed and old["state"] != "over" and not overwrite:
-        raise ValueError(
-            f"{staging} holds unfinished work with other {', '.join(changed)}; finish that, or start over: --overwrite"
-        )
-    if old and (changed or old["state"] == "over"):
-        _clean_up(staging, old)
-        old = {}
-    if source.is_source(output) and not overwrite and old.get("state") != "merging":
-        raise ValueError(f"--output {output} holds a finished source; replace it with --overwrite")
-    if not old:
-        write_json(path, claim)
-    work.mkdir(exist_ok=True)
-    for unfinished in work.glob("*.*"):
-        shutil.rmtree(unfinished)
-    return old or claim
-
-
-def _clean_up(staging: Path, claim: dict[str, Any]) -> None:
-    """Remove all work. The claim first says so: half removed parts must not be gone on with."""
-    write_json(staging / CLAIM, {**claim, "state": "over"})
-    shutil.rmtree(staging / "parts", ignore_errors=True)
-    (staging / CLAIM).unlink()
-
-
-def _require_room(staging: Path, parts: list[Part], settings: Settings) -> None:
-    """A rough lower bound, so that nothing that could fit is refused: archives hold 2.5 times their size in text."""
-    text = sum(part.bytes * (2.5 if part.kind in ARCHIVES else 1) for part in parts)
-    per_byte = 2.0  # a token for each byte, two bytes each
-    if settings.tokenizer != "bytes":
-        per_byte = 0.2 * (2 if load_tokenizer(settings.tokenizer, settings.eos).vocab_size <= 2**16 else 4)
-    need, free = text * per_byte, shutil.disk_usage(staging).free
-    if free < need:
-        raise ValueError(
-            f"{staging} has {free / 1e9:.1f} GB free, but about {need / 1e9:.1f} GB are needed; name another --staging"
-        )
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--template {path} cannot be read: {error}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -326,19 +274,29 @@ def main(arguments: list[str] | None = None) -> None:
     add("--field", default="text", help="field or column that holds the text (default: %(default)s)")
     add("--hf-split", "--split", metavar="NAME", help="split of a datasets folder that has several")
     add("--text-suffix", nargs="*", default=[], metavar=".py", help="further suffixes read as one document a file")
-    add("--val-fraction", type=float, default=0.005, metavar="X", help="documents held out (default: %(default)s)")
-    add("--seed", type=int, default=0, help="another one holds out other documents (default: %(default)s)")
+    add("--val-fraction", type=float, default=0.005, metavar="X", help="records held out (default: %(default)s)")
+    add("--val-input", nargs="+", default=[], metavar="PATH", help="all that is held out, instead of a fraction")
+    add("--seed", type=int, default=0, help="another one holds out other records (default: %(default)s)")
     add("--chunk-tokens", type=int, default=CHUNK_TOKENS, metavar="N", help="tokens in a chunk (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     add("--on-bad", choices=("skip", "fail"), default="skip", help="what a bad record does (default: %(default)s)")
     add("--staging", type=Path, metavar="FOLDER", help="for the work in between (default: beside the output, or /tmp)")
     add("--overwrite", action="store_true", help="replace a finished source or other unfinished work")
+    chat = parser.add_argument_group("conversations").add_argument
+    chat("--chat", action="store_true", help="records have messages, conversations, or prompt and completion")
+    chat("--template", type=Path, metavar="FILE", help="chat template (default: the tokenizer's own, else ChatML)")
+    chat("--no-think", dest="think", action="store_false", help="take reasoning out of the conversations")
+    chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: "
+         "trained on in a sample of their own, not at all, or as they stand (default: %(default)s)")  # fmt: skip
+    chat("--date", default=ChatSettings.date, help="for templates that write it (default: %(default)s)")
     a = parser.parse_args(arguments)
-    settings = Settings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens)
     try:
+        template = _read_template(a.template) if a.template else None
+        chats = ChatSettings(template, a.think, a.history, a.date) if a.chat else None
+        settings = Settings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats)
         made = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
-            staging=a.staging, text_suffixes=a.text_suffix, hf_split=a.hf_split,
+            staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,
         )  # fmt: skip
     except (ValueError, OSError, KeyboardInterrupt) as error:
         hint = "" if isinstance(error, ValueError) else f"; {_GO_ON}"

@@ -1,211 +1,72 @@
-"""Pretraining data: whole optimizer steps of packed rows, in the run's one global order."""
+"""Pretraining data: packed rows of tokenized sources, each a stretch of a source's endless stream."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.mixture import RowOrder, TokenStream
-from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
-from nb_lightning.config import Config
-from nb_lightning.phases import PhasePlan
+from data.loading import HeldOut, PlannedData
+from data.mixture import Row, RowOrder, TokenStream
+from nb_lightning.batch import PackedBatch
 from nb_lightning.source import Source
-from nb_lightning.tokenizer import TextTokenizer, load_tokenizer
-
-WORKER_TIMEOUT_S = 300  # a worker that stopped answering is an error, not a hang
 
 
-class StepDataset(Dataset[StepBatch]):
-    """Item s is everything this rank contributes to optimizer step s.
+class StreamRows:
+    """Rows of token streams. With an `eos_id`, attention and positions restart after each one."""
 
-    A step's rows are dealt in contiguous shares, so their order over all ranks is the same for every world size.
-    """
+    def __init__(self, streams: Mapping[str, TokenStream], eos_id: int | None) -> None:
+        self.streams, self.eos_id = streams, eos_id
 
-    def __init__(
-        self, order: RowOrder, streams: dict[str, TokenStream], eos_id: int | None, rank: int, world_size: int
-    ) -> None:
-        self.order, self.streams, self.eos_id = order, streams, eos_id
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return self.order.plan.total_steps
-
-    def __getitem__(self, step: int) -> StepBatch:
-        phase = self.order.plan.phase_at(self.order.plan.tokens_at(step))
-        share = phase.rows_per_step // self.world_size
-        first = self.order.first_row_of_step(step) + self.rank * share
-        ids = torch.arange(first, first + share)
-        rows = torch.from_numpy(np.stack([self._row(i) for i in ids.tolist()]))
-        micro_batches = [PackedBatch.from_rows(part, self.eos_id) for part in rows.split(phase.micro_batch_size)]
-        return StepBatch(micro_batches, phase.global_batch_tokens, ids)
-
-    def _row(self, i: int) -> np.ndarray:
-        row = self.order.locate(i)
-        return self.streams[row.source].read(row.start, row.seq_len + 1)  # one more: the last label
+    def batch(self, rows: Sequence[Row]) -> PackedBatch:
+        # One token more than the row is long: the last label.
+        tokens = [self.streams[row.source].read(row.start, row.seq_len + 1) for row in rows]
+        return PackedBatch.from_rows(torch.from_numpy(np.stack(tokens)), self.eos_id)
 
 
-class _StepsFrom(Sampler[int]):
-    """Steps `start`, `start + 1`, ... The length is the whole run's: Lightning counts all its steps."""
-
-    def __init__(self, start: int, total: int) -> None:
-        self.start, self.total = start, total
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.total))
-
-    def __len__(self) -> int:
-        return self.total
-
-
-class StepLoader(DataLoader[StepBatch]):
-    """A DataLoader over `StepDataset` from `start` on.
-
-    It is resumable by construction: its place is the clock's (`tokens_seen`), which the stage restores. The empty
-    state tells Lightning so.
-    """
-
-    def __init__(self, dataset: StepDataset, start: int, **kwargs: Any) -> None:
-        super().__init__(dataset, batch_size=None, sampler=_StepsFrom(start, len(dataset)), **kwargs)
-
-    def __iter__(self) -> Any:
-        steps = super().__iter__()
-        if self.num_workers:
-            atexit.register(_stop_workers, steps)  # runs before Python's own SIGTERM to them, which they do not hear
-        return steps
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A scheduler signals every process; a worker that died of it would take the step being saved with it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _stop_workers(steps: Any) -> None:
-    steps._shutdown_workers()
-    for worker in steps._workers:
-        if worker.is_alive():
-            worker.kill()
-
-
-class HeldOut(Dataset[PackedBatch]):
-    """Rows spread evenly over a validation split, in batches; past the last come batches that count nothing."""
+class HeldOutText(HeldOut):
+    """Rows spread evenly over a validation split."""
 
     def __init__(self, source: Source, seq_len: int, rows: int, batch_rows: int, eos_id: int | None) -> None:
+        super().__init__(min(rows, (source.tokens - 1) // seq_len), batch_rows)
         self.stream = TokenStream("val", source, seed=0)
-        self.seq_len, self.batch_rows, self.eos_id = seq_len, batch_rows, eos_id
-        self.rows = min(rows, (source.tokens - 1) // seq_len)
+        self.seq_len, self.eos_id = seq_len, eos_id
         self.stride = (source.tokens - 1 - seq_len) // max(self.rows - 1, 1)
 
-    def __len__(self) -> int:
-        return -(-self.rows // self.batch_rows)
-
-    def __getitem__(self, i: int) -> PackedBatch:
-        first = i % len(self) * self.batch_rows
-        rows = range(first, min(first + self.batch_rows, self.rows))
+    def read(self, rows: Sequence[int]) -> PackedBatch:
         tokens = np.stack([self.stream.read(r * self.stride, self.seq_len + 1) for r in rows])
-        batch = PackedBatch.from_rows(torch.from_numpy(tokens), self.eos_id)
-        if i >= len(self):
-            batch.labels.fill_(IGNORE)
-        return batch
+        return PackedBatch.from_rows(torch.from_numpy(tokens), self.eos_id)
 
 
-class PretrainData(pl.LightningDataModule):
-    """Sources, their mixture over the plan, and held-out rows of each source.
+class PretrainData(PlannedData):
+    """Sources of documents."""
 
-    Attributes (after `prepare`):
-        train, val: source name -> `Source`.
-        order: the global order of rows.
-        val_names: source of each validation loader.
-    """
-
-    def __init__(self, cfg: Config, plan: PhasePlan) -> None:
-        super().__init__()
-        self.cfg, self.plan = cfg, plan
-        self.tokenizer: TextTokenizer = load_tokenizer(cfg.data.tokenizer)
-        self.train: dict[str, Source] = {}
-        self.val: dict[str, Source] = {}
-
-    @property
-    def used(self) -> dict[str, str]:
-        """Folder of each source that some phase draws from."""
-        drawn = {name for phase in self.plan.phases for name, weight in phase.mixture.items() if weight > 0}
-        return {name: path for name, path in self.cfg.data.sources.items() if name in drawn}
-
-    def prepare(self) -> None:
-        """Build the demo corpus if asked for, open every source and check that they fit the run.
-
-        Raises:
-            ValueError: missing or damaged data, another tokenizer, a vocabulary larger than the model's, or a source
-                shorter than one row.
-        """
+    def build_demo(self) -> None:
         if self.cfg.data.demo_corpus:
             from data.demo import build_demo_corpus
 
             build_demo_corpus({name: Path(path) for name, path in self.used.items()})
+
+    def check(self, key: str, source: Source, split: str) -> None:
+        if source.manifest.is_chat:
+            raise ValueError(f"{key}: {source.folder} holds conversations; stage=sft trains on them")
         longest = max(phase.seq_len for phase in self.plan.phases)
-        for name, folder in self.used.items():
-            for split, opened in (("train", self.train), ("val", self.val)):
-                source = opened[name] = Source(f"{folder}/{split}", self.cfg.data.verify)
-                key, manifest = f"data.sources.{name}", source.manifest
-                if manifest.tokenizer != self.tokenizer.digest:
-                    raise ValueError(
-                        f"{key}: {source.folder} was tokenized with another tokenizer than "
-                        f"data.tokenizer={self.cfg.data.tokenizer}; prepare it again or name its tokenizer"
-                    )
-                if manifest.vocab_size > self.cfg.model.vocab_size:
-                    raise ValueError(
-                        f"{key}: token ids go up to {manifest.vocab_size - 1}, but model.vocab_size is "
-                        f"{self.cfg.model.vocab_size}"
-                    )
-                if split == "train" and source.tokens <= longest:
-                    raise ValueError(f"{key}: {source.folder} has {source.tokens} tokens, less than a row of {longest}")
-                if split == "val" and source.tokens <= self.plan.phases[0].seq_len:
-                    raise ValueError(f"{key}: {source.folder} has {source.tokens} tokens, too few to validate on")
+        if split == "train" and source.tokens <= longest:
+            raise ValueError(f"{key}: {source.folder} has {source.tokens} tokens, less than a row of {longest}")
+        if split == "val" and source.tokens <= self.plan.phases[0].seq_len:
+            raise ValueError(f"{key}: {source.folder} has {source.tokens} tokens, too few to validate on")
+
+    def set_up(self) -> None:
         self.order = RowOrder(self.plan, {n: s.tokens for n, s in self.train.items()}, self.cfg.seed)
-        self.val_names = list(self.val)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Hash of the training data of each source."""
-        return {name: source.manifest.digest for name, source in self.train.items()}
-
-    def train_dataloader(self) -> StepLoader:
-        assert self.trainer is not None
-        start = self.plan.step_at(self.trainer.lightning_module.tokens_seen)
         streams = {name: TokenStream(name, source, self.cfg.seed) for name, source in self.train.items()}
-        dataset = StepDataset(self.order, streams, self._eos_id, self.trainer.global_rank, self.trainer.world_size)
-        workers = min(self.cfg.data.workers, os.cpu_count() or 1)
-        extra: dict[str, Any] = {}
-        if workers:
-            extra = {"prefetch_factor": 4, "timeout": WORKER_TIMEOUT_S, "worker_init_fn": _leave_signals_to_the_trainer}
-        return StepLoader(dataset, start, num_workers=workers, pin_memory=torch.cuda.is_available(), **extra)
+        self.rows = StreamRows(streams, self._eos_id)
 
-    def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        assert self.trainer is not None
+    def held_out(self, name: str) -> HeldOutText:
         phase = self.plan.phases[0]  # the same rows and context all through, so that curves can be compared
-        loaders = []
-        for source in self.val.values():
-            held_out = HeldOut(source, phase.seq_len, self.cfg.data.val_rows, phase.micro_batch_size, self._eos_id)
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            # Every rank runs as many batches as the others: under FSDP a forward is a collective.
-            share = range(rank, -(-len(held_out) // world_size) * world_size, world_size)
-            loaders.append(DataLoader(held_out, batch_size=None, sampler=list(share)))
-        return loaders
+        rows = self.cfg.data.val_rows
+        return HeldOutText(self.val[name], phase.seq_len, rows, phase.micro_batch_size, self._eos_id)
 
     @property
     def _eos_id(self) -> int | None:

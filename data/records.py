@@ -1,11 +1,11 @@
-"""Text records from files, each with where it came from; and how a set of files is cut into parts of work.
+"""Records from files, each with where it came from; and how a set of files is cut into parts of work.
 
 | input | one record is | cut at |
 |---|---|---|
-| `.jsonl` | a line's field | lines, every 64 MiB |
-| `.jsonl.gz`, `.jsonl.zst` | a line's field | files |
-| `.parquet` | a row's field | row groups |
-| a folder of `datasets.save_to_disk` | a row's field | every 10,000 rows |
+| `.jsonl` | a line, or one field of it | lines, every 64 MiB |
+| `.jsonl.gz`, `.jsonl.zst` | a line, or one field of it | files |
+| `.parquet` | a row, or one field of it | row groups |
+| a folder of `datasets.save_to_disk` | a row, or one field of it | every 10,000 rows |
 | `.txt`, `.md` and any suffix given as text | a file | files, every 64 MiB |
 
 A bad record is a `Record` that says what is wrong. A file that cannot be read to its end (a truncated archive, a
@@ -17,14 +17,14 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
+
+from data.tables import Table, naming, open_dataset, open_parquet
 
 PART_BYTES = 2**26
 PART_ROWS = 10_000
@@ -34,6 +34,7 @@ ARCHIVES = ("gzip", "zstd")
 
 # Only strings are wanted: as floats, numbers of thousands of digits do not fail (Python refuses such integers).
 _JSON = json.JSONDecoder(parse_int=float)
+_OBJECTS = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,38 @@ class Part:
     stop: int = 0
     split: str | None = None  # of a dataset
     bytes: int = 0  # roughly what is to be read, for progress and disk space
+    held_out: bool = False  # all of it
 
 
 @dataclass(frozen=True)
 class Record:
-    """A text, or why there is none. `line` counts from 1 within the part (rows for tables, always 1 for text files)."""
+    """What was read, or why there is nothing.
+
+    `line` counts from 1 within the part (rows for tables, always 1 for text files). `bad` is what is counted; `detail`
+    says more of this very record.
+    """
 
     file: str
     line: int
-    text: str | None
+    value: Any  # None in a bad record
     bad: str | None = None
+    detail: str | None = None
 
 
 def cut(
-    inputs: Sequence[str], text_suffixes: Iterable[str] = (), split: str | None = None
+    inputs: Sequence[str], text_suffixes: Iterable[str] | None = (), split: str | None = None
 ) -> tuple[list[Part], Counter[str]]:
     """The parts of all inputs, in an order that depends on nothing but the inputs; and files left alone, by suffix.
+
+    Args:
+        text_suffixes: besides `TEXT_SUFFIXES`, of files that are one record each; None for no such files at all.
 
     Raises:
         ValueError: an input that is missing, of an unknown kind, given twice, or unreadable as a table.
     """
-    suffixes = (*TEXT_SUFFIXES, *(s if s.startswith(".") else f".{s}" for s in text_suffixes))
+    suffixes: tuple[str, ...] = ()
+    if text_suffixes is not None:
+        suffixes = (*TEXT_SUFFIXES, *(s if s.startswith(".") else f".{s}" for s in text_suffixes))
     parts: list[Part] = []
     texts: list[Path] = []
     ignored: Counter[str] = Counter()
@@ -82,8 +94,8 @@ def cut(
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         kinds = {file: _kind(file, suffixes) for file in files}
         if not any(kinds.values()):
-            allowed = ", ".join((*KINDS, *suffixes))
-            raise ValueError(f"--input {given}: nothing to read; known are {allowed} (--text-suffix adds to them)")
+            more = " (--text-suffix adds to them)" if suffixes else ""
+            raise ValueError(f"--input {given}: nothing to read; known are {', '.join((*KINDS, *suffixes))}{more}")
         for file, kind in kinds.items():
             if kind is None:
                 ignored[file.suffix or "no suffix"] += 1
@@ -94,7 +106,7 @@ def cut(
             elif kind == "jsonl":
                 parts += _cut_lines(file)
             elif kind == "parquet":
-                groups, size = _open_parquet(str(file)).num_row_groups, file.stat().st_size
+                groups, size = open_parquet(str(file)).num_row_groups, file.stat().st_size
                 parts += [Part("parquet", (str(file),), g, g + 1, bytes=size // groups) for g in range(groups)]
             else:
                 parts.append(Part(kind, (str(file),), bytes=file.stat().st_size))
@@ -112,22 +124,45 @@ def read(part: Part, field: str) -> Iterator[Record]:
     """
     if part.kind == "text":
         for file in part.files:
-            with _naming(file):
+            with naming(file):
                 raw = Path(file).read_bytes()
             yield _decoded(file, 1, raw)
         return
     name = part.files[0]
     if part.kind in ("parquet", "dataset"):
-        for number, value in enumerate(_cells(part, field), start=1):
+        for number, value in enumerate(_table(part).texts(field), start=1):
             yield _decoded(name, number, value) if isinstance(value, bytes) else _checked(name, number, value, field)
     else:
-        for number, line in enumerate(_lines(part), start=1):
-            yield _from_json(name, number, line, field)
+        for record in _objects(part, _JSON):
+            if record.bad:
+                yield record
+            elif field not in record.value:
+                yield Record(name, record.line, None, f"no field {field!r}")
+            else:
+                yield _checked(name, record.line, record.value[field], field)
+
+
+def read_objects(part: Part, fields: Sequence[str]) -> Iterator[Record]:
+    """The records of a part, the bad ones too; a value is an object of strings, numbers, lists and objects.
+
+    Args:
+        fields: those that are wanted; of a table no others are read.
+
+    Raises:
+        ValueError: a file that cannot be read to its end, or a table without any of the columns.
+    """
+    if part.kind in ("parquet", "dataset"):
+        for number, row in enumerate(_table(part).rows(fields), start=1):
+            yield Record(part.files[0], number, row, None if row is not None else "not UTF-8")
+    else:
+        yield from _objects(part, _OBJECTS)
 
 
 def log_dropped(log: TextIO, record: Record) -> None:
     """A line of `dropped.jsonl`; to be opened with errors="backslashreplace": file names may be any bytes."""
-    log.write(json.dumps({"reason": record.bad, "file": record.file, "line": record.line}, ensure_ascii=False) + "\n")
+    detail = {"detail": record.detail} if record.detail else {}
+    entry = {"reason": record.bad, **detail, "file": record.file, "line": record.line}
+    log.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def merge_dropped(logs: Iterable[tuple[Path, Part, int]], target: Path, shown: int = 3) -> dict[str, list[str]]:
@@ -145,7 +180,8 @@ def merge_dropped(logs: Iterable[tuple[Path, Part, int]], target: Path, shown: i
         for path, part, lines in logs:
             with open(path, encoding="utf-8", newline="\n") as log:
                 for entry in map(json.loads, log):
-                    record = Record(entry["file"], before[part.files] + entry["line"], None, entry["reason"])
+                    line, reason = before[part.files] + entry["line"], entry["reason"]
+                    record = Record(entry["file"], line, None, reason, entry.get("detail"))
                     log_dropped(out, record)
                     if len(first := origins.setdefault(entry["reason"], [])) < shown:
                         first.append(f"{record.file}:{record.line}")
@@ -165,7 +201,7 @@ def lines_before(part: Part) -> int:
                 count, left = count + block.count(b"\n"), left - len(block)
             return count
     if part.kind == "parquet":
-        metadata = _open_parquet(part.files[0]).metadata
+        metadata = open_parquet(part.files[0]).metadata
         return sum(metadata.row_group(g).num_rows for g in range(part.start))
     return part.start if part.kind == "dataset" else 0
 
@@ -210,7 +246,7 @@ def _cut_texts(files: list[Path]) -> list[Part]:
 
 
 def _cut_dataset(path: Path, split: str | None) -> list[Part]:
-    data = _open_dataset(str(path), split)
+    data = open_dataset(str(path), split)
     bounds = [*range(0, len(data), PART_ROWS), len(data)]
     return [
         Part("dataset", (str(path),), a, b, split, bytes=data.data.nbytes * (b - a) // len(data))
@@ -218,22 +254,9 @@ def _cut_dataset(path: Path, split: str | None) -> list[Part]:
     ]
 
 
-@contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Turn a reader's error (each library has classes of its own) into one line that names the file."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(
-            f"{file} needs {(error.name or '').partition('.')[0]}: pip install 'nb_lightning[data]'"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read to its end: {error}") from error
-
-
 def _lines(part: Part) -> Iterator[bytes]:
     name = part.files[0]
-    with _naming(name), open(name, "rb") as file:
+    with naming(name), open(name, "rb") as file:
         if part.kind == "jsonl":
             file.seek(part.start)
             left = part.stop - part.start
@@ -271,20 +294,18 @@ def _zstd_blocks(file: Any) -> Iterator[bytes]:
         raise EOFError("its last frame has no end")
 
 
-def _from_json(file: str, line: int, raw: bytes, field: str) -> Record:
-    if not raw.strip():
-        return Record(file, line, None, "empty line")
-    try:
-        value = _JSON.decode(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Record(file, line, None, "not UTF-8")
-    except (json.JSONDecodeError, RecursionError):
-        return Record(file, line, None, "invalid JSON")
-    if not isinstance(value, dict):
-        return Record(file, line, None, "not a JSON object")
-    if field not in value:
-        return Record(file, line, None, f"no field {field!r}")
-    return _checked(file, line, value[field], field)
+def _objects(part: Part, decoder: json.JSONDecoder) -> Iterator[Record]:
+    for number, line in enumerate(_lines(part), start=1):
+        value, bad = None, "empty line"
+        if line.strip():
+            try:
+                value = decoder.decode(line.decode("utf-8-sig"))
+                bad = None if isinstance(value, dict) else "not a JSON object"
+            except UnicodeDecodeError:
+                bad = "not UTF-8"
+            except (ValueError, RecursionError):  # also a number that Python refuses
+                bad = "invalid JSON"
+        yield Record(part.files[0], number, value if bad is None else None, bad)
 
 
 def _decoded(file: str, line: int, raw: bytes) -> Record:
@@ -305,37 +326,5 @@ def _checked(file: str, line: int, value: Any, field: str) -> Record:
     return Record(file, line, value) if value.strip() else Record(file, line, None, "empty text")
 
 
-def _open_parquet(name: str) -> Any:
-    with _naming(name):
-        return importlib.import_module("pyarrow.parquet").ParquetFile(name)
-
-
-def _open_dataset(name: str, split: str | None) -> Any:
-    with _naming(name):
-        datasets = importlib.import_module("datasets")
-        data = datasets.load_from_disk(name)
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise ValueError(f"{name} has the splits {', '.join(data)}; choose one with --hf-split")
-        return data[split]
-    return data
-
-
-def _cells(part: Part, field: str) -> Iterator[Any]:
-    """The column's values; strings as their bytes, for one that is not UTF-8 would fail all that are read with it."""
-    name = part.files[0]
-    table = _open_parquet(name) if part.kind == "parquet" else _open_dataset(name, part.split)
-    schema = table.schema_arrow if part.kind == "parquet" else table.features.arrow_schema
-    if field not in schema.names:
-        raise ValueError(f"{name} has no column {field!r}; it has: {', '.join(schema.names)}")
-    column = schema.field(field).type
-    if not re.match(r"(dictionary<values=)?(large_)?string\b", str(column)):
-        raise ValueError(f"{name}: column {field!r} is of type {column}, not string")
-    with _naming(name):
-        if part.kind == "parquet":
-            batches = table.iter_batches(1024, row_groups=range(part.start, part.stop), columns=[field])
-        else:
-            rows = table.select_columns([field]).select(range(part.start, part.stop))
-            batches = rows.with_format("arrow").iter(1024)
-        for batch in batches:
-            yield from batch.column(field).cast("large_binary").to_pylist()
+def _table(part: Part) -> Table:
+    return Table(part.kind, part.files[0], part.split, part.start, part.stop)

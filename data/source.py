@@ -12,19 +12,21 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from litdata import TokensLoader
 from litdata.streaming.fs_provider import _get_fs_provider
 from litdata.streaming.writer import BinaryWriter
 from tqdm import tqdm
 
-from nb_lightning.source import INDEX, MANIFEST, SPLITS, SourceManifest, sha256, write_json
+from nb_lightning.source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256, write_json
 
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
-_OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|\..*\.json\.tmp")
+_OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy|\..*\.tmp")
 
 
 class SourceWriter:
@@ -36,7 +38,7 @@ class SourceWriter:
     def __init__(self, folder: Path, manifest: SourceManifest, chunk_tokens: int = CHUNK_TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.manifest = folder, manifest
-        self.dtype = torch.uint16 if manifest.vocab_size <= 2**16 else torch.int32
+        self.dtype = torch.uint16 if manifest.vocab_size <= 2**16 and not manifest.is_chat else torch.int32
         # For tokens, litdata counts `chunk_size` in tokens, not in items.
         self._writer = BinaryWriter(str(folder), chunk_size=chunk_tokens, item_loader=TokensLoader(manifest.page))
         self._buffer: list[int] = []
@@ -79,6 +81,34 @@ class SourceWriter:
         self._pages += 1
 
 
+class SampleWriter(SourceWriter):
+    """Write conversations: words that are token ids, with the bit `TRAINED` where they are trained on."""
+
+    def __init__(self, folder: Path, manifest: SourceManifest, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        assert manifest.is_chat and manifest.vocab_size <= TRAINED
+        super().__init__(folder, manifest, chunk_tokens)
+        self._samples: list[tuple[int, int]] = []
+
+    def add(self, ids: list[int]) -> None:
+        """Append one conversation; at least one of its words is trained on."""
+        trained = [place for place, word in enumerate(ids) if word & TRAINED]
+        self.manifest.trained += len(trained)
+        self._samples.append((len(ids), trained[0]))
+        super().add(ids)
+
+    def close(self) -> SourceManifest:
+        self.manifest.samples = _write_samples(self.folder, np.array(self._samples, dtype=np.int32).reshape(-1, 2))
+        return super().close()
+
+
+def _write_samples(folder: Path, samples: np.ndarray) -> dict[str, Any]:
+    temporary, path = folder / f".{SAMPLES}.tmp", folder / SAMPLES
+    with open(temporary, "wb") as file:
+        np.save(file, samples)
+    temporary.replace(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
     """Move the chunks of finished part folders into `folder` under one index and one manifest.
 
@@ -95,9 +125,11 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
     for number, part in enumerate(parts):
         manifest = SourceManifest.read(str(part))
         if merged is None:
-            merged = SourceManifest(manifest.tokenizer, manifest.vocab_size, manifest.eos_id, page=manifest.page)
-        assert (merged.tokenizer, merged.page) == (manifest.tokenizer, manifest.page), part
+            merged = replace(manifest, documents=0, chunks=[], dropped={}, trained=0, samples=None)
+        made_by = [(m.tokenizer, m.template, m.page) for m in (merged, manifest)]
+        assert made_by[0] == made_by[1], part
         merged.documents += manifest.documents
+        merged.trained += manifest.trained
         for reason, count in manifest.dropped.items():
             merged.dropped[reason] = merged.dropped.get(reason, 0) + count
         if not manifest.chunks:
@@ -114,6 +146,8 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
             chunks.append({**chunk, "filename": name})
             merged.chunks.append({**entry, "filename": name})
     assert merged is not None, "nothing to merge"
+    if merged.is_chat:
+        merged.samples = _write_samples(folder, np.concatenate([np.load(part / SAMPLES) for part in parts]))
     # litdata keeps what it streamed until `updated_at` changes: another source under the same address has another one.
     write_json(folder / INDEX, {"chunks": chunks, "config": config, "updated_at": merged.digest})
     merged.write(folder)

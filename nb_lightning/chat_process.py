@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -55,22 +57,18 @@ class TemplateProcess:
         else:
             requests_before = []
         process = self._process
-        watch = threading.Timer(WALL_S, process.kill)
-        watch.daemon = True
-        watch.start()
+        deadline = time.monotonic() + WALL_S
         try:
             for value in (*requests_before, {"renders": requests}):
-                _send(process, value)
-            return _receive(process)
+                _send(process, value, deadline)
+            return _receive(process, deadline)
+        except TimeoutError:
+            raise ChatError(f"the template's process did not answer for {WALL_S:g} s") from None
         except (OSError, EOFError):
             code = process.wait()
             if code == -signal.SIGPROF:
                 raise ChatError(f"the template takes longer than {setup['cpu_s']:g} s; it was stopped") from None
-            if code == -signal.SIGKILL:
-                raise ChatError(f"the template's process did not answer for {WALL_S:g} s, or was killed") from None
-            raise ChatError(f"the template's process died (exit code {code})") from None
-        finally:
-            watch.cancel()
+            raise ChatError("the template's process died", detail=f" (exit code {code})") from None
 
 
 def _start(owner: TemplateProcess) -> subprocess.Popen[bytes]:
@@ -84,31 +82,43 @@ def _start(owner: TemplateProcess) -> subprocess.Popen[bytes]:
         bufsize=0,  # nothing may be left in a buffer when the process is killed
         env={"PYTHONPATH": path, **{key: os.environ[key] for key in keep if key in os.environ}},
     )
+    for pipe in (process.stdin, process.stdout):
+        os.set_blocking(pipe.fileno(), False)
     weakref.finalize(owner, _stop, process, os.getpid())
     return process
 
 
-def _send(process: subprocess.Popen[bytes], value: Any) -> None:
+def _send(process: subprocess.Popen[bytes], value: Any, deadline: float) -> None:
     payload = json.dumps(value).encode()
     left = memoryview(struct.pack("<I", len(payload)) + payload)
     assert process.stdin is not None
     while left:
-        left = left[process.stdin.write(left) :]
+        _wait(process.stdin, select.POLLOUT, deadline)
+        left = left[process.stdin.write(left) or 0 :]
 
 
-def _receive(process: subprocess.Popen[bytes]) -> Any:
-    return json.loads(_read(process, struct.unpack("<I", _read(process, 4))[0]))
+def _receive(process: subprocess.Popen[bytes], deadline: float) -> Any:
+    (size,) = struct.unpack("<I", _read(process, 4, deadline))
+    return json.loads(_read(process, size, deadline))
 
 
-def _read(process: subprocess.Popen[bytes], size: int) -> bytes:
+def _read(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:
     assert process.stdout is not None
     payload = bytearray()
     while len(payload) < size:
+        _wait(process.stdout, select.POLLIN, deadline)
         piece = process.stdout.read(size - len(payload))
-        if not piece:
+        if piece == b"":
             raise EOFError
-        payload += piece
+        payload += piece or b""
     return bytes(payload)
+
+
+def _wait(pipe: Any, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(pipe, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 def _stop(process: subprocess.Popen[bytes], owner: int) -> None:

@@ -118,9 +118,10 @@ class ChatTokenizer:
             pieces = [self._rename(text[a:b]) for a, b in pairwise([0, *borders, len(text)])]
             text, borders = "".join(pieces), list(accumulate(map(len, pieces[:-1])))
         encoding = tokenizer.encode(text, add_special_tokens=False)
-        ids, ends = encoding.ids, [end for _, end in encoding.offsets]
+        ids, offsets = encoding.ids, encoding.offsets  # each access builds a list
+        ends = [end for _, end in offsets]
         before = [bisect_right(ends, border) for border in borders]
-        if any(n < len(ids) and encoding.offsets[n][0] < border for n, border in zip(before, borders)):
+        if any(n < len(ids) and offsets[n][0] < border for n, border in zip(before, borders)):
             # A token reaches across a border: the pieces are tokenized one by one.
             pieces = [text[a:b] for a, b in pairwise([0, *borders, len(text)])]
             parts = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]

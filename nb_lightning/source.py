@@ -3,6 +3,9 @@
     <source>/<split>/index.json     litdata's index; the splits are train and val
                      chunk-*.bin    litdata chunks of fixed pages of `PAGE` tokens
                      source.json    exact token counts and the SHA-256 of every chunk (`SourceManifest`)
+                     samples.npy    of conversations: how long each is
+
+The words of conversations are 32 bits: a token id, and the bit `TRAINED` where the token is trained on.
 
 litdata reads, streams (s3://) and caches the pages. Only a chunk's last page may be part full; its true length is in
 the manifest, so no token is ever dropped. litdata itself does not notice a flipped bit: `Source` checks a chunk's hash
@@ -15,6 +18,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +32,17 @@ PAGE = 1024
 MANIFEST = "source.json"
 INDEX = "index.json"
 SPLITS = ("train", "val")
+SAMPLES = "samples.npy"
+TRAINED = 1 << 30
 
 
 @dataclass
 class SourceManifest:
-    """What `source.json` holds. `chunks` has one {filename, tokens, bytes, sha256} for each chunk."""
+    """What `source.json` holds. `chunks` has one {filename, tokens, bytes, sha256} for each chunk.
+
+    Of conversations only: `template` is the digest of the chat template, `trained` counts the tokens to train on, and
+    `samples` {bytes, sha256} is of the file `SAMPLES`.
+    """
 
     tokenizer: str  # digest of the tokenizer
     vocab_size: int
@@ -40,6 +51,13 @@ class SourceManifest:
     chunks: list[dict[str, Any]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> records left out
     page: int = PAGE
+    template: str | None = None
+    trained: int = 0
+    samples: dict[str, Any] | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return self.template is not None
 
     @property
     def tokens(self) -> int:
@@ -48,7 +66,8 @@ class SourceManifest:
     @property
     def digest(self) -> str:
         """One hash over the hashes of all chunks, in order: the identity of this data."""
-        return hashlib.sha256("".join(chunk["sha256"] for chunk in self.chunks).encode()).hexdigest()
+        files = [*self.chunks, *([self.samples] if self.samples else [])]
+        return hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, asdict(self))
@@ -62,16 +81,8 @@ class SourceManifest:
         """
         path = f"{folder}/{MANIFEST}"
         try:
-            if "://" in folder:
-                provider = _get_fs_provider(folder)
-                if not provider.exists(path):
-                    raise FileNotFoundError(path)
-                with tempfile.TemporaryDirectory() as local:
-                    provider.download_file(path, f"{local}/{MANIFEST}")
-                    fields = json.loads(Path(local, MANIFEST).read_text())
-            else:
-                fields = json.loads(Path(path).read_text())
-            return cls(**fields)
+            with _local(folder, MANIFEST) as file:
+                return cls(**json.loads(file.read_text()))
         except FileNotFoundError as error:
             raise ValueError(
                 f"no tokenized data at {folder}: {path} is missing; make it with python -m data.prepare"
@@ -95,6 +106,7 @@ class Source:
         self.folder, self.verify = folder, verify
         self.manifest = SourceManifest.read(folder)
         self.chunk_tokens = np.array([chunk["tokens"] for chunk in self.manifest.chunks], dtype=np.int64)
+        self._ends = np.cumsum(self.chunk_tokens)
         pages = -(-self.chunk_tokens // self.manifest.page)
         self._first_page = np.concatenate([[0], np.cumsum(pages)]).tolist()
         self._dataset: StreamingDataset | None = None
@@ -103,6 +115,31 @@ class Source:
     @property
     def tokens(self) -> int:
         return int(self.chunk_tokens.sum())
+
+    def samples(self) -> np.ndarray:
+        """[n, 2] int32: tokens of each conversation, and the place in it of the first one to train on.
+
+        They lie one after the other, in the order of the chunks.
+        """
+        assert self.manifest.samples is not None, self.folder
+        name = f"{self.folder}/{SAMPLES}"
+        try:
+            with _local(self.folder, SAMPLES) as path:
+                if self.verify and sha256(path) != self.manifest.samples["sha256"]:
+                    raise ValueError(f"its SHA-256 differs from {MANIFEST}")
+                return np.load(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} is missing or damaged ({error}); prepare the source again") from error
+
+    def read_on(self, start: int, n: int) -> np.ndarray:
+        """[n] int64 words from word `start` of all chunks in their order, over as many chunks as that takes."""
+        parts = []
+        while n > 0:
+            chunk = int(np.searchsorted(self._ends, start, side="right"))
+            take = min(n, int(self._ends[chunk]) - start)
+            parts.append(self.read(chunk, start - int(self._ends[chunk] - self.chunk_tokens[chunk]), take))
+            start, n = start + take, n - take
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def read(self, chunk: int, start: int, n: int) -> np.ndarray:
         """`n` tokens of `chunk` from its token `start`, as int64; they must lie inside the chunk."""
@@ -147,6 +184,20 @@ class Source:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dataset": None, "_opened": set()}
+
+
+@contextmanager
+def _local(folder: str, name: str) -> Iterator[Path]:
+    """The file `name` of a folder, local or s3:// (then fetched for as long as this holds)."""
+    if "://" not in folder:
+        yield Path(folder, name)
+        return
+    provider = _get_fs_provider(folder)
+    if not provider.exists(f"{folder}/{name}"):
+        raise FileNotFoundError(f"{folder}/{name}")
+    with tempfile.TemporaryDirectory() as local:
+        provider.download_file(f"{folder}/{name}", f"{local}/{name}")
+        yield Path(local, name)
 
 
 def sha256(path: Path) -> str:

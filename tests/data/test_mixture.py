@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.mixture import RowOrder, TokenStream, balanced_pattern, shuffled
-from data.pretrain import HeldOut
+from data.pretrain import HeldOutText
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.source import Source
 
@@ -110,7 +110,7 @@ def test_held_out_rows_are_spread_over_the_split_without_overlap(corpus: Path) -
     source = Source(str(corpus / "demo/docs/val"))
     whole = TokenStream("val", source, seed=0).read(0, source.tokens).tolist()
     for rows in (1, 4, 7, 10**6):
-        held_out = HeldOut(source, seq_len=32, rows=rows, batch_rows=3, eos_id=None)
+        held_out = HeldOutText(source, seq_len=32, rows=rows, batch_rows=3, eos_id=None)
         batches = [held_out[i] for i in range(len(held_out))]
         assert sum(len(batch.input_ids) for batch in batches) == min(rows, (source.tokens - 1) // 32)
         starts = [r * held_out.stride for r in range(held_out.rows)]

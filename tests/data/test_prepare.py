@@ -266,7 +266,7 @@ def test_mistakes_in_the_arguments(tmp_path: Path, mixed: Path) -> None:
         (
             Settings(field="body"),
             {},
-            "none of the 33 records of the input is a document: invalid JSON, no field 'body'",
+            "none of the 33 records of the input can be used: invalid JSON, no field 'body'",
         ),
         (BYTES, {"workers": 0}, "--workers is 0; it must be at least 1"),
         (BYTES, {"staging": mixed.parent / "in" / "staging"}, "in contains .*staging, where output goes"),

@@ -29,7 +29,7 @@ def records(path: Path, **options: object) -> list[Record]:
 
 
 def texts(path: Path, **options: object) -> list[str | None]:
-    return [record.text for record in records(path, **options)]
+    return [record.value for record in records(path, **options)]
 
 
 def test_plain_lines(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""Conversations into samples: what `data.prepare --chat` makes of its input.
+
+| a record has | which is |
+|---|---|
+| `messages` | a list of {role, content, ...} (nb_lightning/messages.py) |
+| `conversations` | ShareGPT's list of {from, value} |
+| `prompt` and `completion` | two texts (a user's and an assistant's turn), or two lists of messages |
+
+and may have `tools` (a list, or its JSON) and `system` (a text). Only what the assistant wrote is trained on, its end
+of turn included. What comes after the last trained token is left away: nothing learns from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from data.documents import Settings
+from data.records import Part, Record, read_objects
+from data.source import SampleWriter
+from nb_lightning.chat import ChatTemplate
+from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
+from nb_lightning.messages import ChatError, check_messages
+from nb_lightning.source import TRAINED, SourceManifest
+
+FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")
+HISTORY = ("expand", "mask", "keep")
+SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, checked."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    trained: frozenset[int]  # messages to train on
+
+
+class Chats:
+    """A conversation becomes one sample, or with `history="expand"` sometimes several."""
+
+    unit = "samples"
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.chat is not None
+        try:
+            datetime.fromisoformat(settings.chat.date)
+        except ValueError:
+            raise ValueError(f"--date is {settings.chat.date!r}; give it as 2025-01-31") from None
+        self.settings, self.chat, self.tokenizer = settings, settings.chat, settings.load_tokenizer()
+        self.encoder = ChatTokenizer.of(self.tokenizer, self.chat.template, self.chat.date)
+
+    def writer(self, folder: Path) -> SampleWriter:
+        t = self.tokenizer
+        manifest = SourceManifest(t.digest, t.vocab_size, t.eos_id, template=template_digest(self.encoder.template))
+        return SampleWriter(folder, manifest, self.settings.chunk_tokens)
+
+    def read(self, part: Part) -> Iterator[Record]:
+        for record in read_objects(part, FIELDS):
+            if record.bad is None:
+                try:
+                    chat = chat_of(record.value)
+                    yield Record(record.file, record.line, (_question(chat), self.samples(chat)))
+                except ChatError as error:
+                    yield Record(record.file, record.line, None, error.kind, str(error))
+            else:
+                yield record
+
+    def encode(self, values: Iterator[Any]) -> Iterator[tuple[bool, list[list[int]]]]:
+        """Of each good record: whether it is held out, and the words to write.
+
+        By the question, the messages before the first answer: all answers to it fall on one side.
+        """
+        for question, samples in values:
+            yield self.settings.is_held_out(question), samples
+
+    def samples(self, chat: Chat) -> list[list[int]]:
+        """The words of a conversation's samples.
+
+        Many templates leave the reasoning out of turns before the last question. To train on such a turn would teach
+        to answer without thinking. `history` says what becomes of it: "expand" gives it a sample of its own that ends
+        with it, where it is the last turn; "mask" does not train on it; "keep" trains on it as it stands.
+
+        Raises:
+            ChatError: a conversation that the template or the tokenizer cannot write, or with nothing to train on.
+        """
+        messages = chat.messages if self.chat.think else [_without_thought(message) for message in chat.messages]
+        whole = self.encoder.encode(messages, chat.tools)
+        turns = [turn for turn in whole.turns if turn.index in chat.trained]
+        lost = [] if self.chat.history == "keep" else [turn for turn in turns if not turn.thought]
+        samples = []
+        if self.chat.history == "expand":
+            for turn in lost:
+                part = self.encoder.encode(messages[: turn.index + 1], chat.tools)
+                if not part.turns[-1].thought:
+                    raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
+                samples.append(_words(part, part.turns[-1:]))
+        if kept := [turn for turn in turns if turn not in lost]:
+            samples.append(_words(whole, kept))
+        if not samples:
+            raise ChatError("the template leaves out the reasoning of every turn to train on")
+        return samples
+
+
+def chat_of(fields: Mapping[str, Any]) -> Chat:
+    """The conversation of a record.
+
+    Raises:
+        ChatError: it has none, or a bad one.
+    """
+    given = {key: value for key, value in fields.items() if value is not None}
+    if "messages" in given:
+        messages = given["messages"]
+    elif "conversations" in given:
+        messages = _from_sharegpt(given["conversations"])
+    elif "prompt" in given and "completion" in given:
+        messages = [*_side(given["prompt"], "user", "prompt"), *_side(given["completion"], "assistant", "completion")]
+    else:
+        raise ChatError("no messages", detail=f": it has {', '.join(map(str, given)) or 'nothing'}")
+    checked = check_messages(messages)
+    if given.get("system"):
+        if checked[0]["role"] == "system":
+            raise ChatError("two system prompts")
+        messages = [{"role": "system", "content": given["system"]}, *messages]
+        checked = check_messages(messages)
+    assistant = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
+    if not assistant:
+        raise ChatError("no assistant turn")
+    trained = frozenset(i for i in assistant if messages[i].get("train") is not False)
+    if not trained:
+        raise ChatError("every assistant turn is marked train: false")
+    for i in trained:
+        if not any(checked[i].get(key) for key in ("content", "reasoning_content", "tool_calls")):
+            raise ChatError("an empty assistant turn", f"message {i}")
+    return Chat(checked, _tools(given.get("tools")), trained)
+
+
+def template_digest(template: ChatTemplate) -> str:
+    """What a source of conversations is made with, besides its tokenizer."""
+    return hashlib.sha256(json.dumps([template.source, template.special], sort_keys=True).encode()).hexdigest()
+
+
+def _from_sharegpt(turns: Any) -> Any:
+    if not isinstance(turns, list):
+        return turns  # no list: `check_messages` says so
+    out = []
+    for turn in turns:
+        if isinstance(turn, Mapping) and "from" in turn:
+            role = turn["from"]
+            role = SHAREGPT.get(role, role) if isinstance(role, str) else role
+            turn = {
+                **{k: v for k, v in turn.items() if k not in ("from", "value")},
+                "role": role,
+                "content": turn.get("value"),
+            }
+        out.append(turn)
+    return out
+
+
+def _side(value: Any, role: str, name: str) -> list[Any]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise ChatError(f"{name} is neither a text nor a list of messages")
+    return value
+
+
+def _tools(value: Any) -> list[Any] | None:
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ChatError("tools are not JSON") from None
+    if value is None or value == "":
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise ChatError("tools are not a list of objects")
+    return value
+
+
+def _question(chat: Chat) -> str:
+    first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+    return json.dumps([chat.messages[:first], chat.tools], ensure_ascii=False, sort_keys=True)
+
+
+def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] != "assistant":
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**rest, "content": re.sub(r"\A\s*<think>.*?</think>\s*", "", message["content"], flags=re.DOTALL)}
+
+
+def _words(tokens: ChatTokens, turns: list[TurnTokens]) -> list[int]:
+    words = tokens.ids[: turns[-1].stop]
+    for turn in turns:
+        for place in range(max(turn.start, 1), turn.stop):  # nothing comes before the first token that could predict it
+            words[place] |= TRAINED
+    return words

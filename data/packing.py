@@ -1,0 +1,169 @@
+"""Samples into rows: which conversations share a row of `seq_len` tokens, fixed by the lengths and a seed.
+
+A sample of n tokens takes n - 1 places: its last token is only ever a label. Samples are never cut unless `over_long`
+says so. Best fit, longest first, over groups of equal rows and equal lengths, so that millions take seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from nb_lightning.batch import IGNORE, PackedBatch
+from nb_lightning.source import TRAINED
+
+OVER_LONG = ("drop", "truncate", "split")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What is packed: places [start, start + length) of sample `sample`; [n] each, and how many samples were over-long.
+
+    Attributes:
+        dropped: samples left out whole: too long, or truncated before the first token to train on.
+        cut: samples truncated or split.
+    """
+
+    sample: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    dropped: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Row r holds the pieces `members[starts[r] : starts[r + 1]]`."""
+
+    seq_len: int
+    pieces: Pieces
+    starts: np.ndarray
+    members: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def fill(self) -> float:
+        """Share of the places that hold a token of a sample."""
+        return float(self.pieces.length.sum()) / (self.rows * self.seq_len) if self.rows else 0.0
+
+
+def pack(samples: np.ndarray, seq_len: int, over_long: str = "drop", seed: int = 0) -> Packing:
+    """Pack the samples of a source.
+
+    Args:
+        samples: [n, 2] as `Source.samples` gives them: tokens, and the place of the first one to train on.
+        over_long: what becomes of samples that a row cannot hold: "drop" leaves them out, "truncate" keeps their
+            beginning, "split" makes pieces of one row each, of which only the last can share its row.
+        seed: another one brings other samples together.
+    """
+    pieces = cut(samples, seq_len, over_long)
+    starts, members = best_fit(pieces.length, seq_len, seed)
+    return Packing(seq_len, pieces, starts, members)
+
+
+def cut(samples: np.ndarray, seq_len: int, over_long: str) -> Pieces:
+    """The pieces of samples that rows can hold, but for those that end before their sample's first trained token."""
+    assert over_long in OVER_LONG, over_long
+    places, first = samples[:, 0].astype(np.int64) - 1, samples[:, 1].astype(np.int64)
+    long = places > seq_len
+    if over_long != "split":
+        kept = ~long if over_long == "drop" else first <= seq_len
+        sample = np.flatnonzero(kept)
+        length = np.minimum(places[sample], seq_len)
+        return Pieces(sample, np.zeros_like(sample), length, int((~kept).sum()), int(long[kept].sum()))
+    count = -(-places // seq_len)
+    sample = np.repeat(np.arange(len(places)), count)
+    start = (np.arange(len(sample)) - np.repeat(np.cumsum(count) - count, count)) * seq_len
+    length = np.minimum(places[sample] - start, seq_len)
+    kept = first[sample] <= start + length  # the label of the last place is the token after it
+    return Pieces(sample[kept], start[kept], length[kept], 0, int(long.sum()))
+
+
+def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best fit decreasing: bins of `capacity` for items of `lengths`, each in (0, capacity].
+
+    Returns:
+        starts [bins + 1] and members [n]: bin b holds the items members[starts[b] : starts[b + 1]].
+    """
+    n = len(lengths)
+    # Equal lengths change places at random, so that what shares a bin does not follow from the order of the input.
+    order = np.random.RandomState([seed % 2**32, capacity]).permutation(n)
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    ordered = lengths[order]
+    bin_of = np.empty(n, dtype=np.int64)  # of the ordered items
+    open_bins: dict[int, list[np.ndarray]] = {}  # room left -> bins
+    rooms: list[int] = []  # the keys, ascending
+    bins = 0
+
+    def put_back(room: int, some: np.ndarray) -> None:
+        if room and len(some):
+            if room not in open_bins:
+                insort(rooms, room)
+                open_bins[room] = []
+            open_bins[room].append(some)
+
+    ends = np.flatnonzero(np.diff(ordered, append=0)) + 1
+    for begin, end in pairwise([0, *ends.tolist()]):
+        length = int(ordered[begin])
+        while begin < end:
+            place = bisect_left(rooms, length)
+            if place < len(rooms):  # the fullest bins that have room for one more
+                room = rooms.pop(place)
+                group = np.concatenate(open_bins.pop(room))
+            else:
+                room = capacity
+                group = bins + np.arange(-(-(end - begin) // (room // length)))
+                bins += len(group)
+            each = room // length  # having taken one, a bin is still the fullest
+            full, rest = np.split(group, [min(len(group), (end - begin) // each)])
+            bin_of[begin : begin + len(full) * each] = np.repeat(full, each)
+            put_back(room - each * length, full)
+            begin += len(full) * each
+            if begin < end and len(rest):  # too few are left to fill another
+                bin_of[begin:end] = rest[0]
+                put_back(room - (end - begin) * length, rest[:1])
+                begin, rest = end, rest[1:]
+            put_back(room, rest)
+    counts = np.bincount(bin_of, minlength=bins)
+    return np.concatenate([[0], np.cumsum(counts)]), order[np.argsort(bin_of, kind="stable")]
+
+
+def to_batch(rows: Sequence[Sequence[np.ndarray]], seq_len: int, pad_id: int) -> PackedBatch:
+    """Rows of samples as one batch.
+
+    Args:
+        rows: the words of each row's pieces, each one longer than its places, as a source of conversations has them.
+        pad_id: fills a row's end, which is a document of its own without labels.
+    """
+    B = len(rows)
+    input_ids = np.full((B, seq_len), pad_id, dtype=np.int64)
+    labels = np.full((B, seq_len), IGNORE, dtype=np.int64)
+    starts = []
+    for b, row in enumerate(rows):
+        at = 0
+        for words in row:
+            places = len(words) - 1
+            ids = words & (TRAINED - 1)
+            input_ids[b, at : at + places] = ids[:-1]
+            labels[b, at : at + places] = np.where(words[1:] & TRAINED, ids[1:], IGNORE)
+            starts.append(b * seq_len + at)
+            at += places
+        assert at <= seq_len
+        if at < seq_len:
+            starts.append(b * seq_len + at)
+    cu_seqlens = np.array([*starts, B * seq_len], dtype=np.int64)
+    positions = np.arange(B * seq_len) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+    return PackedBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions).view(B, seq_len),
+        torch.from_numpy(cu_seqlens).int(),
+    )

@@ -1,0 +1,89 @@
+"""Tables of records: parquet files and folders of `datasets.save_to_disk`. Their libraries are loaded when used."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Turn a reader's error (each library has classes of its own) into one line that names the file."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{file} needs {(error.name or '').partition('.')[0]}: pip install 'nb_lightning[data]'"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read to its end: {error}") from error
+
+
+def open_parquet(name: str) -> Any:
+    with naming(name):
+        return importlib.import_module("pyarrow.parquet").ParquetFile(name)
+
+
+def open_dataset(name: str, split: str | None) -> Any:
+    with naming(name):
+        datasets = importlib.import_module("datasets")
+        data = datasets.load_from_disk(name)
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{name} has the splits {', '.join(data)}; choose one with --hf-split")
+        return data[split]
+    return data
+
+
+class Table:
+    """Rows [start, stop) of a dataset, or row groups [start, stop) of a parquet file, in batches.
+
+    Raises:
+        ValueError: a file that cannot be read to its end.
+    """
+
+    def __init__(self, kind: str, name: str, split: str | None, start: int, stop: int) -> None:
+        self.kind, self.name, self.start, self.stop = kind, name, start, stop
+        self._table = open_parquet(name) if kind == "parquet" else open_dataset(name, split)
+        self.schema = self._table.schema_arrow if kind == "parquet" else self._table.features.arrow_schema
+
+    def texts(self, column: str) -> Iterator[Any]:
+        """The column's values; strings as their bytes, for one that is not UTF-8 would fail all read with it."""
+        if column not in self.schema.names:
+            raise ValueError(f"{self.name} has no column {column!r}; it has: {', '.join(self.schema.names)}")
+        kind = self.schema.field(column).type
+        if not re.match(r"(dictionary<values=)?(large_)?string\b", str(kind)):
+            raise ValueError(f"{self.name}: column {column!r} is of type {kind}, not string")
+        return self._batches([column], lambda batch: batch.column(column).cast("large_binary").to_pylist())
+
+    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+        """Each row's fields among `columns`; None for a row with a string that is not UTF-8."""
+        present = [name for name in self.schema.names if name in columns]
+        if not present:
+            raise ValueError(
+                f"{self.name} has none of the columns {', '.join(columns)}; it has: {', '.join(self.schema.names)}"
+            )
+        return self._batches(present, _rows)
+
+    def _batches(self, columns: list[str], take: Callable[[Any], list[Any]]) -> Iterator[Any]:
+        with naming(self.name):
+            if self.kind == "parquet":
+                groups = range(self.start, self.stop)
+                batches = self._table.iter_batches(1024, row_groups=groups, columns=columns)
+            else:
+                rows = self._table.select_columns(columns).select(range(self.start, self.stop))
+                batches = rows.with_format("arrow").iter(1024)
+            for batch in batches:
+                yield from take(batch)
+
+
+def _rows(batch: Any) -> list[dict[str, Any] | None]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
