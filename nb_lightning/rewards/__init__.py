@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
 GROUP = "nb_lightning.rewards"  # entry points of other packages: name -> a callable that returns a Verifier
-BUILT_IN = {"exact": "nb_lightning.rewards.exact:Exact"}
+BUILT_IN = {"exact": "nb_lightning.rewards.exact:Exact", "code": "nb_lightning.rewards.code:Code"}
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from nb_lightning.rewards import Score
-
-MARK = "Answer:"
+from nb_lightning.rewards.extract import after_mark, after_thinking, fold
 
 
 class Exact:
-    """The text after the last "Answer:" (the whole completion where there is none) equals the reference.
+    """The text after the last "Answer:" (all of it where there is none) equals the reference. Reasoning, up to a
+    `</think>`, does not count; runs of white space count as one space.
 
-    Runs of white space count as one space. Reference: a string.
+    Reference: a string.
     """
 
     def check(self, reference: Any) -> None:
@@ -22,15 +22,17 @@ class Exact:
 
     def score(self, prompt: str, completions: Sequence[str], reference: str) -> list[Score]:
         wanted = fold(reference)
-        answers = [fold(completion.rpartition(MARK)[2]) for completion in completions]
-        return [
-            Score(float(answer == wanted), {
-                "status": "correct" if answer == wanted else "wrong" if answer else "no_answer", "answer": answer,
-            })
-            for answer in answers
-        ]  # fmt: skip
+        return [_score(final_answer(completion), wanted) for completion in completions]
 
 
-def fold(text: str) -> str:
-    """`text` with each run of white space as one space, none at the ends."""
-    return " ".join(text.split())
+def final_answer(completion: str) -> str:
+    """What "exact" compares, before white space is folded."""
+    said = after_thinking(completion)
+    answer = after_mark(said)
+    return said if answer is None else answer
+
+
+def _score(answer: str, wanted: str) -> Score:
+    folded = fold(answer)
+    status = "correct" if folded == wanted else "wrong" if folded else "no_answer"
+    return Score(float(folded == wanted), {"status": status, "answer": folded[:200]})

@@ -1,0 +1,100 @@
+"""The job of code.py: run a solution on inputs. It knows no expected answer.
+
+In: {"code", "entry" (a function, or Class.method), "calls": [encoded argument list, ...], "cpu", "wall"} or {"code"}.
+Out, one JSON a line: {"call": i, "value": encoded} or {"call": i, "error"}; {"error"} when the code itself fails;
+{"done": exit code} of a program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+import plain
+
+FILE = "<solution>"
+
+
+def main() -> int:
+    with open(4, "rb") as file:
+        job = json.loads(file.read())
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape")
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape")
+    return _calls(job) if "entry" in job else _program(job)
+
+
+def _calls(job: dict[str, Any]) -> int:
+    _arm(job)
+    try:
+        function = _find(_run(job["code"], "solution"), job["entry"])
+    except BaseException as error:
+        _report({"error": _describe(error)})
+        return 1
+    for i, arguments in enumerate(job["calls"]):
+        _arm(job)
+        try:
+            _report({"call": i, "value": plain.encode(function(*plain.decode(arguments)))})
+        except BaseException as error:
+            _report({"call": i, "error": _describe(error)})
+    return 0
+
+
+def _program(job: dict[str, Any]) -> int:
+    code: Any = 0
+    try:
+        try:
+            _run(job["code"], "__main__")
+        except SystemExit as error:
+            code = error.code
+        threading._shutdown()  # what an interpreter does at its end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except BaseException as error:
+        _report({"error": _describe(error)})
+        return 1
+    code = 0 if code is None else code if isinstance(code, int) else 1
+    _report({"done": code})
+    return code & 0xFF
+
+
+def _run(code: str, name: str) -> dict[str, Any]:
+    module = types.ModuleType(name)
+    sys.modules[name] = module  # dataclasses look there
+    exec(compile(code, FILE, "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
+
+
+def _find(names: dict[str, Any], entry: str) -> Callable[..., Any]:
+    first, _, method = entry.partition(".")
+    if first not in names:
+        raise NameError(f"the code defines no {first}")
+    return getattr(names[first](), method) if method else names[first]
+
+
+def _arm(job: dict[str, Any]) -> None:
+    """Limits of one call: the kernel ends the process at either. (Code that disarms them meets the job's own.)"""
+    signal.setitimer(signal.ITIMER_PROF, job["cpu"])
+    signal.setitimer(signal.ITIMER_REAL, job["wall"])
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == FILE]
+        where = f" (line {lines[-1]})" if lines else ""
+        return f"{type(error).__name__}: {error}"[:300] + where
+    except BaseException:
+        return "an error that cannot be described"
+
+
+def _report(message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(3, data) :]

@@ -1,0 +1,169 @@
+"""Where model-written code runs: jobs in locked-down processes, forked by a few zygotes. Never in this process.
+
+    sandbox = Sandbox("run_code")                 starts a zygote, runs its self-test, refuses where that fails
+    outcome = sandbox.run(job, stdin, limits)     from any thread; never raises for what a job does
+
+A zygote is a bare interpreter (jail/zygote.py). A job is its fork, behind Landlock, a seccomp allow-list and resource
+limits (jail/lockdown.py), as another user where this process is root, inside bubblewrap where that works.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nb_lightning.rewards.worker import Limits, Outcome, Worker, bubblewrap
+
+UNSAFE = "NB_UNSAFE_SANDBOX"
+LIMITS = Limits()
+log = logging.getLogger(__name__)
+
+
+class SandboxError(RuntimeError):
+    """This machine cannot hold the jobs, or no zygote starts."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the zygotes of a sandbox are given."""
+
+    runner: str  # module of jail/ that does the jobs
+    preload: tuple[str, ...] = ()  # modules that a zygote imports once
+    path: tuple[str, ...] = ()  # entries of sys.path beside the standard library
+    readable: tuple[str, ...] = ()  # what jobs may read beside the standard library
+    jail: bool = True  # False: time and memory limits only, for verifiers that are trusted
+    memory_bytes: int = 512 << 20  # for the self-test
+
+
+class Sandbox:
+    """A pool of zygotes, each with at most one job at a time.
+
+    Args:
+        setup: what runs in it.
+        workers: zygotes; by default one for each CPU of this process.
+        unsafe: go on where the self-test fails, with what protection there is. Also the environment variable
+            NB_UNSAFE_SANDBOX=1.
+
+    Raises:
+        SandboxError: a zygote does not start, or its self-test finds that a job could get out.
+    """
+
+    def __init__(self, setup: Setup, workers: int | None = None, unsafe: bool = False) -> None:
+        self.setup, self.workers = setup, workers or len(os.sched_getaffinity(0))
+        self.unsafe = unsafe or os.environ.get(UNSAFE) == "1"
+        self._open()
+        first = self._start()
+        log.info("sandbox %s: %s; %d workers", setup.runner, describe(first.hello), self.workers)
+        self._idle.get()
+        self._idle.put(first)
+        _LIVE.add(self)
+
+    def run(self, job: dict[str, Any], stdin: bytes = b"", limits: Limits = LIMITS) -> Outcome:
+        """Do one job; waits for a free zygote first."""
+        idle = self._idle
+        worker = idle.get()
+        try:
+            if worker is not None and not worker.is_alive():
+                worker = self._drop(worker)
+            if worker is None:
+                worker = self._start()
+            outcome = worker.run(job, stdin, limits)
+            if outcome.status == "lost":
+                worker = self._drop(worker)
+            return outcome
+        except (SandboxError, OSError) as error:  # out of memory, processes or descriptors, say
+            return Outcome("lost", f"no zygote: {error}")
+        finally:
+            idle.put(worker)
+
+    def map(self, jobs: Sequence[tuple[dict[str, Any], bytes, Limits]]) -> list[Outcome]:
+        """`run` each, as many at a time as there are zygotes; the outcomes in order."""
+        return list(self.threads.map(lambda job: self.run(*job), jobs))
+
+    def close(self) -> None:
+        """End all zygotes and the jobs they have. A later `run` starts anew."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in [*self._running]:
+            self._drop(worker)
+        self._open()
+
+    def forget(self) -> None:
+        """In a fork of this process: the zygotes are the parent's."""
+        for worker in self._running:
+            worker.forget()
+        self._open()
+
+    def _open(self) -> None:
+        self._running: set[Worker] = set()
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        for _ in range(self.workers):
+            self._idle.put(None)
+        self.threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
+
+    def _start(self) -> Worker:
+        worker = Worker(asdict(self.setup))
+        self._running.add(worker)
+        error, escapes = worker.hello.get("error"), worker.hello.get("escapes")
+        if error or (escapes and not self.unsafe):
+            self._drop(worker)
+            raise SandboxError(error if error else _refusal(worker.hello))
+        return worker
+
+    def _drop(self, worker: Worker) -> None:
+        self._running.discard(worker)
+        worker.close()
+
+
+_shared: dict[Setup, Sandbox] = {}
+_LIVE: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+_LOCK = threading.Lock()
+
+
+def shared(setup: Setup) -> Sandbox:
+    """The sandbox of this process for that setup; made at the first call, closed at the exit."""
+    with _LOCK:
+        if setup not in _shared:
+            _shared[setup] = Sandbox(setup)
+        return _shared[setup]
+
+
+def describe(hello: dict[str, Any]) -> str:
+    """What protects this machine from the jobs, in words."""
+    if not hello:
+        return "no jail: time and memory limits only"
+    parts = [f"Landlock {hello['landlock']}" if hello["landlock"] else "no Landlock: no file can be opened"]
+    parts += ["seccomp" if hello["seccomp"] else "NO SECCOMP", "limits"]
+    parts += ["another user"] * hello["other_user"] + ["bubblewrap"] * bool(bubblewrap())
+    return " + ".join(parts) + (f"; UNSAFE, a job {', '.join(hello['escapes'])}" if hello["escapes"] else "")
+
+
+def _refusal(hello: dict[str, Any]) -> str:
+    return (
+        f"this machine cannot hold model-written code ({describe(hello)}). It needs Linux 5.13 with seccomp (and "
+        f"Landlock, to let code import modules), x86-64 or aarch64. To run it all the same, where nothing can be "
+        f"lost: {UNSAFE}=1"
+    )
+
+
+@atexit.register
+def _close_all() -> None:
+    for sandbox in [*_LIVE]:
+        sandbox.close()
+
+
+def _forget_all() -> None:
+    global _LOCK
+    _LOCK = threading.Lock()
+    for sandbox in [*_LIVE]:
+        sandbox.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,240 @@
+"""This side of one zygote: start it, give it jobs, read what they write, see it end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(__file__).parent / "jail" / "zygote.py"
+# All that a job finds in its environment. A fixed hash seed: the same program gives the same result in every zygote.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+START_SECONDS = 120.0  # for a zygote to import what it preloads, on a busy machine
+GRACE_SECONDS = 2.0  # a zygote that reports the end of a job this late is taken for dead
+MESSAGE = 1 << 16
+TIME_SIGNALS = (signal.SIGXCPU, signal.SIGPROF, signal.SIGALRM)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one job. `output_bytes` is for its standard output and for its report, each; more ends it."""
+
+    cpu_seconds: float = 10.0
+    wall_seconds: float = 30.0
+    memory_mb: int = 512
+    output_bytes: int = 1 << 20
+    threads: int = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended, and what it wrote. None of that is to be trusted.
+
+    `status`: "ok" (by itself, with exit code 0), "timeout", "flood" (too much output), "crash" (any other end of its
+    own) or "lost" (its zygote died).
+    """
+
+    status: str
+    reason: str = ""
+    stdout: bytes = b""
+    report: list[Any] = field(default_factory=list)  # the values in the lines of JSON that it wrote
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+class Worker:
+    """One zygote.
+
+    `hello` is what it said at its start: {"landlock", "seccomp", "other_user", "escapes"}, or {"error"} when it could
+    not start; then `close` is all that is left to call.
+    """
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._using = threading.Lock()
+        command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(PROGRAM), str(theirs.fileno())]
+        # Its own session: Ctrl-C is for the trainer, which ends it in order.
+        self._process = subprocess.Popen(
+            [*bubblewrap(), *command] if setup["jail"] else command, env=ENVIRONMENT if setup["jail"] else None,
+            cwd="/", pass_fds=[theirs.fileno()], start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        self.pid = self._process.pid
+        self.hello = self._greet(setup)
+
+    def _greet(self, setup: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self._socket.send(json.dumps(setup).encode())
+            self._socket.settimeout(START_SECONDS)
+            message, ancillary, _, _ = self._socket.recvmsg(MESSAGE, socket.CMSG_SPACE(12))
+            self._socket.settimeout(None)
+        except OSError as error:
+            return {"error": f"no word from it in {START_SECONDS:.0f} s ({error})"}
+        if not message:
+            return {"error": f"it ended with exit code {self._process.wait()}"}
+        # Inside bubblewrap the zygote is a grandchild: the kernel says which process it is.
+        self.pid = struct.unpack("3i", ancillary[0][2])[0]
+        return json.loads(message)
+
+    def is_alive(self) -> bool:
+        """While it is idle: whether it is there. An idle zygote has nothing to say, so any word is its end."""
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def run(self, job: dict[str, Any], stdin: bytes, limits: Limits) -> Outcome:
+        """Have one job done."""
+        with self._using:
+            return self._run(job, stdin, limits)
+
+    def _run(self, job: dict[str, Any], stdin: bytes, limits: Limits) -> Outcome:
+        order = {
+            "cpu": limits.cpu_seconds, "wall": limits.wall_seconds, "threads": limits.threads,
+            "memory_bytes": limits.memory_mb << 20,
+        }  # fmt: skip
+        given: list[int] = []
+        outputs: dict[int, bytearray] = {}
+        try:
+            given += [_memory_file(json.dumps(job).encode()), _memory_file(stdin)]
+            for _ in range(2):  # standard output, report
+                ours, theirs = os.pipe()
+                os.set_blocking(ours, False)
+                outputs[ours] = bytearray()
+                given.append(theirs)
+            socket.send_fds(self._socket, [json.dumps(order).encode()], given)
+            while given:
+                os.close(given.pop())
+            end, flooded = self._read(outputs, limits)
+        except ConnectionError:
+            end, flooded = None, False
+        finally:
+            for descriptor in (*given, *outputs):
+                os.close(descriptor)
+        stdout, report = map(bytes, outputs.values()) if outputs else (b"", b"")
+        if end is None:
+            return Outcome("lost", "the sandbox process died or hung")
+        status, reason = _verdict(end, flooded)
+        return Outcome(status, reason, stdout, _lines(report), end["cpu"], end["wall"])
+
+    def _read(self, outputs: dict[int, bytearray], limits: Limits) -> tuple[dict[str, Any] | None, bool]:
+        """Collect the outputs until the zygote tells of the job's end (None: it never did); whether they flooded.
+
+        The end is the zygote's word, not the pipes' being closed: a fork of this process may hold them open.
+        """
+        waiting = select.poll()
+        for descriptor in (*outputs, self._socket.fileno()):
+            waiting.register(descriptor, select.POLLIN)
+        deadline = time.monotonic() + limits.wall_seconds + GRACE_SECONDS
+        end, flooded = None, False
+        while end is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None, flooded
+            for descriptor, _ in waiting.poll(left * 1000):
+                if descriptor in outputs:
+                    if not _drain(descriptor, outputs[descriptor], limits.output_bytes):
+                        waiting.unregister(descriptor)
+                        if not flooded and len(outputs[descriptor]) > limits.output_bytes:
+                            flooded = True
+                            self._socket.send(b'{"stop": 1}')
+                elif message := self._socket.recv(MESSAGE):
+                    end = json.loads(message)
+                else:
+                    return None, flooded
+        for descriptor, data in outputs.items():
+            _drain(descriptor, data, limits.output_bytes)
+            flooded |= len(data) > limits.output_bytes
+        return end, flooded
+
+    def close(self) -> None:
+        """End the zygote; with it goes the job it has."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        with self._using:  # a thread in `run` notices the end at once
+            self._socket.close()
+
+    def forget(self) -> None:
+        """In a fork of the process that started it: let go of it without touching it."""
+        self._socket.close()
+        self._process.returncode = 0  # not ours to wait for
+
+
+def _drain(descriptor: int, data: bytearray, limit: int) -> bool:
+    """Read what is there, a little more than `limit` in all at most; whether more may come."""
+    try:
+        while len(data) <= limit:
+            read = os.read(descriptor, MESSAGE)
+            if not read:
+                return False
+            data += read
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _verdict(end: dict[str, Any], flooded: bool) -> tuple[str, str]:
+    if flooded:
+        return "flood", "too much output"
+    if end["reason"] == "threads":
+        return "crash", "too many threads"
+    if end["reason"] in ("cpu", "wall") or -end["exit"] in TIME_SIGNALS:
+        return "timeout", f"{end['reason'] or 'one call'}: {end['cpu']:.2f} s of CPU, {end['wall']:.2f} s in all"
+    if end["exit"] < 0:
+        return "crash", f"killed by {signal.Signals(-end['exit']).name}"
+    return ("ok", "") if end["exit"] == 0 else ("crash", f"exit code {end['exit']}")
+
+
+def _lines(report: bytes) -> list[Any]:
+    """The values in lines of JSON, up to the first that is none."""
+    values = []
+    for line in report.splitlines():
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError):
+            break
+    return values
+
+
+def _memory_file(content: bytes) -> int:
+    """A file in memory that holds `content`, at its start, and can only be read."""
+    descriptor = os.memfd_create("nb", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+@functools.cache
+def bubblewrap() -> tuple[str, ...]:
+    """The command that puts a zygote into namespaces of its own, or nothing where bubblewrap is missing or fails."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return ()
+    # Root needs no user namespace, and without one it can still change to another user.
+    spaces = (
+        ("--unshare-all",) if os.geteuid() else ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts")
+    )
+    command = (program, *spaces, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--")
+    try:
+        tried = subprocess.run([*command, sys.executable, "-S", "-c", ""], env={}, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return command if tried.returncode == 0 else ()
