@@ -24,13 +24,13 @@ def after_mark(text: str) -> str | None:
     return answer if found else None
 
 
-def answer_line(text: str) -> str | None:
-    """The line of the last "Answer:" (the next one where nothing follows on that line), without **bold** or a stop."""
-    answer = after_mark(text)
-    lines = [line for line in (answer or "").splitlines() if line.strip(" \t*_")]
+def answer_line(text: str, mark: str = MARK) -> str | None:
+    """The line of the last `mark` (the next one where nothing follows on that line), without **bold** or a stop."""
+    _, found, answer = text.rpartition(mark)
+    lines = [line for line in answer.splitlines() if line.strip(" \t*")] if found else []
     if not lines:
         return None
-    line = lines[0].strip(" \t*_")
+    line = lines[0].strip(" \t*")
     return line[:-1].rstrip() if line.endswith(".") else line
 
 

@@ -10,14 +10,17 @@ limits (jail/lockdown.py), as another user where this process is root, inside bu
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import logging
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nb_lightning.rewards.worker import Limits, Outcome, Worker, bubblewrap
@@ -41,6 +44,21 @@ class Setup:
     readable: tuple[str, ...] = ()  # what jobs may read beside the standard library
     jail: bool = True  # False: time and memory limits only, for verifiers that are trusted
     memory_bytes: int = 512 << 20  # for the self-test
+    argument: str = ""  # for the runner
+
+
+def with_packages(runner: str, packages: Sequence[str], preload: Sequence[str]) -> Setup:
+    """A setup whose jobs run installed packages (of the extra "rewards") and may read them.
+
+    Raises:
+        ValueError: one is not installed.
+    """
+    found = {name: importlib.util.find_spec(name) for name in packages}
+    if missing := [name for name, spec in found.items() if spec is None]:
+        raise ValueError(f"this verifier needs {', '.join(missing)}: pip install 'nb_lightning[rewards]'")
+    readable = tuple(str(Path(spec.origin).parent) for spec in found.values() if spec and spec.origin)
+    path = tuple(str(Path(folder).resolve()) for folder in sys.path)
+    return Setup(runner, preload=tuple(preload), path=path, readable=readable)
 
 
 class Sandbox:
@@ -88,6 +106,27 @@ class Sandbox:
         """`run` each, as many at a time as there are zygotes; the outcomes in order."""
         return list(self.threads.map(lambda job: self.run(*job), jobs))
 
+    def run_items(self, job: dict[str, Any], items: Sequence[Any], limits: Limits) -> list[Any]:
+        """Do many small things in one job: `limits` (time) are for each of `items`, which the job finds as "items".
+
+        Returns for each item what the job reported of it ({"item": i, ...}), or the `Outcome` that it came to: an
+        item that ends its job costs only itself, for the later ones get jobs of their own.
+        """
+        if not items:
+            return []
+        many = replace(
+            limits, cpu_seconds=limits.cpu_seconds * len(items), wall_seconds=limits.wall_seconds * len(items)
+        )
+        job = {**job, "cpu": limits.cpu_seconds, "wall": limits.wall_seconds}
+        outcome = self.run({**job, "items": items}, b"", many)
+        told = {line["item"]: line for line in outcome.report if isinstance(line, dict) and _is_index(line, items)}
+        done = next((i for i in range(len(items)) if i not in told), len(items))
+        results: list[Any] = [told[i] for i in range(done)]
+        if done < len(items):
+            alone = self.threads.map(lambda item: self.run_items(job, [item], limits)[0], items[done + 1 :])
+            results += [outcome, *alone]
+        return results
+
     def close(self) -> None:
         """End all zygotes and the jobs they have. A later `run` starts anew."""
         self.threads.shutdown(wait=False, cancel_futures=True)
@@ -120,6 +159,10 @@ class Sandbox:
     def _drop(self, worker: Worker) -> None:
         self._running.discard(worker)
         worker.close()
+
+
+def _is_index(line: dict[str, Any], items: Sequence[Any]) -> bool:
+    return type(line.get("item")) is int and 0 <= line["item"] < len(items)
 
 
 _shared: dict[Setup, Sandbox] = {}

@@ -67,11 +67,13 @@ class Worker:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._using = threading.Lock()
-        command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(PROGRAM), str(theirs.fileno())]
+        command = [sys.executable, "-B", "-X", "utf8", str(PROGRAM), str(theirs.fileno())]
+        if setup["jail"]:  # the standard library alone, until `path` says more; nothing of the environment
+            command = [*bubblewrap(), command[0], "-s", "-S", "-P", *command[1:]]
         # Its own session: Ctrl-C is for the trainer, which ends it in order.
         self._process = subprocess.Popen(
-            [*bubblewrap(), *command] if setup["jail"] else command, env=ENVIRONMENT if setup["jail"] else None,
-            cwd="/", pass_fds=[theirs.fileno()], start_new_session=True,
+            command, env=ENVIRONMENT if setup["jail"] else None, cwd="/" if setup["jail"] else None,
+            pass_fds=[theirs.fileno()], start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()

@@ -95,7 +95,7 @@ def test_a_failing_verifier_costs_zeros(bad: rewards.Guarded, reference: str, wo
     scores = bad.score("", ["a", "b"], reference)
     assert [score.reward for score in scores] == [0, 0]
     assert statuses(scores) == {"verifier_error": 2}
-    assert words in scores[0].info["reason"]
+    assert words in scores[0].info["why"]
 
 
 def test_a_verifier_from_outside(bad: rewards.Guarded) -> None:

@@ -8,9 +8,6 @@ Out, one JSON a line: {"call": i, "value": encoded} or {"call": i, "error"}; {"e
 from __future__ import annotations
 
 import atexit
-import json
-import os
-import signal
 import sys
 import threading
 import traceback
@@ -19,31 +16,32 @@ from collections.abc import Callable
 from typing import Any
 
 import plain
+import runner
 
 FILE = "<solution>"
 
 
 def main() -> int:
-    with open(4, "rb") as file:
-        job = json.loads(file.read())
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape")
-    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape")
+    job = runner.task()
+    # As __stdout__ too, or the descriptor is closed with the object when a program puts another in its place.
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape")
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
     return _calls(job) if "entry" in job else _program(job)
 
 
 def _calls(job: dict[str, Any]) -> int:
-    _arm(job)
+    runner.arm(job)
     try:
         function = _find(_run(job["code"], "solution"), job["entry"])
     except BaseException as error:
-        _report({"error": _describe(error)})
+        runner.report({"error": _describe(error)})
         return 1
     for i, arguments in enumerate(job["calls"]):
-        _arm(job)
+        runner.arm(job)
         try:
-            _report({"call": i, "value": plain.encode(function(*plain.decode(arguments)))})
+            runner.report({"call": i, "value": plain.encode(function(*plain.decode(arguments)))})
         except BaseException as error:
-            _report({"call": i, "error": _describe(error)})
+            runner.report({"call": i, "error": _describe(error)})
     return 0
 
 
@@ -58,10 +56,10 @@ def _program(job: dict[str, Any]) -> int:
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException as error:
-        _report({"error": _describe(error)})
+        runner.report({"error": _describe(error)})
         return 1
     code = 0 if code is None else code if isinstance(code, int) else 1
-    _report({"done": code})
+    runner.report({"done": code})
     return code & 0xFF
 
 
@@ -79,12 +77,6 @@ def _find(names: dict[str, Any], entry: str) -> Callable[..., Any]:
     return getattr(names[first](), method) if method else names[first]
 
 
-def _arm(job: dict[str, Any]) -> None:
-    """Limits of one call: the kernel ends the process at either. (Code that disarms them meets the job's own.)"""
-    signal.setitimer(signal.ITIMER_PROF, job["cpu"])
-    signal.setitimer(signal.ITIMER_REAL, job["wall"])
-
-
 def _describe(error: BaseException) -> str:
     try:
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == FILE]
@@ -92,9 +84,3 @@ def _describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"[:300] + where
     except BaseException:
         return "an error that cannot be described"
-
-
-def _report(message: dict[str, Any]) -> None:
-    data = json.dumps(message).encode() + b"\n"
-    while data:
-        data = data[os.write(3, data) :]

@@ -48,22 +48,22 @@ def main(descriptor: int) -> None:
 class Zygote:
     """Forks jobs, one at a time.
 
-    `setup`: jail (false: limits only, for verifiers that are trusted), runner (module with `run(job, report)`), path
-    (entries for sys.path), preload (modules to import here, once), readable (what jobs may read beside the standard
-    library), memory_bytes.
+    `setup`: "jail" (false: limits only, for verifiers that are trusted), "runner" (a module here with `main`), "path"
+    (sys.path, where the standard library alone will not do), "preload" (modules to import once), "readable" (what jobs
+    may read beside the standard library), "memory_bytes" (for the self-test) and what else the runner wants.
     """
 
     def __init__(self, control: socket.socket, setup: dict[str, Any]) -> None:
         self.control, self.setup, self.trainer = control, setup, os.getppid()
-        sys.path[:0] = [HERE]
-        sys.path += setup["path"]
+        sys.path.insert(0, HERE)
         self.runner = importlib.import_module(setup["runner"])
+        del sys.path[0]
+        sys.path[:] = setup["path"] or sys.path
         for name in setup["preload"]:
             importlib.import_module(name)
-        sys.path.remove(HERE)
         getattr(self.runner, "prepare", lambda setup: None)(setup)
-        with open("/proc/self/oom_score_adj", "w") as file:  # when memory is short, a job goes first
-            file.write("1000")
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # when memory is short, a job goes first
         self.jail = None
         if setup["jail"]:
             self.jail = lockdown.prepare([*standard_library(), *setup["readable"]], platform.machine())

@@ -1,0 +1,45 @@
+"""The job of math.py: which of the answers equal the wanted one, by math-verify and SymPy.
+
+In: {"wanted", "items", "cpu", "wall"}. Out: {"item": i, "equal": bool} for each answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import runner
+
+# Compared once in the zygote: the parser's tables are built as it goes, and SymPy imports much only when it is needed.
+WARM = (
+    ("\\frac{1}{2}", "0.5"), ("x^2+2x+1", "(x+1)^2"), ("\\sqrt{2}", "2^{1/2}"), ("\\{1, 2\\}", "\\{2, 1\\}"),
+    ("[1, 2)", "[1, 3)"), ("2\\pi", "6.28"), ("\\sin x", "\\cos(x)"), ("1 \\le x < 2", "x > 3"), ("\\infty", "-1"),
+    ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 & 3 \\end{pmatrix}"), ("5!", "120"), ("5", "x = 6"),
+    ("1,000", "3^4"),
+    ("\\log_2 8", "3"), ("e^{i\\pi}", "-1"), ("1+i", "\\frac{2}{1-i}"), ("50\\%", "0.5"), ("\\text{no}", "yes"),
+)  # fmt: skip
+
+
+def prepare(setup: dict[str, Any]) -> None:
+    logging.disable(logging.CRITICAL)
+    for wanted, answer in WARM:
+        equal(wanted, answer)
+
+
+def main() -> int:
+    job = runner.task()
+    for i, answer in enumerate(job["items"]):
+        runner.arm(job)
+        try:
+            runner.report({"item": i, "equal": equal(job["wanted"], answer)})
+        except Exception as error:
+            runner.report({"item": i, "equal": False, "error": f"{type(error).__name__}: {error}"[:300]})
+    return 0
+
+
+def equal(wanted: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    # Its own time limits are alarms, which this job sets for itself.
+    parsed = [parse(f"${text}$", parsing_timeout=None, raise_on_error=True) for text in (wanted, answer)]
+    return bool(verify(*parsed, timeout_seconds=None))

@@ -1,0 +1,160 @@
+r"""The verifier "math": the answer equals the reference, as a number or as an expression (math-verify and SymPy).
+
+Reference: the answer as LaTeX or a number ("\\frac{1}{2}", "0.5", 3), or an object
+
+    {"answer": "1/2", "format": ["boxed", "answer"]}       where the answer is looked for, in this order
+    {"answer": 3628800, "compute": true, "tolerance": 0}   the answer is a Python expression; its value is compared
+    {"check": "def check(answer): ...", "format": ...}     a Python function of yours says whether the answer is right
+
+Formats: "boxed" (the last \boxed{}), "answer" (the line of the last "Answer:"), "hashes" (the line of the last "####").
+Model-written expressions, and SymPy on model-written text, run in the sandbox, each under a limit of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from nb_lightning.rewards import Score
+from nb_lightning.rewards.code import SETUP as CODE
+from nb_lightning.rewards.extract import after_thinking, answer_line, boxed, fold
+from nb_lightning.rewards.jail import plain
+from nb_lightning.rewards.sandbox import Limits, Outcome, shared, with_packages
+
+PACKAGES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")
+LONGEST = 2000  # characters of an answer
+FORMATS = {"boxed": boxed, "answer": answer_line, "hashes": lambda text: answer_line(text, "####")}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
+_WORDS = re.compile(r"[^\W\d_]{3,}( [^\W\d_]+)*")
+# An expression's value, made plain.
+_COMPUTE = """
+from math import *
+from fractions import Fraction
+from decimal import Decimal
+def compute():
+    value = ({})
+    return float(value) if isinstance(value, (Fraction, Decimal)) else value
+"""
+
+
+class Math:
+    """Compares the answer of each completion with the reference.
+
+    Args:
+        item_seconds: CPU time for one answer; wall-clock time is four times that and a second.
+        memory_mb: for one run.
+    """
+
+    def __init__(self, item_seconds: float = 3.0, memory_mb: int = 512) -> None:
+        self.limits = Limits(item_seconds, 4 * item_seconds + 1, memory_mb)
+        self.sandbox = shared(with_packages("run_math", PACKAGES, PACKAGES[:2]))
+        self.interpreter = shared(CODE)
+
+    def check(self, reference: Any) -> None:
+        whole = reference if isinstance(reference, dict) else {"answer": reference}
+        unknown = set(whole) - {"answer", "format", "compute", "tolerance", "check"}
+        if unknown:
+            raise ValueError(f"the reference of 'math' has the unknown field {min(unknown)!r}")
+        if ("answer" in whole) == ("check" in whole):
+            raise ValueError("the reference of 'math' needs either 'answer' or 'check'")
+        answer = whole.get("answer", 0)
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise ValueError(
+                f"the answer in a 'math' reference is {answer!r}; give a text that is not blank or a number"
+            )
+        if whole.get("compute") and isinstance(answer, str):
+            raise ValueError(f"with 'compute', the answer in a 'math' reference must be a number, not {answer!r}")
+        if not isinstance(whole.get("check", ""), str):
+            raise ValueError("'check' in a 'math' reference must be the source of a Python function check(answer)")
+        formats = _formats(whole)
+        if not formats or not set(formats) <= set(FORMATS):
+            raise ValueError(f"'format' in a 'math' reference is {formats}; there are: {', '.join(FORMATS)}")
+
+    def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
+        whole = reference if isinstance(reference, dict) else {"answer": reference}
+        answers = [_answer(completion, _formats(whole)) for completion in completions]
+        judged: dict[str, Score] = {}
+        asked = [answer for answer in dict.fromkeys(answers) if answer]
+        if "check" in whole or whole.get("compute"):
+            judged = dict(zip(asked, self.interpreter.threads.map(lambda answer: self._run(answer, whole), asked)))
+        elif asked:
+            judged = self._compare(asked, str(whole["answer"]).strip())
+        judged[""] = Score(0.0, {"status": "no_answer", "answer": ""})
+        return [judged[answer] for answer in answers]
+
+    def _compare(self, answers: list[str], wanted: str) -> dict[str, Score]:
+        """By text where that settles it, by SymPy otherwise."""
+        judged = {
+            answer: _score(answer, verdict) for answer in answers if (verdict := _by_text(answer, wanted)) is not None
+        }
+        left = [answer for answer in answers if answer not in judged]
+        job = {"wanted": _bare(wanted)}
+        told = self.sandbox.run_items(job, [_bare(answer) for answer in left], self.limits)
+        for answer, result in zip(left, told):
+            if isinstance(result, Outcome):
+                judged[answer] = _failed(answer, result)
+            else:
+                judged[answer] = _score(answer, result.get("equal") is True, result.get("error", ""))
+        return judged
+
+    def _run(self, answer: str, whole: dict[str, Any]) -> Score:
+        """Have Python look at the answer: its value as an expression, or what the reference's `check` says of it."""
+        if "check" in whole:
+            job = {"code": whole["check"], "entry": "check", "calls": [plain.encode([answer])]}
+            wanted, tolerance = True, None
+        else:
+            job = {"code": _COMPUTE.format(answer), "entry": "compute", "calls": [plain.encode([])]}
+            wanted, tolerance = whole["answer"], whole.get("tolerance", 1e-9)
+        job |= {"cpu": self.limits.cpu_seconds, "wall": self.limits.wall_seconds}
+        outcome = self.interpreter.run(job, b"", self.limits)
+        lines = [line for line in outcome.report if isinstance(line, dict)]
+        if not lines:
+            return _failed(answer, outcome)
+        correct = "value" in lines[0] and plain.same(plain.encode(wanted), lines[0]["value"], tolerance)
+        return _score(answer, correct, str(lines[0].get("error", "")))
+
+
+def _formats(whole: dict[str, Any]) -> list[str]:
+    formats = whole.get("format", ["boxed", "answer"])
+    return [formats] if isinstance(formats, str) else list(formats)
+
+
+def _answer(completion: str, formats: list[str]) -> str:
+    """The answer in the first format that there is, "" where there is none."""
+    said = after_thinking(completion)
+    return next((found for name in formats if (found := FORMATS[name](said))), "")
+
+
+def _by_text(answer: str, wanted: str) -> bool | None:
+    """Whether they are equal, as far as the letters say: two integers and words are only what they are."""
+    ours, theirs = fold(_bare(wanted)), fold(_bare(answer))
+    if ours == theirs:
+        return True
+    if len(theirs) > LONGEST or (_INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs)):
+        return len(theirs) <= LONGEST and int(ours) == int(theirs)
+    if _WORDS.fullmatch(ours):  # letters would be factors: dog = god
+        return ours.casefold() == theirs.casefold()
+    return None
+
+
+def _bare(text: str) -> str:
+    r"""`text` without the $ or \( \) around it; dollars inside would make it two formulas."""
+    text = text.strip()
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(opening) and text.endswith(closing):
+            text = text[2:-2]
+    text = text.replace("\\$", "").replace("$", " ").strip()
+    if text.startswith("\\text{") and text.endswith("}"):
+        text = text[6:-1].strip()
+    return text
+
+
+def _score(answer: str, correct: bool, why: str = "") -> Score:
+    status = "correct" if correct else "memory" if why.startswith("MemoryError") else "wrong"
+    return Score(float(correct), {"status": status, "answer": answer[:200], **({"why": why[:300]} if why else {})})
+
+
+def _failed(answer: str, outcome: Outcome) -> Score:
+    status = {"lost": "verifier_error", "ok": "crash"}.get(outcome.status, outcome.status)
+    return Score(0.0, {"status": status, "answer": answer[:200], "why": outcome.reason})
