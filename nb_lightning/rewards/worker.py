@@ -25,6 +25,7 @@ PROGRAM = Path(__file__).parent / "jail" / "zygote.py"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 START_SECONDS = 120.0  # for a zygote to import what it preloads, on a busy machine
 GRACE_SECONDS = 2.0  # a zygote that reports the end of a job this late is taken for dead
+PROBE_SECONDS = 30.0  # for bubblewrap to show that it works
 MESSAGE = 1 << 16
 TIME_SIGNALS = (signal.SIGXCPU, signal.SIGPROF, signal.SIGALRM)
 
@@ -236,7 +237,9 @@ def bubblewrap() -> tuple[str, ...]:
     )
     command = (program, *spaces, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--")
     try:
-        tried = subprocess.run([*command, sys.executable, "-S", "-c", ""], env={}, capture_output=True, timeout=30)
+        tried = subprocess.run(
+            [*command, sys.executable, "-S", "-c", ""], env={}, capture_output=True, timeout=PROBE_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return command if tried.returncode == 0 else ()

@@ -52,8 +52,9 @@ HONEST: Sequence[tuple[str, str, str | None, Sequence[tuple[Any, Any]]]] = [
     ("a method", "class Solution:\n    def twice(self, x: int) -> int: return 2 * x", "Solution.twice", [([4], 8)]),
     ("types", "def f(x): return x", "f", [
         ([x], x) for x in (None, True, False, 0, -1, 10**40, 1.5, -0.0, "", "ä\U0001f600\x00", [], [[1, "a"], None],
-                           {"a": [1]}, {"$tuple": [1, 2]}, {"$set": [1, "a"]}, {"$frozenset": []}, {"$dict": [[1, {"$tuple": []}]]},
-                           {"$bytes": "00ff"}, {"$float": "nan"}, {"$float": "-inf"}, {"$complex": [1, 2]})
+                           {"a": [1]}, {"$tuple": [1, 2]}, {"$set": [1, "a"]}, {"$frozenset": []},
+                           {"$dict": [[1, {"$tuple": []}]]}, {"$bytes": "00ff"},
+                           {"$float": "nan"}, {"$float": "-inf"}, {"$complex": [1, 2]})
     ]),
     ("a tuple", "def f(x): return x, x", "f", [([1], {"$tuple": [1, 1]})]),
     ("a dict in another order", "def f(): return {'b': 1, 'a': {3, 1, 2}}", "f",
@@ -84,8 +85,8 @@ def f(n): return [fib(n), depth(n * 100)]""", "f", [([200], [2805711729925101400
      [(["a"], 1), (["b"], 2)]),
     ("printing beside", "def f(x):\n    print('debug', x)\n    return x", "f", [([1], 1)]),
     ("a main guard", "def f(x): return x\nif __name__ == '__main__': print(f(int(input())))", "f", [([1], 1)]),
-    ("random with a seed", "import random\ndef f(n):\n    random.seed(n)\n    return sorted(random.sample(range(9), 9))",
-     "f", [([1], list(range(9)))]),
+    ("random with a seed", "import random\ndef f(n):\n    random.seed(n)\n    return random.sample([n], 1)",
+     "f", [([1], [1])]),
     ("input and print", "a, b = map(int, input().split())\nprint(a + b)", None, [("1 2\n", "3\n"), ("3 4", "7")]),
     ("all input", "import sys\nprint(sum(map(int, sys.stdin.read().split())))", None, [("1\n2\n3\n", "6")]),
     ("lines of input", "import sys\nfor line in sys.stdin: print(line.strip()[::-1])", None,

@@ -183,6 +183,7 @@ class Zygote:
             try:
                 os.dup2(theirs, 3)
                 self.jail.enter(memory, 10, 32)
+                signal.alarm(30)
                 os.write(3, json.dumps(canary.escapes(memory)).encode())
             except BaseException as error:
                 os.write(3, json.dumps([f"cannot be locked in ({error})"]).encode())
