@@ -15,6 +15,7 @@ nothing in the sandbox that knows the answer or the verdict. The reward is 1 whe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class Code:
             raise ValueError(f"the reference of 'code' has the unknown field {min(unknown)!r}")
         if not all(isinstance(reference.get(kind, []), list) for kind in ("tests", "private")) or not _tests(reference):
             raise ValueError("the reference of 'code' needs a list 'tests' or 'private' with at least one test")
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)?", str(reference.get("entry", "f"))):
+            raise ValueError(f"'entry' is {reference['entry']!r}; give the name of a function or Class.method")
         _number(reference, "tolerance")
         _number(reference, "seconds")
         wanted, kind = ("args", list) if "entry" in reference else ("stdin", str)

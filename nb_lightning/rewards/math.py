@@ -65,6 +65,9 @@ class Math:
             )
         if whole.get("compute") and isinstance(answer, str):
             raise ValueError(f"with 'compute', the answer in a 'math' reference must be a number, not {answer!r}")
+        tolerance = whole.get("tolerance", 0)
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
+            raise ValueError(f"'tolerance' in a 'math' reference is {tolerance!r}; give a number of at least 0")
         if not isinstance(whole.get("check", ""), str):
             raise ValueError("'check' in a 'math' reference must be the source of a Python function check(answer)")
         formats = _formats(whole)

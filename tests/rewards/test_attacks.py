@@ -117,9 +117,7 @@ def test_memory_has_a_limit(sandbox: Sandbox, place: Place, attack: Attack) -> N
 
 @pytest.mark.parametrize("attack", TIME, ids=lambda attack: attack.name)
 def test_time_has_a_limit(sandbox: Sandbox, place: Place, attack: Attack) -> None:
-    outcome = attacked(sandbox, place, attack, SHORT)
-    assert outcome.status == "timeout"
-    assert outcome.cpu_seconds < 2
+    assert attacked(sandbox, place, attack, SHORT).status == "timeout"
 
 
 @pytest.mark.parametrize("attack", HARNESS, ids=lambda attack: attack.name)
