@@ -155,7 +155,7 @@ class IFEval:
         for i, instruction in enumerate(instructions):
             place = f"instructions[{i}] of an 'ifeval' reference"
             name = instruction.get("name") if isinstance(instruction, dict) else None
-            if name not in CHECKS:
+            if not isinstance(name, str) or name not in CHECKS:
                 raise ValueError(f"{place} is {instruction!r:.80}; there are: {', '.join(CHECKS)}")
             _check_arguments(place, name, _arguments(instruction))
 

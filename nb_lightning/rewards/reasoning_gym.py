@@ -76,7 +76,7 @@ class ReasoningGym:
 
 def check_task(name: Any) -> None:
     """Raise ValueError for a task that is not one of those here."""
-    if name not in EXACT | SCORED:
+    if not isinstance(name, str) or name not in EXACT | SCORED:
         raise ValueError(
             f"no sound reasoning-gym task is called {name!r}; there are: {', '.join(sorted(EXACT | SCORED))}"
         )

@@ -56,7 +56,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 class Bad:
-    """A verifier that does what its reference says."""
+    """A verifier that does what its reference says. (Those that run in a process of their own: test_isolated.py.)"""
+
+    in_process = True
 
     def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
         if reference == "raise":
