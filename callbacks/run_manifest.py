@@ -59,6 +59,8 @@ class RunManifest(pl.Callback):
         self._write(
             trainer,
             starts=[*earlier, start],
+            stage=module.cfg.stage.name,
+            init_from=module.cfg.init_from,
             parameters=module.shape.parameters(),
             plan=[plain(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],

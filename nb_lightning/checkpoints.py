@@ -32,38 +32,42 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was written."""
 
 
-def commit(temporary: Path, final: Path, info: dict[str, Any]) -> None:
-    """Make the checkpoint in `temporary` durable and rename it to `final` (both on one file system)."""
+def commit(temporary: Path, final: Path, info: dict[str, Any], name: str = MANIFEST) -> None:
+    """Make what is in `temporary` durable, with a manifest called `name`, and rename it to `final` (both on one file
+    system); what was there goes."""
     files = {}
     for path in _files(temporary):
         _sync(path)
         files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = temporary / MANIFEST
+    manifest = temporary / name
     manifest.write_text(json.dumps({**info, "files": files}, indent=1))
     _sync(manifest)
     for folder in {temporary, *(path.parent for path in _files(temporary))}:
         _sync(folder)
+    gone = final.with_name(f".dropping-{final.name}")
+    shutil.rmtree(gone, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, gone)
     os.replace(temporary, final)
     _sync(final.parent)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """What `checkpoint.json` says: the stage's `state()` and the files.
+def read_info(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """What the manifest says: of a checkpoint, the stage's `state()` and the files.
 
     Raises:
         DamagedCheckpoint: it is missing or damaged.
     """
     try:
-        info = json.loads((folder / MANIFEST).read_text())
+        info = json.loads((folder / name).read_text())
         if not isinstance(info["files"], dict):
             raise ValueError("'files' is not a mapping")
         return info
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{folder} is not a whole checkpoint: it has no {MANIFEST}") from error
+        raise DamagedCheckpoint(f"{folder} is not whole: it has no {name}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is damaged: {error}") from error
+        raise DamagedCheckpoint(f"{folder / name} is damaged: {error}") from error
 
 
 def verify(folder: Path) -> None:

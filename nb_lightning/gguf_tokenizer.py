@@ -6,6 +6,7 @@ llama.cpp does not store how text is split before merging but a name for it; `SP
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,6 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     model = content["model"]
     known = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     tokens = {id: token for token, id in known.items()}
-    if max(tokens) >= vocab_size:
-        raise ValueError(f"the tokenizer has token {max(tokens)}, but the model's vocabulary ends at {vocab_size - 1}")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
     if not merges and model["type"] == "BPE":
         split = "gpt-2"  # single bytes are single bytes however the text is split
@@ -124,8 +123,14 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     if END_OF_TURN in known:
         metadata[KEY + "eot_token_id"] = known[END_OF_TURN]
     if tokenizer.chat_template is not None:
-        metadata[TEMPLATE] = tokenizer.chat_template
+        metadata[TEMPLATE] = _without_generation_blocks(tokenizer.chat_template)
     return metadata
+
+
+def _without_generation_blocks(template: str) -> str:
+    """llama.cpp does not know the tag that marks what the assistant wrote."""
+    template = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", template)
+    return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", template)
 
 
 def _split_of(content: Mapping[str, Any]) -> str:

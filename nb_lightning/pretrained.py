@@ -16,6 +16,8 @@ from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.tokenizer import END_OF_TURN, TextTokenizer, load_tokenizer
 
+_DECODING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 @dataclass
 class Pretrained:
@@ -53,7 +55,16 @@ class Origin:
         raise NotImplementedError
 
     def tokenizer(self) -> TextTokenizer:
-        """Raises ValueError where there is none."""
+        """Raises ValueError where there is none, or one with more tokens than the model."""
+        found = self._tokenizer()
+        if found.vocab_size > self.shape.vocab_size:
+            raise ValueError(
+                f"{self.path}: the tokenizer's ids go up to {found.vocab_size - 1}, the model's to "
+                f"{self.shape.vocab_size - 1}"
+            )
+        return found
+
+    def _tokenizer(self) -> TextTokenizer:
         return load_tokenizer(str(self.path))
 
     def stop_ids(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
@@ -64,6 +75,10 @@ class Origin:
 
     def _named_ends(self) -> list[Any]:
         return []
+
+    def decoding(self) -> dict[str, Any]:
+        """How its makers sample from it, in transformers' words; empty where nothing says so."""
+        return {}
 
 
 class CheckpointOrigin(Origin):
@@ -76,11 +91,17 @@ class HFOrigin(Origin):
         return weights.HFWeights(self.path)
 
     def _named_ends(self) -> list[Any]:
-        ends: list[Any] = []
-        for path in (self.path / "generation_config.json", self.path / weights.CONFIG):
-            named = weights.read_json(path).get("eos_token_id") if path.is_file() else None
-            ends += named if isinstance(named, list) else [named]
-        return ends
+        config = weights.read_json(self.path / weights.CONFIG)
+        named = [content.get("eos_token_id") for content in (config, self._generation)]
+        return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
+
+    def decoding(self) -> dict[str, Any]:
+        return {key: self._generation[key] for key in _DECODING if key in self._generation}
+
+    @property
+    def _generation(self) -> dict[str, Any]:
+        path = self.path / "generation_config.json"
+        return weights.read_json(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,7 @@ class GGUFOrigin(Origin):
     def open(self) -> weights.Weights:
         return self.weights
 
-    def tokenizer(self) -> TextTokenizer:
+    def _tokenizer(self) -> TextTokenizer:
         return tokenizer_from_gguf(self.weights.metadata, self.path)
 
     def _named_ends(self) -> list[Any]:

@@ -46,11 +46,12 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def save(self, folder: Path, chat_template: str | None = None) -> None:
+    def save(self, folder: Path, chat_template: str | None = None, **more: Any) -> None:
         """Write what `load_tokenizer(folder)` and transformers' AutoTokenizer read.
 
         Args:
             chat_template: instead of the tokenizer's own.
+            more: for tokenizer_config.json.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
@@ -59,6 +60,7 @@ class TextTokenizer:
             "clean_up_tokenization_spaces": False,
             "eos_token": self.tokenizer.id_to_token(self.eos_id),
             **self.special,
+            **more,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         template = chat_template or self.chat_template
@@ -86,7 +88,7 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
     Raises:
         ValueError: nothing there, an unreadable file, or no end token.
     """
-    beside: dict[str, Any] = {}
+    beside: dict[str, Any] = {"eos_token": SPECIAL[0], "pad_token": SPECIAL[3]}
     template: str | None = None
     if spec == "bytes":
         tokenizer = byte_tokenizer()

@@ -221,13 +221,14 @@ def config_from_shape(shape: ModelShape, dtype: torch.dtype, **more: Any) -> dic
         "rope_theta": shape.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "tie_word_embeddings": shape.tie_embeddings,
-        "torch_dtype": _name(dtype),
-        "dtype": _name(dtype),
+        "torch_dtype": dtype_name(dtype),
+        "dtype": dtype_name(dtype),
         **more,
     }
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in a config.json."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
@@ -338,6 +339,7 @@ def save_hf(weights: Weights, shape: ModelShape, folder: Path, dtype: torch.dtyp
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {to_hf(name): weights.read(name).to(dtype).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors keeps its files to their owner
         files.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

@@ -46,12 +46,12 @@ NANBEIGE = {
 }
 
 
-def write(folder: Path, config: dict[str, Any], shard: str = "1GB") -> torch.nn.Module:
+def write(folder: Path, config: dict[str, Any], shard: str = "1GB", dtype: str = "float32") -> torch.nn.Module:
     """A checkpoint as transformers writes it, with random weights, and config.json as given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(getattr(torch, dtype)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(mean=float(p.dim() == 1), std=0.2)

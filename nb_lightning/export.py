@@ -1,0 +1,191 @@
+"""Export a model: `python -m nb_lightning.export --from RUN --to FOLDER [--gguf FILE]`.
+
+A Hugging Face folder that plain `transformers` loads, and a GGUF file that llama.cpp runs. docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nb_lightning import __version__, checkpoints, gguf_file, weights
+from nb_lightning.chat import ChatTemplate
+from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
+from nb_lightning.model_card import model_card
+from nb_lightning.pretrained import Origin, find
+from nb_lightning.tokenizer import TextTokenizer
+
+MANIFEST = "nb_lightning.json"  # in every folder that was exported: its files and where they are from
+DECODING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # report, section "Evaluation"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+DEFAULT_CONTEXT = 2048  # where nothing says what rows the model was made for: transformers' own
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    a = parser().parse_args(arguments)
+    try:
+        run(a)
+    except ValueError as error:  # a mistake in what was asked: one line
+        sys.exit(f"error: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.export", description=__doc__.partition("\n")[0])
+    p.add_argument("--from", dest="origin", required=True, metavar="PATH",
+                   help="a run, a checkpoint, a Hugging Face folder or a .gguf file")  # fmt: skip
+    p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")
+    p.add_argument("--gguf", metavar="FILE", help="the .gguf file to write")
+    p.add_argument("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="auto: as it is stored")
+    p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf_file.TYPES], help="auto: as --dtype")
+    p.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
+    p.add_argument("--shard-size", default="4GB", help="of the safetensors files: a number with KB, MB or GB")
+    p.add_argument("--name", help="of the model, for the model card; by default the folder's")
+    return p
+
+
+def run(a: argparse.Namespace) -> None:
+    """Export as asked.
+
+    Raises:
+        ValueError: nothing to export there, or something else is where it would go.
+    """
+    if not (a.to or a.gguf):
+        raise ValueError("nothing to write: give --to, --gguf or both")
+    shard_bytes = _bytes(a.shard_size)
+    origin = find(a.origin)
+    for target, check in ((a.to, _require_folder), (a.gguf, _require_file)):
+        if target:
+            check(Path(target), origin.path)
+    tensors, tokenizer = origin.open(), origin.tokenizer()
+    tensors.require(origin.shape)
+    if a.chat_template:
+        tokenizer = replace(tokenizer, chat_template=_template(a.chat_template))
+    dtype = tensors.dtype if a.dtype == "auto" else weights.DTYPES[a.dtype]
+    if a.to:
+        export_hf(origin, tensors, tokenizer, Path(a.to), dtype, shard_bytes, a.name or Path(a.to).absolute().name)
+    if a.gguf:
+        kind = a.gguf_type if a.gguf_type != "auto" else weights.dtype_name(dtype)
+        export_gguf(origin, tensors, tokenizer, Path(a.gguf), kind, a.name or Path(a.gguf).stem)
+
+
+def export_hf(
+    origin: Origin,
+    tensors: weights.Weights,
+    tokenizer: TextTokenizer,
+    target: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    name: str,
+) -> None:
+    """Write a Hugging Face folder beside its place and rename it there when it is whole."""
+    context = origin.context or DEFAULT_CONTEXT
+    temporary = _beside(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        weights.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
+        ids = {
+            f"{role}_id": tokenizer.tokenizer.token_to_id(token) if (token := tokenizer.special.get(role)) else None
+            for role in ("bos_token", "eos_token", "pad_token")
+        }
+        ids["eos_token_id"] = tokenizer.eos_id if ids["eos_token_id"] is None else ids["eos_token_id"]
+        config = weights.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
+        _write_json(temporary / weights.CONFIG, config)
+        generation = {**ids, "eos_token_id": list(origin.stop_ids(tokenizer))}
+        generation |= origin.decoding() or (DECODING if tokenizer.chat_template else {})
+        _write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        tokenizer.save(temporary, model_max_length=context)
+        card = model_card(name, origin, weights.dtype_name(dtype), chat=tokenizer.chat_template is not None)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        info = {"version": __version__, "from": origin.path.name, "dtype": weights.dtype_name(dtype)}
+        checkpoints.commit(temporary, target, info, MANIFEST)
+    except OSError as error:
+        raise ValueError(f"{target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{target}: {size / 1e6:,.1f} MB, {weights.dtype_name(dtype)}; AutoModelForCausalLM.from_pretrained takes it")
+
+
+def export_gguf(
+    origin: Origin, tensors: weights.Weights, tokenizer: TextTokenizer, target: Path, kind: str, name: str
+) -> None:
+    """Write a GGUF file beside its place and rename it there when it is whole."""
+    metadata = {"general.name": name, **tokenizer_to_gguf(tokenizer, origin.shape.vocab_size)}
+    temporary = _beside(target)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    context = origin.context or DEFAULT_CONTEXT
+    try:
+        gguf_file.save_gguf(tensors, origin.shape, temporary, kind, context, metadata, __version__)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ValueError(f"{target} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB, {kind}; llama-server -m takes it")
+
+
+def _beside(target: Path) -> Path:
+    return target.absolute().with_name(f".writing-{target.absolute().name}")
+
+
+def _require_folder(target: Path, origin: Path) -> None:
+    """Nothing is there, or an empty folder, or an earlier export and nothing else."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"--to {target} is a file or a link, not a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if target.resolve() in (origin.resolve(), *origin.resolve().parents):
+        raise ValueError(f"--to {target} is where the weights come from")
+    try:
+        known = checkpoints.read_info(target, MANIFEST)["files"]
+    except checkpoints.DamagedCheckpoint as error:
+        raise ValueError(f"--to {target} holds something that is not an earlier export; name another folder") from error
+    for path in target.iterdir():
+        if path.name not in known and path.name != MANIFEST:
+            raise ValueError(f"--to {target} is an earlier export, but {path.name} is not of it; name another folder")
+
+
+def _require_file(target: Path, origin: Path) -> None:
+    """Nothing is there, or a file of an earlier export."""
+    if target.suffix != ".gguf":
+        raise ValueError(f"--gguf {target} does not end in .gguf")
+    if target.resolve() == origin.resolve():
+        raise ValueError(f"--gguf {target} is where the weights come from")
+    gguf_file.require_package()
+    if (target.exists() or target.is_symlink()) and not (target.is_file() and gguf_file.is_ours(target)):
+        raise ValueError(f"--gguf {target} is something else than an earlier export; name another file")
+
+
+def _template(spec: str) -> str:
+    try:
+        return ChatTemplate.chatml().source if spec == "chatml" else Path(spec).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {spec} cannot be read: {error}") from error
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
+    if match is None or not int(match[1]):
+        raise ValueError(f"--shard-size is {text!r}; give a whole number with KB, MB or GB, as in 4GB")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The README.md of an export: what the model is, what it was trained on, how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nb_lightning import __version__, checkpoints
+from nb_lightning.pretrained import CheckpointOrigin, Origin
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- nb_lightning
+- llama
+---
+"""
+_CHAT = """messages = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+"""
+_TEXT = """inputs = tokenizer("Once upon a time", return_tensors="pt")
+"""
+
+
+def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
+    """Markdown with the front matter that model hubs read."""
+    s = origin.shape
+    embeddings = s.vocab_size * s.d_model * (1 if s.tie_embeddings else 2)
+    facts = [
+        ("parameters", f"{s.parameters():,} ({s.parameters() - embeddings:,} without embeddings)"),
+        ("architecture", "Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU"),
+        ("layers, width, MLP", f"{s.n_layers}, {s.d_model:,}, {s.d_mlp:,}"),
+        ("heads, key-value heads, size", f"{s.n_heads}, {s.n_kv_heads}, {s.head_dim}"),
+        ("vocabulary", f"{s.vocab_size:,}{', tied' if s.tie_embeddings else ''}"),
+        ("context, RoPE base", f"{origin.context or 'unknown'}, {s.rope_theta:g}"),
+        ("weights", f"{dtype}"),
+    ]
+    parts = [_FRONT, f"# {name}", _table(("", ""), facts)]
+    if isinstance(origin, CheckpointOrigin):
+        parts += _training(origin.path)
+    else:
+        parts.append(f"Converted from `{origin.path.name}` by nb_lightning {__version__}.")
+    use = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f"{_CHAT if chat else _TEXT}"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))"
+    )
+    parts += ["## Use", f"```python\n{use}\n```"]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _training(checkpoint: Path) -> list[str]:
+    """How the run was, from the checkpoint and the run's manifest."""
+    info = checkpoints.read_info(checkpoint)
+    seen, start = info["tokens_seen"], 0
+    rows = []
+    for phase in info["plan"]:
+        if start < seen:
+            lr = phase["lr"]
+            rate = f"{lr['start']:g}" if lr["end"] is None else f"{lr['start']:g} to {lr['end']:g}, {lr['shape']}"
+            mixture = ", ".join(f"{name} {weight:g}" for name, weight in phase["mixture"].items())
+            tokens = min(phase["tokens"], seen - start)
+            rows.append((phase["name"], f"{tokens:,}", rate, mixture, phase["seq_len"], f"{phase['rope_theta']:g}"))
+        start += phase["tokens"]
+    parts = [
+        "## Training",
+        f"nb_lightning {__version__}, {seen:,} tokens, checkpoint `{checkpoint.name}`, seed {info['seed']}.",
+        _table(("phase", "tokens", "learning rate", "mixture", "context", "RoPE base"), rows),
+    ]
+    path = checkpoint.parent.parent / "manifest.json"
+    if not path.is_file():
+        return parts
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("init_from"):
+        parts.append(f"It began with the weights of `{Path(manifest['init_from']).name}`.")
+    data = manifest.get("data", {})
+    if data:
+        rows = [(name, *(value[key] for key in ("tokens", "documents", "sha256"))) for name, value in data.items()]
+        parts.append(_table(("data", "tokens", "documents", "SHA-256"), rows))
+    metrics = manifest.get("metrics", {})
+    if metrics and manifest.get("tokens_seen") == seen:
+        parts.append(_table(("at the end", ""), [(key, f"{value:.4g}") for key, value in sorted(metrics.items())]))
+    start_of_run = manifest["starts"][-1]
+    git = start_of_run.get("git")
+    commit = f", commit {git['commit']}{' with changes' if git['modified'] else ''}" if git else ""
+    versions = ", ".join(f"{name} {version}" for name, version in start_of_run["versions"].items())
+    parts.append(f"Software: {versions}{commit}.")
+    return parts
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
