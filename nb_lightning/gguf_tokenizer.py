@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from nb_lightning.tokenizer import END_OF_TURN, ROLES, TextTokenizer, text_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
+NO_MERGES = "<none> <none>"  # llama.cpp wants at least one; nothing ever makes the left side of this one
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 _IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id",
@@ -59,14 +60,14 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: Path) -> TextTokeni
         )
     tokens, merges, types = (metadata.get(KEY + name) for name in ("tokens", "merges", "token_type"))
     try:
-        pairs = [tuple(merge.split(" ")) for merge in merges]
+        pairs = [tuple(merge.split(" ")) for merge in merges if merge != NO_MERGES]
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens) or len(types) != len(tokens):
             raise ValueError("a token is there twice, or has no type")
-        pairs = [pair for pair in pairs if pair[0] + pair[1] in vocabulary]  # see `tokenizer_to_gguf`
         model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=split in WHOLE_WORDS)
     except Exception as error:  # the Rust side raises bare Exception
-        raise ValueError(f"{origin}: {KEY}tokens, merges and token_type are no tokenizer: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{origin}: {KEY}tokens, merges and token_type are no tokenizer: {reason}") from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = SPLITS[split]
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,8 +103,7 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
     if not merges and model["type"] == "BPE":
         split = "gpt-2"  # single bytes are single bytes however the text is split
-        # llama.cpp wants at least one merge: this one never applies, as nothing makes its left side.
-        merges = [f"{tokenizer.tokenizer.id_to_token(tokenizer.eos_id)} !"]
+        merges = [NO_MERGES]
     else:
         split = _split_of(content)
     types = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in content["added_tokens"]}
@@ -138,6 +138,8 @@ def _split_of(content: Mapping[str, Any]) -> str:
     model, decoder = content["model"], content.get("decoder") or {}
     if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
         raise ValueError("the tokenizer is not byte-level BPE: GGUF files can be written for no other kind")
+    if content["normalizer"] not in (None, {"type": "NFC"}):  # of the latter llama.cpp takes no notice
+        raise ValueError(f"llama.cpp has no name for this tokenizer's normalizer: {json.dumps(content['normalizer'])}")
     found = _comparable(content["pre_tokenizer"])
     for name, split in SPLITS.items():
         made = Tokenizer(models.BPE())

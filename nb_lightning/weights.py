@@ -245,40 +245,38 @@ class HFWeights(Weights):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}  # by the file's spelling
-        for file in _weight_files(folder):
-            for name in self._open(file).keys():
-                if name in self._file_of:
-                    raise ValueError(f"{folder}: tensor {name} is in {self._file_of[name]} and again in {file}")
-                self._file_of[name] = file
         stored, dtypes = {}, set()
-        for name, file in self._file_of.items():
-            if _BUFFER.fullmatch(name):
-                continue
-            part = self._files[file].get_slice(name)
-            if part.get_dtype() not in _STORED_DTYPES:
-                allowed = ", ".join(_STORED_DTYPES)
-                raise ValueError(f"{folder / file}: tensor {name} is {part.get_dtype()}; allowed: {allowed}")
-            ours = from_hf(name)
-            if ours is None:
-                raise ValueError(f"{folder / file}: tensor {name} is not part of a Llama model")
-            dtypes.add(part.get_dtype())
-            stored[ours] = Stored(name, tuple(part.get_shape()))
+        for file in _weight_files(folder):
+            with self._open(file) as opened:
+                for name in opened.keys():
+                    if name in self._file_of:
+                        raise ValueError(f"{folder}: tensor {name} is in {self._file_of[name]} and again in {file}")
+                    self._file_of[name] = file
+                    if _BUFFER.fullmatch(name):
+                        continue
+                    part, ours = opened.get_slice(name), from_hf(name)
+                    if ours is None:
+                        raise ValueError(f"{folder / file}: tensor {name} is not part of a Llama model")
+                    if part.get_dtype() not in _STORED_DTYPES:
+                        allowed = ", ".join(_STORED_DTYPES)
+                        raise ValueError(f"{folder / file}: tensor {name} is {part.get_dtype()}; allowed: {allowed}")
+                    dtypes.add(part.get_dtype())
+                    stored[ours] = Stored(name, tuple(part.get_shape()))
         dtype = _STORED_DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
         super().__init__(folder, stored, dtype)
 
     def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder / file} is not a readable safetensors file: {error}") from error
-        return self._files[file]
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder / file} is not a readable safetensors file: {error}") from error
 
     def read(self, name: str) -> Tensor:
         spelling = self.stored[name].spelling
-        return self._files[self._file_of[spelling]].get_tensor(spelling)
+        # Opened anew: the mapped pages of what was read before do not count as the process's memory any more.
+        with self._open(self._file_of[spelling]) as opened:
+            return opened.get_tensor(spelling)
 
     def spell(self, name: str) -> str:
         return to_hf(name)

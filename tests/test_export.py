@@ -95,9 +95,8 @@ def test_there_and_back_is_the_same_to_the_last_bit(tmp_path: Path, tied: bool, 
     from transformers import AutoModelForCausalLM
 
     there, back = tmp_path / "there", tmp_path / "back"
-    reference = write(
-        there, {**NANBEIGE, "vocab_size": 260, "tie_word_embeddings": tied, "torch_dtype": dtype}, dtype=dtype
-    )
+    config = {**NANBEIGE, "vocab_size": 260, "tie_word_embeddings": tied, "torch_dtype": dtype}
+    write(there, config, dtype=dtype)
     load_tokenizer("bytes").save(there)
     export.main(["--from", str(there), "--to", str(back), "--shard-size", "20KB"])
     assert len(list(back.glob("*.safetensors"))) > 1
