@@ -66,6 +66,7 @@ def run(cfg: Config) -> None:
     import torch
 
     from nb_lightning import checkpoints, dry_run
+    from nb_lightning.adapters import trained_parameters
     from nb_lightning.pretrained import find
     from nb_lightning.strategies import resolve_accelerator
 
@@ -85,7 +86,7 @@ def run(cfg: Config) -> None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     plan = plan_of(cfg.stage).in_whole_steps()
     module, data = build_stage(cfg, plan)
-    if cfg.init_from and checkpoint is None:
+    if cfg.init_from and (checkpoint is None or module.adapted):
         module.begin_from(find(cfg.init_from))
     data.prepare()
     if checkpoint is not None:
@@ -93,7 +94,7 @@ def run(cfg: Config) -> None:
         if checkpoints.read_info(checkpoint)["tokens_seen"] == plan.total_tokens:
             log.info("nothing left to do: %s is the end of the plan", checkpoint)
             return
-    require_room(cfg, module.shape.parameters(), folder)
+    require_room(cfg, trained_parameters(module.shape, cfg.stage.adapter), folder)
     trainer = build_trainer(cfg, accelerator, folder)
     state = checkpoint / checkpoints.STATE if checkpoint else None
     gc.freeze()
@@ -176,6 +177,10 @@ def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
     for key, value in plain(module.shape).items():
         if key != "rope_theta" and saved["model"][key] != value:
             raise ValueError(f"model.{key} is {value}, but {checkpoint} has {saved['model'][key]}")
+    for key, value in plain(module.cfg.stage.adapter).items():
+        before = (saved.get("adapter") or {"name": "none"}).get(key)
+        if value != before and (key == "name" or module.adapted):
+            raise ValueError(f"stage.adapter.{key} is {value}, but {checkpoint} was trained with {before}")
     if saved["seed"] != module.cfg.seed:
         raise ValueError(f"seed is {module.cfg.seed}, but {checkpoint} was trained with {saved['seed']}")
     for name, digest in data.digests.items():

@@ -61,8 +61,6 @@ class Throughput(pl.Callback):
         }
         if self._peak:
             for name, causal in (("perf/mfu", True), ("perf/mfu_full", False)):
-                flops = sum(
-                    tokens * module.shape.flops_per_token(seq_len, causal) for _, tokens, seq_len in self._recent
-                )
+                flops = sum(tokens * module.flops_per_token(seq_len, causal) for _, tokens, seq_len in self._recent)
                 values[name] = flops / seconds / (self._peak * trainer.world_size)
         return values

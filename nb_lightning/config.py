@@ -22,6 +22,8 @@ from nb_lightning.phases import LearningRate, Phase, PhasePlan
 # `_target_` runs code. Only these places may be named; a `pkg://` entry of hydra.searchpath adds its own package.
 TRUSTED_TARGETS = ("callbacks.", "nb_lightning.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer
+
 
 @dataclass
 class LearningRateConfig:
@@ -56,6 +58,20 @@ class OptimConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """Low-rank adapters on the frozen weights of `init_from`: W becomes W + alpha / rank * B @ A."""
+
+    name: str = "none"  # none | lora | qlora: the base's layers in 4 bits (NF4)
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0  # of what goes into the adapters
+    targets: list[str] = field(default_factory=lambda: list(LINEARS))  # the layers' linears that get one
+    also_train: list[str] = field(default_factory=list)  # embedding, head: trained whole, say for new tokens
+    double_quant: bool = True  # qlora: the scales of the 4-bit blocks in 8 bits
+    compute_dtype: str = "auto"  # qlora: of products with 4-bit weights; auto | float32 | bfloat16
+
+
+@dataclass
 class StageConfig:
     """What every stage has."""
 
@@ -65,6 +81,7 @@ class StageConfig:
     global_batch_tokens: int = MISSING  # tokens per optimizer step over all ranks
     micro_batch_size: int = MISSING  # rows per rank per forward
     optim: OptimConfig = field(default_factory=OptimConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     head_chunk: int = 512  # tokens of logits held at a time
 
 
@@ -225,7 +242,8 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
         )
     if cfg.stage.optim.name != "adamw" and cfg.trainer.strategy == "fsdp":
         raise ValueError(f"stage.optim.name={cfg.stage.optim.name} does not work with trainer.strategy=fsdp; use adamw")
-    if cfg.ckpt_path and cfg.init_from:
+    _check_adapter(cfg)
+    if cfg.ckpt_path and cfg.init_from and cfg.stage.adapter.name == "none":
         raise ValueError(
             "ckpt_path and init_from are both set: ckpt_path (or resume=true) continues this very run with its "
             "optimizer and position, init_from starts a new run from another one's weights; choose one"
@@ -234,6 +252,34 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
         raise ValueError(f"run_name is {cfg.run_name!r}; it names a folder below paths.runs, without '{os.sep}'")
     plan_of(cfg.stage).validate("stage.phases", cfg.data.sources, ranks)
     check_targets({"callbacks": cfg.callbacks, "logger": cfg.logger}, trusted_packages)
+
+
+def _check_adapter(cfg: Config) -> None:
+    adapter, key = cfg.stage.adapter, "stage.adapter"
+    _one_of(f"{key}.name", adapter.name, ("none", "lora", "qlora"))
+    if adapter.name == "none":
+        return
+    _positive(f"{key}.rank", adapter.rank)
+    _positive(f"{key}.alpha", adapter.alpha)
+    if not 0 <= adapter.dropout < 1:
+        raise ValueError(f"{key}.dropout is {adapter.dropout}; it must be from 0 to below 1")
+    if not adapter.targets:
+        raise ValueError(f"{key}.targets is empty; allowed: {', '.join(LINEARS)}")
+    for i, target in enumerate(adapter.targets):
+        _one_of(f"{key}.targets[{i}]", target, LINEARS)
+    for i, name in enumerate(adapter.also_train):
+        _one_of(f"{key}.also_train[{i}]", name, ("embedding", "head"))
+    _one_of(f"{key}.compute_dtype", adapter.compute_dtype, ("auto", "float32", "bfloat16"))
+    if adapter.name == "qlora" and cfg.trainer.strategy == "fsdp":
+        raise ValueError(
+            f"{key}.name=qlora does not work with trainer.strategy=fsdp (4-bit weights cannot be sharded); use lora, "
+            "or trainer.strategy=single or ddp"
+        )
+    if not cfg.init_from and not cfg.dry_run:
+        raise ValueError(
+            f"{key}.name={adapter.name} needs init_from, with resume=true too: adapters train on a base that stays as "
+            "it is, and their checkpoints do not hold it"
+        )
 
 
 def check_targets(nodes: Any, trusted_packages: Iterable[str] = (), path: str = "") -> None:

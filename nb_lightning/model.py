@@ -67,17 +67,17 @@ class ModelShape:
         layer = D * E * (2 * self.n_heads + 2 * self.n_kv_heads) + 3 * D * self.d_mlp + 2 * D
         return self.n_layers * layer + D + self.vocab_size * D * (1 if self.tie_embeddings else 2)
 
-    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
+    def flops_per_token(self, seq_len: int, causal: bool = True, frozen: bool = False) -> float:
         """Floating-point operations per trained token, forward and backward, without recomputation.
 
-        Six per weight of a matrix multiplication (the embedding look-up is none), plus attention's two products of
-        `seq_len` x H x E; `causal` counts the half of them that a causal kernel does.
+        Six per weight of a matrix multiplication (the embedding look-up is none), four where the weights are frozen;
+        plus attention's two products of `seq_len` x H x E; `causal` counts the half of them that a causal kernel does.
         """
         matmul = self.parameters() - self.d_model * (2 * self.n_layers + 1)
         if not self.tie_embeddings:
             matmul -= self.vocab_size * self.d_model
         attention = 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
-        return 6.0 * matmul + attention * (0.5 if causal else 1.0)
+        return (4.0 if frozen else 6.0) * matmul + attention * (0.5 if causal else 1.0)
 
 
 class RMSNorm(nn.Module):
@@ -197,6 +197,7 @@ class Transformer(nn.Module):
         self.rope = RoPE(shape.head_dim, shape.rope_theta)
         self.attention_backend = "sdpa"
         self.activation_checkpointing = False
+        self.draws = False  # random numbers in a forward: recomputing it has to draw the same ones
         if not self.embedding.weight.is_meta:
             self.init_weights()
 
@@ -246,7 +247,7 @@ class Transformer(nn.Module):
         cos, sin = self.rope(x, position_ids, mask.longest)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=self.draws)
             else:
                 x = layer(x, cos, sin, mask)
         return head(self.norm(x), self.head.weight)

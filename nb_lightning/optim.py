@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nb_lightning import bnb
+
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
 
@@ -40,13 +42,8 @@ def build_optimizer(
             f"stage.optim.name={name} does not work on parameters sharded by trainer.strategy=fsdp "
             "(bitsandbytes cannot read DTensors); use adamw, or trainer.strategy=single or ddp"
         )
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(
-            f"stage.optim.name={name} needs bitsandbytes ({error}); pip install 'nb_lightning[bnb]'"
-        ) from error
-    kind = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
+    kinds = bnb.load(f"stage.optim.name={name}").optim
+    kind = {"adamw8bit": kinds.AdamW8bit, "paged_adamw8bit": kinds.PagedAdamW8bit}[name]
     return kind(groups, lr=0.0, betas=betas, eps=eps)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nb_lightning import checkpoints, weights
+from nb_lightning import adapters, checkpoints, weights
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.gguf_file import GGUFWeights
 from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
@@ -86,6 +86,18 @@ class CheckpointOrigin(Origin):
         return checkpoints.CheckpointWeights(self.path)
 
 
+class AdapterOrigin(Origin):
+    """A checkpoint of adapters: they come merged into their base."""
+
+    def open(self) -> weights.Weights:
+        saved = checkpoints.read_info(self.path)["adapter"]
+        try:
+            base = find(saved["base"]["path"])
+        except ValueError as error:
+            raise ValueError(f"{self.path} holds adapters only, and their base is gone: {error}") from error
+        return adapters.Merged(base.open(), checkpoints.CheckpointWeights(self.path), saved)
+
+
 class HFOrigin(Origin):
     def open(self) -> weights.Weights:
         return weights.HFWeights(self.path)
@@ -144,7 +156,9 @@ def find(path: str, verify: bool = True) -> Origin:
             f"nor a Hugging Face folder ({weights.CONFIG})"
         )
     folder = checkpoints.resolve(path, verify)
-    return CheckpointOrigin(folder, checkpoints.read_shape(folder), checkpoints.read_info(folder).get("context"))
+    info = checkpoints.read_info(folder)
+    kind = AdapterOrigin if info.get("adapter") else CheckpointOrigin
+    return kind(folder, checkpoints.read_shape(folder), info.get("context"))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ time, so that no device ever holds more than its shard and one whole parameter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,17 +58,26 @@ def lightning_precision(cfg: TrainerConfig) -> str:
 
 
 def build_model(
-    shape: ModelShape, cfg: TrainerConfig, backend: str, device: torch.device, mesh: DeviceMesh | None, seed: int | None
+    shape: ModelShape,
+    cfg: TrainerConfig,
+    backend: str,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+    seed: int | None,
+    change: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
     """A `Transformer` on `device`, sharded over `mesh` when there is one.
 
-    Its weights are fresh ones of `seed`; without a seed they hold anything, for whoever fills them next.
+    Its weights are fresh ones of `seed`; without a seed they hold anything, for whoever fills them next. `change` is
+    applied while the model is on `meta`: adapters.
     """
     dtype = torch.bfloat16 if cfg.precision == "bf16-true" else torch.float32
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
     model.attention_backend = backend
     model.activation_checkpointing = cfg.activation_checkpointing
+    if change is not None:
+        change(model)
     if mesh is not None:
         shard(model, mesh, cfg.precision)
     model.to_empty(device=device)

@@ -7,6 +7,7 @@ or not. Files are data: nothing is unpickled, and no name in them leads out of t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -67,6 +68,13 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
         raise NotImplementedError
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor: its dtype, shape and bytes, whatever file it is in."""
+        tensor = self.read(name)
+        found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def require(self, shape: ModelShape) -> None:
         """Refuse what does not fit a `Transformer` of this shape, before any tensor is read.

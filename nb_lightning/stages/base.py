@@ -7,9 +7,11 @@ under any accumulation, packing or world size, and no checkpoint falls inside an
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -17,6 +19,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from nb_lightning import adapters
 from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import StepBatch
 from nb_lightning.config import Config, plain
@@ -38,6 +41,8 @@ class BaseStage(pl.LightningModule):
         tokens_seen: the clock: tokens over all ranks whose step is done. The only thing schedules read.
         origin: where the weights come from that it begins with; None for fresh ones. Set by `begin_from`.
         context: tokens a row that those weights were made for.
+        adapted: adapters train on a frozen base.
+        base: the digests of that base's tensors.
         skipped_steps: steps whose update was left out because the loss or gradient was not finite.
     """
 
@@ -48,6 +53,9 @@ class BaseStage(pl.LightningModule):
         self.shape = replace(ModelShape(**plain(cfg.model)), rope_theta=plan.phases[0].rope_theta)
         self.origin: Origin | None = None
         self.context = 0
+        self.adapted = cfg.stage.adapter.name != "none"
+        self.base: dict[str, str] = {}
+        self.strict_loading = not self.adapted  # a checkpoint of adapters has less than the model
         self.model: Transformer | None = None
         self.tokens_seen = 0
         self.skipped_steps = 0
@@ -93,9 +101,14 @@ class BaseStage(pl.LightningModule):
         device = strategy.root_device
         mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
         backend = resolve_backend(trainer.attention, device, self.cfg.data.mask_documents)
-        self.model = build_model(self.shape, trainer, backend, device, mesh, None if self.origin else self.cfg.seed)
+        adapter, seed = self.cfg.stage.adapter, self.cfg.seed
+        attach = partial(adapters.attach, cfg=adapter, precision=trainer.precision) if self.adapted else None
+        self.model = build_model(self.shape, trainer, backend, device, mesh, None if self.origin else seed, attach)
         if self.origin is not None:
-            fill(self.model, self.origin.open())
+            if self.adapted:
+                self.base = adapters.fill(self.model, self.origin.open(), seed)
+            else:
+                fill(self.model, self.origin.open())
             if self.origin.shape.rope_theta != self.shape.rope_theta:
                 self.print(
                     f"RoPE base {self.shape.rope_theta:g} from the first phase on; the weights of {self.origin.path} "
@@ -109,6 +122,10 @@ class BaseStage(pl.LightningModule):
 
     # Training -------------------------------------------------------------------------------------------------------
 
+    def flops_per_token(self, seq_len: int, causal: bool) -> float:
+        """Floating-point operations per trained token, see `ModelShape.flops_per_token`."""
+        return self.shape.flops_per_token(seq_len, causal, frozen=self.adapted)
+
     @property
     def phase(self) -> Phase:
         """The phase of the next step."""
@@ -116,6 +133,8 @@ class BaseStage(pl.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
         optimizer = self.optimizers()
+        if self.model.draws:  # from the clock, so that a resumed run draws the same
+            torch.manual_seed(zlib.crc32(f"{self.cfg.seed} {self.tokens_seen} {self.global_rank}".encode()))
         counts = self._global_counts(batch)
         totals = dict.fromkeys(("loss", *self.per), torch.zeros((), device=self.device))
         for micro in batch.micro_batches:
@@ -192,12 +211,34 @@ class BaseStage(pl.LightningModule):
             "context": max([self.context, *(phase.seq_len for phase in self.plan.begun(self.tokens_seen))]),
             "plan": [plain(phase) for phase in self.plan.phases],
             "sources": self.trainer.datamodule.digests,
+            "adapter": self._adapter(),
         }
+
+    def _adapter(self) -> dict[str, Any] | None:
+        if not self.adapted:
+            return None
+        return {
+            **plain(self.cfg.stage.adapter),
+            "base": {"path": str(self.origin.path.resolve()), "tensors": self.base},
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Of an adapter run only what trains."""
+        state = super().state_dict(*args, **kwargs)
+        if self.adapted:
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            for name in state.keys() - trained:
+                del state[name]
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["nb_lightning"] = self.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen = checkpoint["nb_lightning"]["tokens_seen"]
-        self.skipped_steps = checkpoint["nb_lightning"]["skipped_steps"]
-        self.context = checkpoint["nb_lightning"]["context"]
+        saved = checkpoint["nb_lightning"]
+        if self.adapted:
+            base = saved["adapter"]["base"]
+            adapters.require_same_base(base["tensors"], self.base, f"init_from={self.cfg.init_from}", base["path"])
+        self.tokens_seen = saved["tokens_seen"]
+        self.skipped_steps = saved["skipped_steps"]
+        self.context = saved["context"]
