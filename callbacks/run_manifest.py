@@ -25,6 +25,7 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "bitsandbytes",
+    "peft",
     "xformers",
 )
 

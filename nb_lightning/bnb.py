@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # On some CPUs its import (peft imports it too) advises to install a package that would download kernels.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 QLORA = "stage.adapter.name=qlora"
+BLOCK = 64  # weights with a common scale
 
 
 @functools.cache
@@ -55,8 +56,16 @@ def empty_linear(old: nn.Linear, compute_dtype: torch.dtype, double_quant: bool)
 
     Args:
         compute_dtype: of the products.
-        double_quant: also quantise the scales of the blocks of 64 weights: 0.52 bytes a weight instead of 0.56.
+        double_quant: also quantise the scales of the blocks of 64 weights: 0.516 bytes a weight instead of 0.5625.
+
+    Raises:
+        ValueError: bitsandbytes is missing, or a row is not whole blocks: on the CPU it would give back other weights.
     """
+    if old.in_features % BLOCK:
+        raise ValueError(
+            f"{QLORA} needs layers whose number of inputs is a multiple of {BLOCK}, and this model has one with "
+            f"{old.in_features}: bitsandbytes reads others wrong on the CPU; use lora"
+        )
     # Its constructor allocates the whole weight, its `to_empty` would again: nothing does on `meta` or of size 0.
     with torch.device("meta"):
         new = _linear_class()(

@@ -19,7 +19,7 @@ from tests.harness import ROOT
 STDLIB = frozenset(sys.stdlib_module_names)
 MATHS = (
     "model", "attention", "head", "divergence", "losses", "reference_cache", "optim", "kv_cache", "sampling",
-    "generate", "weights", "gguf_file",
+    "generate", "weights", "gguf_file", "bnb",
 )  # fmt: skip
 F0 = ("config", "phases", "batch")
 
@@ -57,7 +57,9 @@ RULES = [
     Rule("one place for xformers", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("xformers",), but=library("attention")),
     Rule("one place for bitsandbytes", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("bitsandbytes",), but=library("optim")),
+         never=("bitsandbytes",), but=library("bnb")),
+    Rule("one place for peft", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
+         never=("peft",), but=library("adapters")),
     Rule("chat: stdlib", library("messages", "chat", "chat_process"),
          only=modules("messages", "chat", "chat_process")),
     Rule("chat tokens: stdlib, tokenizers and chat", library("chat_tokens"),
