@@ -15,7 +15,6 @@ QLORA = "stage.adapter.name=qlora"
 BLOCK = 64  # weights with a common scale
 
 
-@functools.cache
 def load(wanted: str) -> Any:
     """The module `bitsandbytes`.
 

@@ -546,7 +546,6 @@ def test_qlora_refuses_fsdp() -> None:
 )
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, missing: str, message: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    bnb.load.cache_clear()
     bnb._linear_class.cache_clear()
     with pytest.raises(ValueError, match=f"{message}.*pip install 'nb_lightning"):
         adapted(AdapterConfig("qlora"), base_weights())
