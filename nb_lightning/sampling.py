@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUCLEUS = 1024  # most likely tokens looked at first under top-p and top-k; more only if they fall short
+NUCLEUS = 128  # most likely tokens looked at first under top-p and top-k; more only if they fall short
+BLOCK = 512  # weights that are summed before they are searched
 COLDEST = 1e-30  # a temperature below it would be 0 in float32
 
 
@@ -61,13 +62,14 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> T
     Returns:
         [B] int64.
     """
-    ids = logits.argmax(-1)
     sampled = [i for i, s in enumerate(samplings) if s.temperature > 0]
     cut = [i for i in sampled if samplings[i].top_p < 1 or samplings[i].top_k]
     whole = [i for i in sampled if not (samplings[i].top_p < 1 or samplings[i].top_k)]
     for rows, draw in ((whole, _from_all), (cut, _from_most_likely)):
-        if len(rows) == len(ids):
+        if len(rows) == len(samplings):
             return draw(_scaled(logits, samplings), samplings, uniforms)
+    ids = logits.argmax(-1)
+    for rows, draw in ((whole, _from_all), (cut, _from_most_likely)):
         if rows:
             chosen = [samplings[i] for i in rows]
             ids[rows] = draw(_scaled(logits[rows], chosen), chosen, uniforms[rows])
@@ -77,11 +79,11 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> T
 def _scaled(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Logits below the row's largest, over the temperature: at most 0, so that no temperature overflows."""
     temperatures = _column([max(s.temperature, COLDEST) for s in samplings], logits).float()
-    return (logits - logits.amax(-1, keepdim=True)) / temperatures
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperatures)
 
 
 def _from_all(scaled: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
-    return _invert(scaled.exp(), uniforms)
+    return _invert(scaled.exp_(), uniforms)
 
 
 def _from_most_likely(scaled: Tensor, samplings: Sequence[Sampling], uniforms: Tensor, width: int = NUCLEUS) -> Tensor:
@@ -95,9 +97,7 @@ def _from_most_likely(scaled: Tensor, samplings: Sequence[Sampling], uniforms: T
     weights = values.exp().double()
     top_k = _column([s.top_k or V for s in samplings], scaled)
     weights = weights.masked_fill(torch.arange(width, device=scaled.device) >= top_k, 0.0)
-    total = torch.where(
-        top_k < V, weights.sum(-1, keepdim=True), scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    )
+    total = torch.where(top_k < V, weights.sum(-1, keepdim=True), scaled.exp().sum(-1, keepdim=True).double())
     below = weights.cumsum(-1)
     beyond = (below - weights >= _column([s.top_p for s in samplings], scaled) * total) | (weights == 0)
     last = values.gather(1, (~beyond).sum(-1, keepdim=True) - 1)
@@ -119,10 +119,27 @@ def _most_likely(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place in each row of `weights` [B, n] where their running sum passes `uniforms` of the whole: [B]."""
-    below = weights.cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)[:, 0]
-    return found.clamp(max=weights.shape[1] - 1)
+    """The first place in each row of `weights` [B, n] where their running sum passes `uniforms` of the whole: [B].
+
+    In a long row first the block, then the place in it: running sums would be as large as the vocabulary, in float64.
+    """
+    n = weights.shape[1]
+    if n <= 4 * BLOCK:
+        below = weights.cumsum(-1, dtype=torch.float64)
+        found = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)
+        return found[:, 0].clamp(max=n - 1)
+    tail = n % BLOCK
+    sums = weights[:, : n - tail].unflatten(1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    if tail:
+        sums = torch.cat((sums, weights[:, n - tail :].sum(-1, keepdim=True, dtype=torch.float64)), dim=1)
+    ends = sums.cumsum(-1)
+    wanted = uniforms[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, wanted, right=True).clamp(max=sums.shape[1] - 1)
+    places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    inside = weights.gather(1, places.clamp(max=n - 1)).double().masked_fill(places >= n, 0.0)
+    begun = ends.gather(1, block) - sums.gather(1, block)
+    found = torch.searchsorted(inside.cumsum(-1), wanted - begun, right=True)
+    return (block * BLOCK + found)[:, 0].clamp(max=n - 1)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning import sampling
-from nb_lightning.sampling import NUCLEUS, Sampling, choose
+from nb_lightning.sampling import BLOCK, NUCLEUS, Sampling, choose
 
 ONE = Sampling(max_new_tokens=1)
 
@@ -70,7 +70,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("V", [30, 3000])
+@pytest.mark.parametrize("V", [30, 3000])  # searched directly, and by blocks
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_draws_follow_the_distribution(settings: dict, V: int) -> None:
     how = replace(ONE, **settings)
@@ -170,7 +170,7 @@ def test_only_what_is_needed_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     peaked = torch.zeros(50_000)
     peaked[7] = 30.0
     assert draw(peaked, replace(ONE, top_p=0.9), uniforms(3)).tolist() == [7, 7, 7]
-    draw(torch.randn(50_000) / 9, replace(ONE, top_p=0.1), uniforms(3))
+    draw(torch.randn(50_000), replace(ONE, top_p=0.05), uniforms(3))
     assert widths == [NUCLEUS, NUCLEUS, 8 * NUCLEUS]
 
 
@@ -208,6 +208,20 @@ def test_a_row_does_not_see_the_others(V: int) -> None:
     assert choose(logits, hows, u).tolist() == alone
     some = [25, 3, 4, 11, 8, 9]
     assert choose(logits[some], [hows[i] for i in some], u[some]).tolist() == [alone[i] for i in some]
+
+
+@pytest.mark.parametrize("V", [4 * BLOCK, 4 * BLOCK + 1, 5 * BLOCK - 1, 5 * BLOCK, 20 * BLOCK + 7])
+def test_every_place_of_a_long_row_is_found(V: int) -> None:
+    """At the beginnings of blocks, at their ends, and where some hold nothing at all."""
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(0))
+    logits[BLOCK + 5 : 3 * BLOCK + 9] = float("-inf")
+    p = expected(logits.double().numpy(), ONE)
+    some = np.flatnonzero(p)[:: max(1, V // 300)]
+    some = np.union1d(some, [0, BLOCK - 1, BLOCK, BLOCK + 4, 3 * BLOCK + 9, 4 * BLOCK - 1, V - 1])
+    below = np.cumsum(p)
+    for share in (0.001, 0.5, 0.999):
+        u = below[some] - (1 - share) * p[some]
+        assert draw(logits, ONE, torch.tensor(u)).tolist() == some.tolist()
 
 
 def test_uniforms_at_their_ends() -> None:
