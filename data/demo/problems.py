@@ -217,11 +217,12 @@ def _worked(key: str, question: str, reasoning: str, answer: str) -> Problem:
 
 
 def _function(asked: str, reasoning: str, argument: str, body: str, inputs: list[Any]) -> Problem:
-    """The tests are what the worked answer gives: it is ours, so it may be run here."""
+    """The tests are what the worked answer gives: it is ours, so it may be run here. All but two are private."""
     function = eval(f"lambda {argument}: {body}")
-    tests = [{"args": [value], "expected": function(value)} for value in inputs]
+    tests = [{"args": [value], "expect": function(value)} for value in inputs]
     answer = f"```python\ndef f({argument}): return {body}\n```"
-    return Problem(asked, [_user(asked), _assistant(answer, reasoning)], "code", {"function": "f", "tests": tests})
+    reference = {"entry": "f", "tests": tests[:2], "private": tests[2:]}
+    return Problem(asked, [_user(asked), _assistant(answer, reasoning)], "code", reference)
 
 
 def _tool(asked: str, name: str, arguments: dict[str, Any], result: str, answer: str) -> Problem:

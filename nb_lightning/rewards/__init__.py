@@ -23,6 +23,7 @@ BUILT_IN = {
     "code": "nb_lightning.rewards.code:Code",
     "math": "nb_lightning.rewards.math:Math",
     "reasoning_gym": "nb_lightning.rewards.reasoning_gym:ReasoningGym",
+    "tool_call": "nb_lightning.rewards.tool_call:ToolCall",
     "ifeval": "nb_lightning.rewards.ifeval:IFEval",
 }
 

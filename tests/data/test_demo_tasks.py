@@ -13,6 +13,8 @@ import pytest
 
 from data.demo import build_demo_tasks, problems, tasks
 from data.demo.problems import FAMILIES, Problem
+from nb_lightning.chat import ChatTemplate
+from nb_lightning.rewards import get_verifier
 from nb_lightning.tasks import read_tasks
 
 SMALL = {"chats/train": 40, "tasks/train": 12, "val": 8}
@@ -39,6 +41,24 @@ def test_every_answer_is_the_reference(family: str) -> None:
             assert call["function"] == problem.reference
         else:
             assert problem.verifier == "code"
+
+
+def test_every_worked_answer_gets_the_whole_reward() -> None:
+    """As our own template writes it, by the verifier itself; and the answer to another problem gets nothing."""
+    template = ChatTemplate.chatml()
+    for family in FAMILIES:
+        verifier = get_verifier(some(family, 1)[0].verifier)
+        texts = []
+        for problem in some(family, 3):
+            verifier.check(problem.reference)
+            asked = next(i for i, message in enumerate(problem.messages) if message["role"] == "assistant")
+            prompt = template.render(problem.messages[:asked], add_generation_prompt=True)
+            text = template.render(problem.messages[: asked + 1])
+            assert text.startswith(prompt)
+            texts.append(text.removeprefix(prompt).removesuffix("<|im_end|>\n"))
+        for i, problem in enumerate(some(family, 3)):
+            rewards = [score.reward for score in verifier.score("", texts, problem.reference)]
+            assert rewards == [float(j == i) for j in range(3)], (family, texts)
 
 
 @pytest.mark.parametrize("family", ["maths_equations", "maths_sums", "science_laws"])
@@ -82,9 +102,9 @@ def test_functions_pass_their_tests_and_do_what_was_asked() -> None:
         (code,) = re.fullmatch(r"```python\n(.*)\n```", answer_of(problem), re.S).groups()
         scope: dict = {}
         exec(code, scope)
-        for test in problem.reference["tests"]:
+        for test in problem.reference["tests"] + problem.reference["private"]:
             value = scope["f"](*test["args"])
-            assert value == test["expected"] and type(value) is type(test["expected"])
+            assert value == test["expect"] and type(value) is type(test["expect"])
         for x, y in re.findall(r"f\((\d)\) = (-?\d+)", asked):
             assert scope["f"](int(x)) == int(y)
         if found := re.fullmatch(r"Write f\(x\): multiply x by (\d+), then (add|subtract) (\d+)", asked):

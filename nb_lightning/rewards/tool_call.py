@@ -1,0 +1,70 @@
+"""The verifier "tool_call": the calls that a completion makes are the expected ones.
+
+Reference: `{"name": "weather", "arguments": {"city": "Rome"}}`, or a list of such, in order. Calls are read from
+`<tool_call>` blocks of one JSON object each, as ChatML-style templates write them; what is said around them is free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from nb_lightning.rewards import Score
+from nb_lightning.rewards.extract import after_thinking
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class ToolCall:
+    """The whole reward for exactly the expected calls, with equal arguments; numbers are equal as numbers."""
+
+    def check(self, reference: Any) -> None:
+        calls = reference if isinstance(reference, list) else [reference]
+        if not calls or not all(map(_is_call, calls)):
+            raise ValueError(
+                f"the reference of 'tool_call' is {reference!r:.80}; give {{'name': ..., 'arguments': {{...}}}} or a list"
+            )
+
+    def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
+        wanted = reference if isinstance(reference, list) else [reference]
+        return [_score(calls_of(completion), wanted) for completion in completions]
+
+
+def calls_of(completion: str) -> list[Any]:
+    """What each closed block holds; None for one that is not a call."""
+    blocks = [block.partition(CLOSE) for block in after_thinking(completion).split(OPEN)[1:]]
+    return [_parsed(text) for text, closed, _ in blocks if closed]
+
+
+def _score(calls: list[Any], wanted: list[Any]) -> Score:
+    if not calls:
+        return Score(0.0, {"status": "no_answer"})
+    right = _same(calls, wanted)
+    return Score(float(right), {"status": "correct" if right else "wrong", "calls": calls})
+
+
+def _parsed(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if _is_call(value) else None
+
+
+def _is_call(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"name", "arguments"}
+        and isinstance(value["name"], str)
+        and isinstance(value["arguments"], dict)
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal as JSON: True is not 1, 2 is 2.0."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
