@@ -22,9 +22,8 @@ class ToolCall:
     def check(self, reference: Any) -> None:
         calls = reference if isinstance(reference, list) else [reference]
         if not calls or not all(map(_is_call, calls)):
-            raise ValueError(
-                f"the reference of 'tool_call' is {reference!r:.80}; give {{'name': ..., 'arguments': {{...}}}} or a list"
-            )
+            known = "{'name': ..., 'arguments': {...}} or a list of them"
+            raise ValueError(f"the reference of 'tool_call' is {reference!r:.80}; give {known}")
 
     def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
         wanted = reference if isinstance(reference, list) else [reference]
