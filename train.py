@@ -111,7 +111,12 @@ def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
         from nb_lightning.stages.pretrain import PretrainStage
 
         return PretrainStage(cfg, plan), PretrainData(cfg, plan)
-    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain")
+    if cfg.stage.name == "sft":
+        from data.sft import SFTData
+        from nb_lightning.stages.sft import SFTStage
+
+        return SFTStage(cfg, plan), SFTData(cfg, plan)
+    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft")
 
 
 def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:

@@ -57,6 +57,8 @@ class TaskAccuracy(PhaseCallback):
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
         """Every rank takes its share of the tasks; all get the numbers."""
+        if not self._tasks:
+            return
         data = trainer.datamodule
         stop_ids = data.tokenizer.stop_ids(data.chat)
         model = Pretrained(module.model, data.tokenizer, data.chat, stop_ids, module.cfg.run_name)

@@ -18,6 +18,8 @@ from nb_lightning.batch import IGNORE, PackedBatch
 from nb_lightning.source import TRAINED
 
 OVER_LONG = ("drop", "truncate", "split")
+GOOD_FILL = 0.99
+MOST_PATTERN_BITS = 2**21  # distinct lengths times capacity: beyond, patterns take too long
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def pack(samples: np.ndarray, seq_len: int, over_long: str = "drop", seed: int =
         seed: another one brings other samples together.
     """
     pieces = cut(samples, seq_len, over_long)
-    starts, members = best_fit(pieces.length, seq_len, seed)
+    starts, members = bin_pack(pieces.length, seq_len, seed)
     return Packing(seq_len, pieces, starts, members)
 
 
@@ -87,18 +89,27 @@ def cut(samples: np.ndarray, seq_len: int, over_long: str) -> Pieces:
     return Pieces(sample[kept], start[kept], length[kept], 0, int(long.sum()))
 
 
-def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best fit decreasing: bins of `capacity` for items of `lengths`, each in (0, capacity].
+def bin_pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bins of `capacity` for items of `lengths`, each in (0, capacity].
 
     Returns:
         starts [bins + 1] and members [n]: bin b holds the items members[starts[b] : starts[b + 1]].
     """
-    n = len(lengths)
     # Equal lengths change places at random, so that what shares a bin does not follow from the order of the input.
-    order = np.random.RandomState([seed % 2**32, capacity]).permutation(n)
+    order = np.random.RandomState([seed % 2**32, capacity]).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     ordered = lengths[order]
-    bin_of = np.empty(n, dtype=np.int64)  # of the ordered items
+    bins = best_fit(ordered, capacity)
+    if len(bins) and len(np.unique(ordered)) * capacity <= MOST_PATTERN_BITS:
+        if ordered.sum() < GOOD_FILL * capacity * (bins.max() + 1):
+            bins = min(bins, by_patterns(ordered, capacity), key=np.max)
+    counts = np.bincount(bins)
+    return np.concatenate([[0], np.cumsum(counts)]), order[np.argsort(bins, kind="stable")]
+
+
+def best_fit(ordered: np.ndarray, capacity: int) -> np.ndarray:
+    """Best fit decreasing: the bin of each item; lengths in descending order."""
+    bin_of = np.empty(len(ordered), dtype=np.int64)
     open_bins: dict[int, list[np.ndarray]] = {}  # room left -> bins
     rooms: list[int] = []  # the keys, ascending
     bins = 0
@@ -132,8 +143,48 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray,
                 put_back(room - (end - begin) * length, rest[:1])
                 begin, rest = end, rest[1:]
             put_back(room, rest)
-    counts = np.bincount(bin_of, minlength=bins)
-    return np.concatenate([[0], np.cumsum(counts)]), order[np.argsort(bin_of, kind="stable")]
+    return bin_of
+
+
+def by_patterns(ordered: np.ndarray, capacity: int) -> np.ndarray:
+    """Bins that are as full as can be, one after the other; lengths in descending order.
+
+    Where all lengths are much alike, best fit puts equals together, and a bin of five has no room for a sixth. Here a
+    bin takes the longest item left and the lengths that fill it best (which sums there are is a bit set), and that
+    pattern is repeated while there are items for it.
+    """
+    lengths, firsts, left = np.unique(-ordered, return_index=True, return_counts=True)
+    next_item = dict(zip((-lengths).tolist(), firsts.tolist()))
+    count = dict(zip((-lengths).tolist(), left.tolist()))  # descending
+    bin_of = np.empty(len(ordered), dtype=np.int64)
+    bins = 0
+    while count:
+        longest = next(iter(count))
+        room = capacity - longest
+        below = (1 << (room + 1)) - 1
+        sums, steps = 1, []  # bit s: there is a choice of items that sum to s
+        for length, n in count.items():
+            n, some = min(n - (length == longest), room // length), 1
+            while n > 0:  # 1, 2, 4, ... of them, and the rest
+                some = min(some, n)
+                steps.append((sums, length, some))
+                sums |= sums << length * some & below
+                n, some = n - some, 2 * some
+        total, pattern = sums.bit_length() - 1, {longest: 1}
+        for before, length, some in reversed(steps):
+            if not before >> total & 1:
+                total -= length * some
+                pattern[length] = pattern.get(length, 0) + some
+        times = min(count[length] // n for length, n in pattern.items())
+        for length, n in pattern.items():
+            at = next_item[length]
+            bin_of[at : at + n * times] = np.tile(np.arange(bins, bins + times), n)
+            next_item[length] += n * times
+            count[length] -= n * times
+            if not count[length]:
+                del count[length]
+        bins += times
+    return bin_of
 
 
 def to_batch(rows: Sequence[Sequence[np.ndarray]], seq_len: int, pad_id: int) -> PackedBatch:

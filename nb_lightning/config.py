@@ -91,6 +91,11 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on conversations: a cold start, then all."""
+
+
+@dataclass
 class ModelConfig:
     """The backbone's shape; see `nb_lightning.model.ModelShape` for the letters."""
 
@@ -118,6 +123,16 @@ class DataConfig:
     workers: int = 0  # loader processes per rank
     val_rows: int = 64  # held-out rows per source and validation
     demo_corpus: bool = False  # build the embedded demo corpus where it is missing
+
+
+@dataclass
+class SFTDataConfig(DataConfig):
+    """Sources of conversations, made by data.prepare --chat."""
+
+    template: str | None = None  # file of the chat template they were made with; null: the tokenizer's own, else ChatML
+    over_long: str = "drop"  # drop | truncate | split: what becomes of samples that a row cannot hold
+    demo_tasks: bool = False  # build the embedded demo tasks' sources where they are missing
+    tasks: list[str] = field(default_factory=list)  # .jsonl files of held-out tasks that TaskAccuracy measures
 
 
 @dataclass
@@ -178,6 +193,8 @@ def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> 
         store.store(group=group, name="schema", node=node)
     store.store(group="stage", name="pretrain_schema", node=PretrainConfig)
     store.store(group="data", name="pretrain_schema", node=DataConfig)
+    store.store(group="stage", name="sft_schema", node=SFTConfig)
+    store.store(group="data", name="sft_schema", node=SFTDataConfig)
 
 
 def plan_of(stage: StageConfig) -> PhasePlan:
