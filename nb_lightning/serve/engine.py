@@ -1,6 +1,7 @@
 """The process that decodes: LitServe's inference worker with continuous batching.
 
-The routes send ("add", key, prompt, sampling, seed) and ("cancel", key); the tokens of each step go back as one list.
+The routes send ("add", [(key, prompt, sampling, seed), ...]) and ("cancel", [key, ...]); the tokens of each step go
+back as one list.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ class DecodeLoop(LitLoop):
         keys: set[int] = set()
         while True:
             while not decoder.busy or not inbox.empty():
-                what, key, *row = inbox.get()
+                what, rows = inbox.get()
                 if what == "add":
-                    decoder.add(key, *row)
-                    keys.add(key)
+                    for row in rows:
+                        decoder.add(*row)
+                        keys.add(row[0])
                 else:
-                    decoder.cancel(key)
-                    keys.discard(key)
+                    for key in rows:
+                        decoder.cancel(key)
+                    keys.difference_update(rows)
             try:
                 tokens = decoder.step()
             except Exception:  # out of memory, say: these rows are lost, later ones may be smaller

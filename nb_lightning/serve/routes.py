@@ -146,8 +146,6 @@ class OpenAI(LitSpec):
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):  # with what the tokenizer puts first
             prompt = self.served.tokenizer.tokenizer.encode(prompt).ids
-        elif max(prompt) >= self.served.vocab_size:
-            raise refusal(f"prompt: the model's tokens are 0 to {self.served.vocab_size - 1}", param="prompt")
         return prompt or [self.served.tokenizer.eos_id]  # nothing before: the beginning of a document
 
     def _job(
@@ -166,6 +164,8 @@ class OpenAI(LitSpec):
             wanted = f" and {tokens} of completion" if tokens else ""
             message = f"{longest} tokens of prompt{wanted}; this model's context is {served.context} tokens"
             raise refusal(message, code="context_length_exceeded")
+        if max(map(max, prompts)) >= served.vocab_size:
+            raise refusal(f"prompt: the model's tokens are 0 to {served.vocab_size - 1}", param="prompt")
         if rows > served.max_rows:
             raise refusal(f"{rows} completions in one request; this server takes {served.max_rows}", param="n")
         if rows + len(self._rows) > served.max_rows:
@@ -194,10 +194,10 @@ class OpenAI(LitSpec):
             self._listener = asyncio.create_task(self._listen())
         queue: asyncio.Queue[NewToken] = asyncio.Queue()
         running = {next(self._keys): choice for choice in job.choices}
+        self._rows |= dict.fromkeys(running, queue)
         try:
-            for key, choice in running.items():
-                self._rows[key] = queue
-                self._tell("add", key, job.prompts[choice.index // job.n], job.sampling, [job.seed, choice.index])
+            rows = ((key, job.prompts[choice.index // job.n], choice.index) for key, choice in running.items())
+            self._tell("add", [(key, prompt, job.sampling, [job.seed, index]) for key, prompt, index in rows])
             while running:
                 new = defaultdict(list)
                 token = await queue.get()
@@ -211,16 +211,16 @@ class OpenAI(LitSpec):
                     piece = running[key].add(new[key])
                     if piece.finish_reason:
                         del running[key], self._rows[key]
-                        self._tell("cancel", key)
+                        self._tell("cancel", [key])
                     if piece.parts or piece.tokens or piece.finish_reason:
                         yield piece
         finally:
-            for key in running:
-                self._rows.pop(key, None)
-                self._tell("cancel", key)
+            if running:
+                self._rows = {key: queue for key, queue in self._rows.items() if key not in running}
+                self._tell("cancel", list(running))
 
-    def _tell(self, *message: Any) -> None:
-        self.request_queue.put((0, message[1], time.monotonic(), message))
+    def _tell(self, what: str, rows: list[Any]) -> None:
+        self.request_queue.put((0, None, time.monotonic(), (what, rows)))
 
     async def _listen(self) -> None:
         item = self.response_buffer[STEPS]

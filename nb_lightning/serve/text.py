@@ -36,7 +36,7 @@ class TokenBytes:
             return b""
         if id in self._added:
             return token.encode()
-        if self._byte_level:
+        if self._byte_level and all(char in self._bytes for char in token):
             return bytes(self._bytes[char] for char in token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])

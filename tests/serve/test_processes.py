@@ -88,13 +88,12 @@ def test_a_step_that_fails(loaded: Pretrained, monkeypatch: pytest.MonkeyPatch) 
     engine = SimpleNamespace(model=loaded.model, max_batch=2)
     arguments = (engine, "cpu", 0, requests, transport, {}, None)
     threading.Thread(target=DecodeLoop().run, args=arguments, daemon=True).start()
-    for key in (1, 2):
-        requests.put((0, key, 0.0, ("add", key, [65], Sampling(1000), 0)))
+    requests.put((0, None, 0.0, ("add", [(key, [65], Sampling(1000), 0) for key in (1, 2)])))
     ends: dict[Any, str] = {}
     while len(ends) < 2:
         ends |= {token.key: token.finish_reason for token in sent.get(timeout=60) if token.finish_reason}
     assert ends == {1: FAILED, 2: FAILED}
-    requests.put((0, 3, 0.0, ("add", 3, [65], Sampling(3), 0)))
+    requests.put((0, None, 0.0, ("add", [(3, [65], Sampling(3), 0)])))
     ids = [token.id for _ in range(3) for token in sent.get(timeout=60)]
     assert ids == generate(loaded.model, [[65]], Sampling(3), [0])[0].ids
 
@@ -118,7 +117,7 @@ def test_a_failed_row_is_answered(loaded: Pretrained) -> None:
         if len(tokens) > 1:
             spec._rows[0].put_nowait(tokens[1])
         out = [event async for event in _events(job, first.result(), pieces, usage=False)]
-        assert not spec._rows and told[-1] == ("cancel", 0)
+        assert not spec._rows and told[-1] == ("cancel", [0])
         return out
 
     good, failed = NewToken(0, 65, 0.0, "", []), NewToken(0, -1, 0.0, FAILED, [])
