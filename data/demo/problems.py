@@ -69,7 +69,7 @@ def maths_sort(rng: random.Random) -> Problem:
 
 
 def maths_equations(rng: random.Random) -> Problem:
-    a, x, b = rng.randint(2, 12), rng.randint(-12, 12), _not_zero(rng, 40)
+    a, x, b = rng.randint(2, 9), rng.randint(-12, 12), _not_zero(rng, 30)
     c, product = a * x + b, a * x
     return _worked(
         f"{a} {b} {c}",
@@ -80,10 +80,10 @@ def maths_equations(rng: random.Random) -> Problem:
 
 
 def maths_sums(rng: random.Random) -> Problem:
-    total = rng.randint(1, 99)
+    total = rng.randint(1, 50)
     text, steps = str(total), []
     for _ in range(rng.randint(1, 2)):
-        term = _not_zero(rng, 99)
+        term = _not_zero(rng, 20)
         step = f"{total} {_signed(term)}"
         text, total = f"{text} {_signed(term)}", total + term
         steps.append(f"{step} = {total}")
@@ -97,12 +97,16 @@ LAWS = (  # result = first x second
     ("s", "v", "t", "metres", "m/s", "s"),
     ("W", "F", "s", "joules", "N", "m"),
     ("m", "d", "V", "grams", "g/ml", "ml"),
+    ("F", "p", "A", "newtons", "pascal", "m2"),
+    ("F", "k", "x", "newtons", "N/m", "m"),
+    ("Q", "I", "t", "coulombs", "ampere", "s"),
+    ("P", "F", "v", "watts", "N", "m/s"),
 )
 
 
 def science_laws(rng: random.Random) -> Problem:
     result, first, second, unit, *units = rng.choice(LAWS)
-    a, b = rng.randint(2, 20), rng.randint(2, 20)
+    a, b = rng.randint(2, 12), rng.randint(2, 12)
     return _worked(
         f"{result} {first} {a} {b}",
         f"{first} = {a} {units[0]}, {second} = {b} {units[1]}. How many {unit}?",
@@ -156,16 +160,12 @@ def general_words(rng: random.Random) -> Problem:
         (
             (f"Say {word} {n} times", " ".join([word] * n)),
             (f"Write {word} in capitals", word.upper()),
-            (f"Put a comma between the letters of {word}", ", ".join(word)),
             (f"What is the first letter of {word}?", word[0]),
             (f"What is the last letter of {word}?", word[-1]),
             (f"Swap {word} and {other}", f"{other} and {word}"),
-            (f"Which word is longer, {word} or {other}?", max(word, other, key=len)),
             (f"Add {other} to the list: {word}", f"{word}, {other}"),
         )
     )
-    if len(word) == len(other) and asked.startswith("Which"):
-        return general_words(rng)
     return Problem(asked, [_user(asked), _assistant(answer)], "exact", answer)
 
 

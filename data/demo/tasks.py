@@ -7,18 +7,15 @@
              tasks.json                     what was built
 
 A hash of the problem decides where it goes: no problem is in two of chats/train, tasks/train and val, in any wording.
-`python -m data.demo.tasks --output FOLDER` writes them; stages that need them build them by themselves.
+`python -m data.demo --output FOLDER` writes them; stages that need them build them by themselves.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import shutil
-import sys
-from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from data.source import locked
 from nb_lightning.source import write_json
 from nb_lightning.tasks import Task, write_tasks
 
-VERSION = 1  # of the problems: raise it when their text changes
+VERSION = 2  # of the problems: raise it when their text changes
 MANIFEST = "tasks.json"
 COUNTS = {"chats/train": 8000, "tasks/train": 1000, "val": 256}  # at most; a small family has fewer problems
 PARTS = {"chats/train": range(6, 32), "tasks/train": range(2, 6), "val": range(2)}  # of 32 parts by hash
@@ -106,21 +103,3 @@ def _write_chats(path: Path, found: list[Problem]) -> None:
 def _as_task(family: str, split: str, number: int, p: Problem) -> Task:
     asked = next(i for i, message in enumerate(p.messages) if message["role"] == "assistant")
     return Task(f"{family}/{split}/{number}", family, p.messages[:asked], p.verifier, p.reference)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.demo.tasks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(arguments)
-    try:
-        build_demo_tasks(a.output, seed=a.seed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    for split in ("chats/train", "chats/val", "tasks/train", "tasks/val"):
-        lines = {file.stem: file.read_text().count("\n") for file in sorted((a.output / split).iterdir())}
-        print(f"{a.output / split}: " + ", ".join(f"{family} {n:,}" for family, n in lines.items()))
-
-
-if __name__ == "__main__":
-    main()
