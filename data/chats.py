@@ -143,8 +143,9 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
 
 
 def template_digest(template: ChatTemplate) -> str:
-    """What a source of conversations is made with, besides its tokenizer."""
-    return hashlib.sha256(json.dumps([template.source, template.special], sort_keys=True).encode()).hexdigest()
+    """What a source of conversations is made with, besides its tokenizer: the template, and the tokens it asks for."""
+    asked = {key: token for key, token in template.special.items() if key in template.source}
+    return hashlib.sha256(json.dumps([template.source, asked], sort_keys=True).encode()).hexdigest()
 
 
 def _from_sharegpt(turns: Any) -> Any:
