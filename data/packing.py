@@ -19,7 +19,7 @@ from nb_lightning.source import TRAINED
 
 OVER_LONG = ("drop", "truncate", "split")
 GOOD_FILL = 0.99
-MOST_PATTERN_BITS = 2**21  # distinct lengths times capacity: beyond, patterns take too long
+PATTERN_BUDGET = 3e7  # a few seconds of looking for patterns
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def bin_pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray,
     order = order[np.argsort(-lengths[order], kind="stable")]
     ordered = lengths[order]
     bins = best_fit(ordered, capacity)
-    if len(bins) and len(np.unique(ordered)) * capacity <= MOST_PATTERN_BITS:
-        if ordered.sum() < GOOD_FILL * capacity * (bins.max() + 1):
+    count = bins.max(initial=-1) + 1
+    if ordered.sum() < GOOD_FILL * capacity * count:
+        distinct = len(np.unique(ordered))
+        if distinct * min(count, 4 * distinct) * (1 + capacity / 2**13) <= PATTERN_BUDGET:
             bins = min(bins, by_patterns(ordered, capacity), key=np.max)
     counts = np.bincount(bins)
     return np.concatenate([[0], np.cumsum(counts)]), order[np.argsort(bins, kind="stable")]

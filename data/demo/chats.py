@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from data.chats import Chats, template_digest
 from data.demo.tasks import build_demo_tasks
 from data.documents import ChatSettings, Settings
 from data.prepare import prepare
 from data.source import is_source, locked
-from nb_lightning.source import SourceManifest
+from nb_lightning.source import sha256, write_json
+
+MADE_OF = "demo.json"  # beside the splits: what the source was made of
 
 
 def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, template: str) -> None:
-    """Build each source that is missing or was made with another tokenizer or template, one process at a time.
+    """Build each source that is missing, or was made of other tasks, tokenizer or template; one process at a time.
 
     Args:
         tasks: where the demo tasks lie, or are to be built.
@@ -26,21 +30,29 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
     build_demo_tasks(tasks)
     chats = tasks / "chats"
     settings = Settings(tokenizer, chat=ChatSettings(template))
+    form = Chats(settings)
     for name, folder in sources.items():
-        if not (chats / "train" / f"{name}.jsonl").is_file():
+        files = {split: chats / split / f"{name}.jsonl" for split in ("train", "val")}
+        if not files["train"].is_file():
             known = ", ".join(sorted(path.stem for path in (chats / "train").iterdir()))
             raise ValueError(f"data.sources.{name}: the demo tasks have {known} (data.demo_tasks=true)")
+        made_of = {split: sha256(file) for split, file in files.items()}
+        made_of |= {"tokenizer": form.tokenizer.digest, "template": template_digest(form.encoder.template)}
         with locked(folder.parent, wait=True):  # a second process waits here and then finds it built
-            if not _is_made(folder, settings):
-                train, val = (str(chats / split / f"{name}.jsonl") for split in ("train", "val"))
-                held_out = {"val_inputs": [val], "on_bad": "fail"}
-                prepare([train], str(folder), settings, overwrite=True, progress=False, **held_out)
+            if is_source(str(folder)) and _read(folder / MADE_OF) == made_of:
+                continue
+            if is_source(str(folder)) and _read(folder / MADE_OF) is None:
+                raise ValueError(f"data.sources.{name}: {folder} holds a source that is not the demo's")
+            held_out = [str(files["val"])]
+            prepare(
+                [str(files["train"])], str(folder), settings,
+                val_inputs=held_out, on_bad="fail", overwrite=True, progress=False,
+            )  # fmt: skip
+            write_json(folder / MADE_OF, made_of)
 
 
-def _is_made(folder: Path, settings: Settings) -> bool:
-    """Whether it is there, and by these settings."""
-    if not is_source(str(folder)):
-        return False
-    made = SourceManifest.read(f"{folder}/train")
-    form = Chats(settings)
-    return (made.tokenizer, made.template) == (form.tokenizer.digest, template_digest(form.encoder.template))
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
