@@ -86,7 +86,7 @@ class CheckpointOrigin(Origin):
         return checkpoints.CheckpointWeights(self.path)
 
 
-class AdapterOrigin(Origin):
+class AdapterOrigin(CheckpointOrigin):
     """A checkpoint of adapters: they come merged into their base."""
 
     def open(self) -> weights.Weights:

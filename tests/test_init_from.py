@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.pretrained import find, shape_at
 from nb_lightning.stages.pretrain import PretrainStage
 from nb_lightning.tokenizer import byte_tokenizer, load_tokenizer
+from nb_lightning.weights import to_hf
 from tests.harness import ROOT, TRACE, Train, read_trace, run_train
 from tests.test_distributed import losses, torchrun
 from tests.test_weights import NANBEIGE, write
@@ -85,6 +88,24 @@ def test_sharded_over_two_processes(corpus: Path, tmp_path: Path, small: Callabl
     torchrun(corpus, tmp_path, *same, "trainer.strategy=fsdp", "run_name=sharded")
     single, sharded = (read_trace(tmp_path / "runs" / name, *rank) for name, rank in (("single", []), ("sharded", [0])))
     assert losses(single) == pytest.approx(losses(sharded), rel=1e-4)
+    assert_exported_whole(tmp_path, "sharded")
+
+
+def assert_exported_whole(root: Path, run: str) -> None:
+    """What two ranks saved in shards is, in plain transformers, what Lightning's own reader finds in them."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from transformers import AutoModelForCausalLM
+
+    last = checkpoints.all_checkpoints(root / "runs" / run)[-1]
+    assert (last / "state/__1_0.distcp").is_file()
+    dcp_to_torch_save(last / "state", root / "whole")
+    expected = torch.load(root / "whole", weights_only=True)["state_dict"]
+    command = [sys.executable, "-m", "nb_lightning.export", "--from", str(last), "--to", f"{root}/exported"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    found = AutoModelForCausalLM.from_pretrained(root / "exported").state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[to_hf(name.removeprefix("model."))], value), name
 
 
 def composed(*overrides: str) -> Config:

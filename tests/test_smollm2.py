@@ -132,6 +132,8 @@ class Server:
             self.url = f"http://127.0.0.1:{s.getsockname()[1]}"
         port = self.url.rpartition(":")[2]
         options = ["--port", port, "-c", str(context), "-t", "1", "--no-webui", "-np", "1", "--jinja"]
+        # Its own defaults compute attention in half precision: logits move by 1e-3, and near ties fall otherwise.
+        options += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
         self.process = subprocess.Popen(
             [binary, "-m", str(model), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
