@@ -17,7 +17,8 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from nb_lightning.config import Config, check, plan_of, register, run_dir
+from nb_lightning.config import Config, plan_of, register, run_dir
+from nb_lightning.config_checks import check
 from nb_lightning.errors import RunStopped
 
 # A thread of OpenMP that waits for others spins by default. Beside any other busy program that makes two threads up to

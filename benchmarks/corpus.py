@@ -58,7 +58,8 @@ def composed(words: Sequence[str]):
     """The config that `python train.py WORDS` gets, checked as it checks it."""
     from hydra import compose, initialize_config_dir
 
-    from nb_lightning.config import check, register
+    from nb_lightning.config import register
+    from nb_lightning.config_checks import check
 
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

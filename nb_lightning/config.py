@@ -1,26 +1,21 @@
 """The schema of every YAML under conf/, as dataclasses; the only library file that knows Hydra.
 
 Values live in the YAML files; a field without a default must be given there. Hydra refuses unknown keys and wrong
-types against these classes, `check` refuses values that cannot work together. Nothing here imports torch, so that a
-wrong key fails before anything heavy is loaded.
+types against these classes, `config_checks.check` refuses values that cannot work together. Nothing here imports torch,
+so that a wrong key fails before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
-
-# `_target_` runs code. Only these places may be named; a `pkg://` entry of hydra.searchpath adds its own package.
-TRUSTED_TARGETS = ("callbacks.", "nb_lightning.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer
 
@@ -96,6 +91,23 @@ class SFTConfig(StageConfig):
 
 
 @dataclass
+class DPDConfig(StageConfig):
+    """Dual-level preference distillation; what the numbers do is in `nb_lightning.losses.dpd_loss`."""
+
+    teacher: str | None = None  # frozen, same tokenizer: a run, a checkpoint, a Hugging Face folder or a .gguf file
+    teacher_nf4: bool = False  # its layers' linears in 4 bits (NF4)
+    beta: float = 0.1
+    variant: str = "sigmoid"  # sigmoid | hinge | ipo
+    label_smoothing: float = 0.0  # of sigmoid: the share of pairs thought to be the wrong way round
+    dpo_weight: float = 1.0
+    lambda_plus: float = 1.0  # weight of the divergence from the teacher on chosen tokens
+    lambda_minus: float = 1.0  # and on rejected ones
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
+    jsd_beta: float = 0.5  # of jsd: the teacher's share in the mixture
+    temperature: float = 1.0  # divides both logits in the divergence
+
+
+@dataclass
 class ModelConfig:
     """The backbone's shape; see `nb_lightning.model.ModelShape` for the letters."""
 
@@ -126,13 +138,24 @@ class DataConfig:
 
 
 @dataclass
-class SFTDataConfig(DataConfig):
-    """Sources of conversations, made by data.prepare --chat."""
+class ChatDataConfig(DataConfig):
+    """Sources that a chat template wrote."""
 
     template: str | None = None  # file of the chat template they were made with; null: the tokenizer's own, else ChatML
+    tasks: list[str] = field(default_factory=list)  # .jsonl files of held-out tasks that TaskAccuracy measures
+
+
+@dataclass
+class SFTDataConfig(ChatDataConfig):
+    """Sources of conversations, made by data.prepare --chat."""
+
     over_long: str = "drop"  # drop | truncate | split: what becomes of samples that a row cannot hold
     demo_tasks: bool = False  # build the embedded demo tasks' sources where they are missing
-    tasks: list[str] = field(default_factory=list)  # .jsonl files of held-out tasks that TaskAccuracy measures
+
+
+@dataclass
+class PreferenceDataConfig(ChatDataConfig):
+    """Sources of pairs, made by data.prepare --pairs. Pairs that a row cannot hold are left out."""
 
 
 @dataclass
@@ -195,6 +218,8 @@ def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> 
     store.store(group="data", name="pretrain_schema", node=DataConfig)
     store.store(group="stage", name="sft_schema", node=SFTConfig)
     store.store(group="data", name="sft_schema", node=SFTDataConfig)
+    store.store(group="stage", name="dpd_schema", node=DPDConfig)
+    store.store(group="data", name="dpd_schema", node=PreferenceDataConfig)
 
 
 def plan_of(stage: StageConfig) -> PhasePlan:
@@ -221,103 +246,6 @@ def _first_given(own: int | None, of_the_stage: int) -> int:
     return of_the_stage if own is None else own
 
 
-def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
-    """Raise one `ValueError` that names the key and what is allowed, for the first thing that cannot work.
-
-    Checks only; nothing is rewritten.
-    """
-    try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        _, _, by_resolver = reason.partition("raised while resolving interpolation: ")
-        raise ValueError(by_resolver or f"{error.full_key}: {reason}") from error
-    _one_of("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", "cuda"))
-    _one_of("trainer.strategy", cfg.trainer.strategy, ("single", "ddp", "fsdp"))
-    _one_of("trainer.precision", cfg.trainer.precision, ("32-true", "bf16-mixed", "bf16-true"))
-    _one_of("trainer.attention", cfg.trainer.attention, ("auto", "sdpa", "flex", "xformers"))
-    _one_of("stage.optim.name", cfg.stage.optim.name, ("adamw", "adamw8bit", "paged_adamw8bit"))
-    for key in ("devices", "num_nodes", "log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_last"):
-        _positive(f"trainer.{key}", getattr(cfg.trainer, key))
-    for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "rope_theta"):
-        _positive(f"model.{key}", getattr(cfg.model, key))
-    _positive("stage.head_chunk", cfg.stage.head_chunk)
-    _positive("stage.optim.clip_norm", cfg.stage.optim.clip_norm)
-    _positive("data.val_rows", cfg.data.val_rows)
-    if cfg.data.workers < 0:
-        raise ValueError(f"data.workers is {cfg.data.workers}; it must not be negative")
-    if cfg.stage.total_tokens is not None:
-        _positive("stage.total_tokens", cfg.stage.total_tokens)
-    if cfg.model.n_heads % cfg.model.n_kv_heads:
-        raise ValueError(f"model.n_heads {cfg.model.n_heads} is not a multiple of n_kv_heads {cfg.model.n_kv_heads}")
-    if cfg.model.head_dim % 2:
-        raise ValueError(f"model.head_dim is {cfg.model.head_dim}; rotary positions need an even one")
-    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    if cfg.trainer.strategy == "single" and ranks > 1:
-        raise ValueError(
-            f"trainer.strategy=single runs one process, but devices x num_nodes is {ranks}; use ddp or fsdp"
-        )
-    if cfg.stage.optim.name != "adamw" and cfg.trainer.strategy == "fsdp":
-        raise ValueError(f"stage.optim.name={cfg.stage.optim.name} does not work with trainer.strategy=fsdp; use adamw")
-    _check_adapter(cfg)
-    if cfg.ckpt_path and cfg.init_from and cfg.stage.adapter.name == "none":
-        raise ValueError(
-            "ckpt_path and init_from are both set: ckpt_path (or resume=true) continues this very run with its "
-            "optimizer and position, init_from starts a new run from another one's weights; choose one"
-        )
-    if not cfg.run_name or os.sep in cfg.run_name or cfg.run_name.startswith("."):
-        raise ValueError(f"run_name is {cfg.run_name!r}; it names a folder below paths.runs, without '{os.sep}'")
-    plan_of(cfg.stage).validate("stage.phases", cfg.data.sources, ranks)
-    check_targets({"callbacks": cfg.callbacks, "logger": cfg.logger}, trusted_packages)
-
-
-def _check_adapter(cfg: Config) -> None:
-    adapter, key = cfg.stage.adapter, "stage.adapter"
-    _one_of(f"{key}.name", adapter.name, ("none", "lora", "qlora"))
-    if adapter.name == "none":
-        return
-    _positive(f"{key}.rank", adapter.rank)
-    _positive(f"{key}.alpha", adapter.alpha)
-    if not 0 <= adapter.dropout < 1:
-        raise ValueError(f"{key}.dropout is {adapter.dropout}; it must be from 0 to below 1")
-    if not adapter.targets:
-        raise ValueError(f"{key}.targets is empty; allowed: {', '.join(LINEARS)}")
-    for i, target in enumerate(adapter.targets):
-        _one_of(f"{key}.targets[{i}]", target, LINEARS)
-    for i, name in enumerate(adapter.also_train):
-        _one_of(f"{key}.also_train[{i}]", name, ("embedding", "head"))
-    _one_of(f"{key}.compute_dtype", adapter.compute_dtype, ("auto", "float32", "bfloat16"))
-    if adapter.name == "qlora" and cfg.trainer.strategy == "fsdp":
-        raise ValueError(
-            f"{key}.name=qlora does not work with trainer.strategy=fsdp (4-bit weights cannot be sharded); use lora, "
-            "or trainer.strategy=single or ddp"
-        )
-    if not cfg.init_from and not cfg.dry_run:
-        raise ValueError(
-            f"{key}.name={adapter.name} needs init_from, with resume=true too: adapters train on a base that stays as "
-            "it is, and their checkpoints do not hold it"
-        )
-
-
-def check_targets(nodes: Any, trusted_packages: Iterable[str] = (), path: str = "") -> None:
-    """Refuse any `_target_` outside `TRUSTED_TARGETS` and the packages the user named on the command line."""
-    allowed = (*TRUSTED_TARGETS, *(f"{package}." for package in trusted_packages))
-    if OmegaConf.is_config(nodes):
-        nodes = OmegaConf.to_container(nodes, resolve=True)
-    if isinstance(nodes, dict):
-        target = nodes.get("_target_")
-        if target is not None and not (isinstance(target, str) and target.startswith(allowed)):
-            raise ValueError(
-                f"{path}._target_ is {target!r}; allowed prefixes: {', '.join(allowed)} "
-                "(an extension's package is added by 'hydra.searchpath=[pkg://its_package.conf]')"
-            )
-        for key, value in nodes.items():
-            check_targets(value, trusted_packages, f"{path}.{key}" if path else str(key))
-    elif isinstance(nodes, list):
-        for i, value in enumerate(nodes):
-            check_targets(value, trusted_packages, f"{path}[{i}]")
-
-
 def run_dir(cfg: Config) -> Path:
     """The folder of this run: fixed by `run_name`, the same in every process and after every restart."""
     return Path(cfg.paths.runs) / cfg.run_name
@@ -328,13 +256,3 @@ def plain(node: Any) -> Any:
     if OmegaConf.is_config(node):
         return OmegaConf.to_container(node, resolve=True)
     return asdict(node)
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _positive(key: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{key} is {value}; it must be positive")

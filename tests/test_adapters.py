@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from nb_lightning import adapters, bnb, checkpoints
-from nb_lightning.config import AdapterConfig, TrainerConfig, check
+from nb_lightning.config import AdapterConfig, TrainerConfig
+from nb_lightning.config_checks import check
 from nb_lightning.losses import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer

@@ -12,7 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from nb_lightning.config import Config, check, check_targets, register
+from nb_lightning.config import Config, register
+from nb_lightning.config_checks import check, check_targets
 from tests.harness import ROOT, Train
 
 CONF = ROOT / "conf"

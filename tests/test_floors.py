@@ -21,7 +21,7 @@ MATHS = (
     "model", "attention", "head", "divergence", "losses", "reference_cache", "optim", "kv_cache", "sampling",
     "generate", "weights", "gguf_file", "bnb",
 )  # fmt: skip
-F0 = ("config", "phases", "batch")
+F0 = ("config", "config_checks", "phases", "batch")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def modules(*names: str) -> tuple[str, ...]:
 RULES = [
     Rule("phases: stdlib and F0", library("phases"), only=modules(*F0)),
     Rule("batch: stdlib, torch and F0", library("batch"), only=("torch", *modules(*F0))),
-    Rule("config: stdlib, Hydra and F0", library("config"), only=("hydra", "omegaconf", *modules(*F0))),
+    Rule("config: stdlib, Hydra and F0", library("config", "config_checks"),
+         only=("hydra", "omegaconf", *modules(*F0))),
     Rule("maths: no frameworks, no higher floor", library(*MATHS), never=(
         "lightning", "pytorch_lightning", "torchmetrics", "hydra", "omegaconf", "callbacks", "data",
         *modules("config", "stages", "strategies", "checkpoints", "phase_callback"),

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from nb_lightning import checkpoints
-from nb_lightning.config import Config, check, plan_of, register
+from nb_lightning.config import Config, plan_of, register
+from nb_lightning.config_checks import check
 from nb_lightning.gguf_file import save_gguf
 from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.pretrained import find, shape_at
