@@ -55,6 +55,9 @@ RULES = [
     Rule("the library knows no application", ("nb_lightning/**/*.py",), never=("callbacks", "data", "train", "tests")),
     Rule("callbacks: no data, no stages", ("callbacks/**/*.py",), never=("data", "train", *modules("stages"))),
     Rule("data: no callbacks, no stages", ("data/**/*.py",), never=("callbacks", "train", *modules("stages"))),
+    Rule("the jail: standard library and itself", ("nb_lightning/rewards/jail/*.py",), only=(
+        *"canary landlock lockdown plain runner seccomp".split(), "math_verify", "reasoning_gym",
+    )),
     Rule("one place for xformers", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("xformers",), but=library("attention")),
     Rule("one place for bitsandbytes", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
@@ -165,6 +168,7 @@ def test_a_prefix_is_whole_names(name: str, ok: bool) -> None:
     "module, absent",
     [
         ("nb_lightning.config", ["torch", "numpy", "lightning"]),
+        ("nb_lightning.rewards.math", ["torch", "numpy", "lightning", "sympy", "math_verify"]),
         (",".join(modules(*(name for name in MATHS if (ROOT / f"nb_lightning/{name}.py").exists()))), [
             "lightning", "hydra", "omegaconf", "torchmetrics", "transformers", "bitsandbytes", "xformers",
         ]),

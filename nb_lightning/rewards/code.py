@@ -193,8 +193,13 @@ def _compared(line: dict[str, Any], expect: Any, tolerance: float | None) -> Ver
 
 
 def _error(line: dict[str, Any]) -> Verdict:
-    why = str(line.get("error"))[:300]
+    why = readable(str(line.get("error")))
     return Verdict("memory" if why.startswith("MemoryError") else "crash", why)
+
+
+def readable(text: str) -> str:
+    """The beginning of a text from the sandbox, fit for any log."""
+    return text[:300].encode("utf-8", "replace").decode()
 
 
 def _ended(outcome: Outcome) -> Verdict:

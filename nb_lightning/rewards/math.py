@@ -18,6 +18,7 @@ from typing import Any
 
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.code import SETUP as CODE
+from nb_lightning.rewards.code import readable
 from nb_lightning.rewards.extract import after_thinking, answer_line, boxed, fold
 from nb_lightning.rewards.jail import plain
 from nb_lightning.rewards.sandbox import Limits, Outcome, shared, with_packages
@@ -98,7 +99,7 @@ class Math:
             if isinstance(result, Outcome):
                 judged[answer] = _failed(answer, result)
             else:
-                judged[answer] = _score(answer, result.get("equal") is True, result.get("error", ""))
+                judged[answer] = _score(answer, result.get("equal") is True, str(result.get("error", "")))
         return judged
 
     def _run(self, answer: str, whole: dict[str, Any]) -> Score:
@@ -155,7 +156,7 @@ def _bare(text: str) -> str:
 
 def _score(answer: str, correct: bool, why: str = "") -> Score:
     status = "correct" if correct else "memory" if why.startswith("MemoryError") else "wrong"
-    return Score(float(correct), {"status": status, "answer": answer[:200], **({"why": why[:300]} if why else {})})
+    return Score(float(correct), {"status": status, "answer": answer[:200], **({"why": readable(why)} if why else {})})
 
 
 def _failed(answer: str, outcome: Outcome) -> Score:

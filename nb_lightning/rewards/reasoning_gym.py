@@ -12,6 +12,7 @@ answer, some evaluate the answer as Python. Here are those that passed (tests/re
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ class ReasoningGym:
             )
         check_task(reference.get("task"))
         if reference["task"] in SCORED:
-            self._sandbox()  # here, so that a missing package or an unsafe machine is said and not scored
+            self.sandbox  # noqa: B018  here, so that a missing package or an unsafe machine is said and not scored
         entry = reference.get("entry")
         if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str):
             raise ValueError("'entry' in a 'reasoning_gym' reference must be an object with an 'answer'")
@@ -67,10 +68,11 @@ class ReasoningGym:
         left = [answer for answer, same in right.items() if answer and not same]
         if reference["task"] in SCORED and left:
             job = {"task": reference["task"], "config": reference.get("config", {}), "entry": reference["entry"]}
-            judged |= dict(zip(left, map(_judged, left, self._sandbox().run_items(job, left, LIMITS))))
+            judged |= dict(zip(left, map(_judged, left, self.sandbox.run_items(job, left, LIMITS))))
         return [judged[answer] for answer in answers]
 
-    def _sandbox(self) -> Sandbox:
+    @functools.cached_property
+    def sandbox(self) -> Sandbox:
         return shared(with_packages("run_reasoning_gym", PACKAGES, PACKAGES[:1]))
 
 

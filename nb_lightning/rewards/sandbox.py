@@ -66,7 +66,7 @@ class Sandbox:
 
     Args:
         setup: what runs in it.
-        workers: zygotes; by default one for each CPU of this process.
+        workers: zygotes at most (they start as they are needed); by default this process' share of the CPUs.
         unsafe: go on where the self-test fails, with what protection there is. Also the environment variable
             NB_UNSAFE_SANDBOX=1.
 
@@ -75,11 +75,14 @@ class Sandbox:
     """
 
     def __init__(self, setup: Setup, workers: int | None = None, unsafe: bool = False) -> None:
-        self.setup, self.workers = setup, workers or len(os.sched_getaffinity(0))
+        if sys.platform != "linux":
+            raise SandboxError("model-written code and SymPy on model-written text run on Linux only")
+        self.setup, self.workers = setup, workers or _fair_share()
         self.unsafe = unsafe or os.environ.get(UNSAFE) == "1"
         self._open()
         first = self._start()
-        log.info("sandbox %s: %s; %d workers", setup.runner, describe(first.hello), self.workers)
+        level = logging.WARNING if first.hello.get("escapes") else logging.INFO
+        log.log(level, "sandbox %s: %s; %d workers", setup.runner, describe(first.hello), self.workers)
         self._idle.get()
         self._idle.put(first)
         _LIVE.add(self)
@@ -88,19 +91,22 @@ class Sandbox:
         """Do one job; waits for a free zygote first."""
         idle = self._idle
         worker = idle.get()
+        keep = False
         try:
             if worker is not None and not worker.is_alive():
-                worker = self._drop(worker)
+                self._drop(worker)
+                worker = None
             if worker is None:
                 worker = self._start()
             outcome = worker.run(job, stdin, limits)
-            if outcome.status == "lost":
-                worker = self._drop(worker)
+            keep = outcome.status != "lost"
             return outcome
         except (SandboxError, OSError) as error:  # out of memory, processes or descriptors, say
             return Outcome("lost", f"no zygote: {error}")
         finally:
-            idle.put(worker)
+            if worker is not None and not keep:
+                self._drop(worker)
+            idle.put(worker if keep else None)
 
     def map(self, jobs: Sequence[tuple[dict[str, Any], bytes, Limits]]) -> list[Outcome]:
         """`run` each, as many at a time as there are zygotes; the outcomes in order."""
@@ -159,6 +165,12 @@ class Sandbox:
     def _drop(self, worker: Worker) -> None:
         self._running.discard(worker)
         worker.close()
+
+
+def _fair_share() -> int:
+    """CPUs for this process, of those that it shares with the other ranks of torchrun on this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(32, max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _is_index(line: dict[str, Any], items: Sequence[Any]) -> bool:

@@ -67,7 +67,8 @@ class Worker:
     def __init__(self, setup: dict[str, Any]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._using = threading.Lock()
+        self._using, self._closing = threading.Lock(), threading.Lock()
+        self._handle = -1  # a pidfd of the zygote
         command = [sys.executable, "-B", "-X", "utf8", str(PROGRAM), str(theirs.fileno())]
         if setup["jail"]:  # the standard library alone, until `path` says more; nothing of the environment
             command = [*bubblewrap(), command[0], "-s", "-S", "-P", *command[1:]]
@@ -91,13 +92,16 @@ class Worker:
             return {"error": f"no word from it in {START_SECONDS:.0f} s ({error})"}
         if not message:
             return {"error": f"it ended with exit code {self._process.wait()}"}
-        # Inside bubblewrap the zygote is a grandchild: the kernel says which process it is.
+        # Inside bubblewrap the zygote is a grandchild: the kernel says which process it is. A number may soon be
+        # another's, where every job takes one; a handle stays this process'.
         self.pid = struct.unpack("3i", ancillary[0][2])[0]
+        with contextlib.suppress(ProcessLookupError):
+            self._handle = os.pidfd_open(self.pid)
         return json.loads(message)
 
     def is_alive(self) -> bool:
         """While it is idle: whether it is there. An idle zygote has nothing to say, so any word is its end."""
-        return not select.select([self._socket], [], [], 0)[0]
+        return not _poll(self._socket.fileno()).poll(0)
 
     def run(self, job: dict[str, Any], stdin: bytes, limits: Limits) -> Outcome:
         """Have one job done."""
@@ -138,9 +142,7 @@ class Worker:
 
         The end is the zygote's word, not the pipes' being closed: a fork of this process may hold them open.
         """
-        waiting = select.poll()
-        for descriptor in (*outputs, self._socket.fileno()):
-            waiting.register(descriptor, select.POLLIN)
+        waiting = _poll(*outputs, self._socket.fileno())
         deadline = time.monotonic() + limits.wall_seconds + GRACE_SECONDS
         end, flooded = None, False
         while end is None:
@@ -164,18 +166,31 @@ class Worker:
         return end, flooded
 
     def close(self) -> None:
-        """End the zygote; with it goes the job it has."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
-        with self._using:  # a thread in `run` notices the end at once
-            self._socket.close()
+        """End the zygote; with it goes the job it has. A thread in `run` notices that at once."""
+        with self._closing:
+            if self._handle >= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+                os.close(self._handle)
+                self._handle = -1
+            self._process.kill()
+            self._process.wait()
+            with self._using:
+                self._socket.close()
 
     def forget(self) -> None:
         """In a fork of the process that started it: let go of it without touching it."""
         self._socket.close()
+        if self._handle >= 0:
+            os.close(self._handle)
         self._process.returncode = 0  # not ours to wait for
+
+
+def _poll(*descriptors: int) -> select.poll:
+    waiting = select.poll()
+    for descriptor in descriptors:
+        waiting.register(descriptor, select.POLLIN)
+    return waiting
 
 
 def _drain(descriptor: int, data: bytearray, limit: int) -> bool:

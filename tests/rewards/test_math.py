@@ -89,7 +89,7 @@ DEEP = [
 
 def test_each_hostile_string_within_its_limit() -> None:
     """All at once, good answers among them: every one is judged, and the good ones are paid."""
-    maths = Guarded("math", Math(item_seconds=0.4))
+    maths = Guarded("math", Math(item_seconds=0.25))
     good = ["2/4", "0.50"]
     answers = [*TOWERS[:9], good[0], *TOWERS[9:], *DEEP, good[1]]
     completions = [f"Answer: {answer}" for answer in answers]

@@ -175,11 +175,11 @@ def test_no_process_outlives_the_trainer(ending: str) -> None:
     """However it ends; also when a fork of it (a loader's worker, say) lives on and holds its sockets open."""
     process = subprocess.Popen([sys.executable, "-c", PROGRAM + ending], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    family = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    family = [int(pid) for pid in process.stdout.readline().split()]
     assert len(family) == 2
     process.wait(60)
     process.stdout.close()
-    until(lambda: not any(map(alive, family)))
+    until(lambda: not any(map(psutil.pid_exists, family)))
 
 
 def test_a_fork_of_the_trainer_has_zygotes_of_its_own(sandbox: Sandbox) -> None:

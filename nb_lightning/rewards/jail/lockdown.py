@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Jail:
     uid: int | None  # to change to; None when not root or when no other user is mapped
     keep_fsuid: bool  # read files as root does all the same: no other user can reach the interpreter's library
     base_bytes: int  # of address space that the zygote has already
+    zygote: int  # its process number
 
     def enter(self, memory_bytes: int, cpu_seconds: int, threads: int) -> None:
         """Lock this process in for good. Raises OSError: the job must not go on then."""
@@ -43,7 +44,7 @@ class Jail:
                 resource.setrlimit(resource.RLIMIT_NPROC, (threads + 1, threads + 1))
             _become(self.uid, self.keep_fsuid)
         _set_capabilities(0)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
+        die_with(self.zygote)  # after the change of user, which clears it
         if self.ruleset is not None:
             landlock.restrict(self.ruleset)
         os.closerange(FIRST_FREE, 16 * DESCRIPTORS)
@@ -51,7 +52,7 @@ class Jail:
             seccomp.install(self.filter)
 
 
-def prepare(readable: Iterable[str], machine: str) -> Jail:
+def prepare(readable: Sequence[str], machine: str) -> Jail:
     """Set what all jobs inherit, and see what this machine has for the rest.
 
     Args:
@@ -75,8 +76,15 @@ def prepare(readable: Iterable[str], machine: str) -> Jail:
             filter_ = None
     candidates = (FIRST_UID + os.getpid(), NOBODY) if os.geteuid() == 0 else ()
     uid = next((uid for uid in candidates if works(lambda uid=uid: _become(uid, True))), None)
-    keep_fsuid = uid is not None and not _readable_by_all(os.path.dirname(os.__file__))
-    return Jail(ruleset, filter_, uid, keep_fsuid, address_space())
+    keep_fsuid = uid is not None and not all(map(_readable_by_all, (os.path.dirname(os.__file__), *readable)))
+    return Jail(ruleset, filter_, uid, keep_fsuid, address_space(), os.getpid())
+
+
+def die_with(parent: int) -> None:
+    """End when `parent` does; at once, if it is gone already."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise ProcessLookupError("the parent is gone")
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
@@ -129,6 +137,6 @@ def _set_capabilities(wanted: int) -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def _readable_by_all(folder: str) -> bool:
-    place = Path(folder)
-    return os.stat(place).st_mode & 0o5 == 0o5 and all(os.stat(path).st_mode & 0o1 for path in place.parents)
+def _readable_by_all(path: str) -> bool:
+    above = all(os.stat(folder).st_mode & 0o1 for folder in Path(path).parents)
+    return above and bool(os.stat(path).st_mode & 0o4)

@@ -54,7 +54,8 @@ class Zygote:
     """
 
     def __init__(self, control: socket.socket, setup: dict[str, Any]) -> None:
-        self.control, self.setup, self.trainer = control, setup, os.getppid()
+        self.control, self.setup = control, setup
+        self.trainer, self.pid = os.getppid(), os.getpid()
         sys.path.insert(0, HERE)
         self.runner = importlib.import_module(setup["runner"])
         del sys.path[0]
@@ -145,7 +146,7 @@ class Zygote:
         else:
             os.setsid()
             lockdown.limit_resources(lockdown.address_space() + order["memory_bytes"], cpu)
-            lockdown.prctl(lockdown.PR_SET_PDEATHSIG, signal.SIGKILL)
+            lockdown.die_with(self.pid)
             os.closerange(5, 1024)
 
     def _watch(self, pid: int, order: dict[str, Any], started: float) -> str | None:
