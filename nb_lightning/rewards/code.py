@@ -23,7 +23,7 @@ from typing import Any
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.extract import after_thinking, code_block
 from nb_lightning.rewards.jail import plain
-from nb_lightning.rewards.sandbox import Limits, Outcome, Setup, shared
+from nb_lightning.rewards.sandbox import Limits, Setup, error_status, failure, readable, shared
 
 # What solutions use most: imported once, in the zygote. The rest of the standard library is imported when asked for.
 PRELOAD = (
@@ -111,7 +111,7 @@ class Code:
                 return [_error(line)]
         tolerance = reference.get("tolerance")
         return [
-            _compared(told[i], expect, tolerance) if i in told else _ended(outcome)
+            _compared(told[i], expect, tolerance) if i in told else Verdict(*failure(outcome))
             for i, (_, expect) in enumerate(pairs)
         ]
 
@@ -120,12 +120,12 @@ class Code:
     ) -> list[Verdict]:
         """A job for each test, up to the first that fails."""
         verdicts: list[Verdict] = []
-        left = self.total_seconds
+        cpu, wall = self.total_seconds, _wall(self.total_seconds)
         for _, test in tests:
-            limits = Limits(min(seconds, left), _wall(seconds), self.memory_mb)
+            limits = Limits(min(seconds, cpu), min(_wall(seconds), wall), self.memory_mb)
             outcome = self.sandbox.run({"code": code}, test["stdin"].encode("utf-8", "surrogatepass"), limits)
-            left = max(0.01, left - outcome.cpu_seconds)
-            verdict = _ended(outcome)
+            cpu, wall = max(0.01, cpu - outcome.cpu_seconds), max(0.1, wall - outcome.wall_seconds)
+            verdict = Verdict(*failure(outcome))
             if outcome.status == "ok":
                 said = outcome.stdout.decode("utf-8", "replace")
                 if same_output(test["expect"], said, reference.get("tolerance")):
@@ -193,23 +193,8 @@ def _compared(line: dict[str, Any], expect: Any, tolerance: float | None) -> Ver
 
 
 def _error(line: dict[str, Any]) -> Verdict:
-    why = readable(str(line.get("error")))
-    return Verdict("memory" if why.startswith("MemoryError") else "crash", why)
-
-
-def readable(text: str) -> str:
-    """The beginning of a text from the sandbox, fit for any log."""
-    return text[:300].encode("utf-8", "replace").decode()
-
-
-def _ended(outcome: Outcome) -> Verdict:
-    """Of a job that ended before it told."""
-    if outcome.status == "lost":
-        return Verdict("verifier_error", outcome.reason)
-    errors = [line for line in outcome.report if isinstance(line, dict) and "error" in line and "call" not in line]
-    if outcome.status == "crash" and errors:
-        return _error(errors[0])
-    return Verdict("crash" if outcome.status == "ok" else outcome.status, outcome.reason or "ended early")
+    why = str(line.get("error"))
+    return Verdict(error_status(why), readable(why))
 
 
 def _score(verdicts: list[Verdict], tests: list[tuple[str, Any]]) -> Score:

@@ -14,19 +14,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import isclose
 from typing import Any
 
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.code import SETUP as CODE
-from nb_lightning.rewards.code import readable
 from nb_lightning.rewards.extract import after_thinking, answer_line, boxed, fold
 from nb_lightning.rewards.jail import plain
-from nb_lightning.rewards.sandbox import Limits, Outcome, shared, with_packages
+from nb_lightning.rewards.sandbox import Limits, Outcome, failure, readable, shared, with_packages
 
 PACKAGES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")
 LONGEST = 2000  # characters of an answer
 FORMATS = {"boxed": boxed, "answer": answer_line, "hashes": lambda text: answer_line(text, "####")}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,100}\.?[0-9]{0,100}|\.[0-9]{1,100})")
+# math-verify reads past these: "\\neq 7" would be 7, and so would "8 \\to 7".
+_HEDGE = re.compile(
+    r"\\(?:neq?|neg|not|approx|sim|to|(?:long)?(?:left)?rightarrow|Rightarrow|implies|iff|lor|vee|p?mod)(?![a-zA-Z])"
+    r"|\\\\|\b(?:or|not)\b"
+)
 _WORDS = re.compile(r"[^\W\d_]{3,}( [^\W\d_]+)*")
 # An expression's value, made plain.
 _COMPUTE = """
@@ -131,12 +137,17 @@ def _answer(completion: str, formats: list[str]) -> str:
 
 
 def _by_text(answer: str, wanted: str) -> bool | None:
-    """Whether they are equal, as far as the letters say: two integers and words are only what they are."""
+    """Whether they are equal, as far as the letters say: plain numbers and words need no SymPy."""
     ours, theirs = fold(_bare(wanted)), fold(_bare(answer))
     if ours == theirs:
         return True
-    if len(theirs) > LONGEST or (_INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs)):
-        return len(theirs) <= LONGEST and int(ours) == int(theirs)
+    if len(theirs) > LONGEST or not set(_HEDGE.findall(theirs)) <= set(_HEDGE.findall(ours)):
+        return False
+    if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
+        return int(ours) == int(theirs)
+    if _DECIMAL.fullmatch(ours) and _DECIMAL.fullmatch(theirs):
+        exact = _INTEGER.fullmatch(ours) or _INTEGER.fullmatch(theirs)
+        return isclose(float(ours), float(theirs), rel_tol=0 if exact else 1e-6)
     if _WORDS.fullmatch(ours):  # letters would be factors: dog = god
         return ours.casefold() == theirs.casefold()
     return None
@@ -148,7 +159,7 @@ def _bare(text: str) -> str:
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing):
             text = text[2:-2]
-    text = text.replace("\\$", "").replace("$", " ").strip()
+    text = text.replace("\\$", "").replace("$", " ").strip().removeprefix("\\approx").strip()
     if text.startswith("\\text{") and text.endswith("}"):
         text = text[6:-1].strip()
     return text
@@ -160,5 +171,5 @@ def _score(answer: str, correct: bool, why: str = "") -> Score:
 
 
 def _failed(answer: str, outcome: Outcome) -> Score:
-    status = {"lost": "verifier_error", "ok": "crash"}.get(outcome.status, outcome.status)
-    return Score(0.0, {"status": status, "answer": answer[:200], "why": outcome.reason})
+    status, why = failure(outcome)
+    return Score(0.0, {"status": status, "answer": answer[:200], "why": why})

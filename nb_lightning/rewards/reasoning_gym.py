@@ -16,29 +16,31 @@ import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
-from nb_lightning.rewards.sandbox import Limits, Outcome, Sandbox, shared, with_packages
+from nb_lightning.rewards.sandbox import Limits, Outcome, Sandbox, failure, shared, with_packages
+from nb_lightning.tasks import Task
 
 # One right answer, in one form: compared with it here, letter for letter.
 EXACT = frozenset(
     "acre aiw arc_1d base_conversion basic_arithmetic bf binary_alternation binary_matrix bitwise_arithmetic "
     "caesar_cipher calendar_arithmetic chain_sum count_bits count_primes course_schedule game_of_life_halting gcd "
     "gsm_symbolic isomorphic_strings largest_island lcm leg_counting letter_counting letter_jumble list_functions "
-    "modulo_grid number_filtering number_sequence products ransom_note rotate_matrix rotten_oranges simple_equations "
-    "simple_geometry spell_backward spiral_matrix string_insertion string_manipulation string_splitting "
-    "string_synthesis syllogism word_sequence_reversal word_sorting".split()
+    "modulo_grid number_filtering number_sequence products ransom_note rectangle_count rotate_matrix rotten_oranges "
+    "simple_equations simple_geometry spell_backward spiral_matrix string_insertion string_manipulation "
+    "string_splitting string_synthesis syllogism word_sequence_reversal word_sorting".split()
 )
 # More than one right answer or form: the package's scorer looks at it, in the sandbox, and must say 1.
 SCORED = frozenset(
     "ab circuit_logic color_cube_rotation decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships "
     "figlet_font futoshiki game_of_life group_anagrams jugs manipulate_matrix mini_sudoku needle_haystack "
     "number_format number_sorting palindrome_generation palindrome_partitioning path_star pool_matrix "
-    "prime_factorization rectangle_count self_reference sentence_reordering shortest_path sudoku tower_of_hanoi "
-    "word_ladder zebra_puzzles".split()
+    "prime_factorization self_reference sentence_reordering shortest_path sudoku tower_of_hanoi word_ladder "
+    "zebra_puzzles".split()
 )
 PACKAGES = ("reasoning_gym", "sympy", "mpmath", "numpy")
 ASK = '\n\nEnd your response with a line that begins with "Answer:" and holds nothing but the answer.'
@@ -84,8 +86,8 @@ def check_task(name: Any) -> None:
         )
 
 
-def tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[dict[str, Any]]:
-    """`size` tasks in the form that `read_tasks` reads.
+def tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[Task]:
+    """The first `size` tasks that the package makes from `seed` and the settings `config`.
 
     Raises:
         ValueError: not one of the tasks here, a setting that it does not have, or the package is missing.
@@ -100,12 +102,13 @@ def tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[dict[str, 
         raise ValueError(f"reasoning-gym's {name} does not take {config}: {error}") from error
     for i in range(size):
         entry = json.loads(json.dumps(data[i]))
-        reference = {"task": name, "entry": entry} | ({"config": config} if config else {})
-        yield {
-            "id": f"reasoning_gym/{name}/{seed}/{i}", "source": f"reasoning_gym/{name}",
-            "messages": [{"role": "user", "content": entry["question"] + ASK}],
-            "verifier": "reasoning_gym", "reference": reference,
-        }  # fmt: skip
+        yield Task(
+            id=f"reasoning_gym/{name}/{seed}/{i}",
+            source=f"reasoning_gym/{name}",
+            messages=[{"role": "user", "content": entry["question"] + ASK}],
+            verifier="reasoning_gym",
+            reference={"task": name, "entry": entry} | ({"config": config} if config else {}),
+        )
 
 
 def _score(answer: str, score: float) -> Score:
@@ -115,9 +118,17 @@ def _score(answer: str, score: float) -> Score:
 
 def _judged(answer: str, result: Any) -> Score:
     if isinstance(result, Outcome):
-        status = {"lost": "verifier_error", "ok": "crash"}.get(result.status, result.status)
-        return Score(0.0, {"status": status, "answer": answer[:200], "why": result.reason})
+        status, why = failure(result)
+        return Score(0.0, {"status": status, "answer": answer[:200], "why": why})
     return _score(answer, result["score"] if isinstance(result.get("score"), float) else 0.0)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--set {text}: give NAME=VALUE with a value in JSON, a text as '\"...\"'") from error
 
 
 def main() -> None:
@@ -128,9 +139,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a setting of the task")
     options = parser.parse_args()
     try:
-        config = {name: json.loads(value) for name, _, value in (each.partition("=") for each in options.set)}
+        config = dict(map(_setting, options.set))
         for task in tasks(options.task, options.size, options.seed, **config):
-            print(json.dumps(task, ensure_ascii=False))
+            print(json.dumps(asdict(task), ensure_ascii=False))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -61,6 +61,26 @@ def with_packages(runner: str, packages: Sequence[str], preload: Sequence[str]) 
     return Setup(runner, preload=tuple(preload), path=path, readable=readable)
 
 
+def failure(outcome: Outcome) -> tuple[str, str]:
+    """The status, in a score, of a job that ended before it told its result, and why."""
+    if outcome.status == "lost":
+        return "verifier_error", outcome.reason
+    told = [line["error"] for line in outcome.report if isinstance(line, dict) and line.keys() == {"error"}]
+    if outcome.status == "crash" and told:
+        return error_status(str(told[0])), readable(str(told[0]))
+    return "crash" if outcome.status == "ok" else outcome.status, outcome.reason or "ended early"
+
+
+def error_status(error: str) -> str:
+    """The status for what a job says went wrong in it."""
+    return "memory" if error.startswith("MemoryError") else "crash"
+
+
+def readable(text: str) -> str:
+    """The beginning of a text from the sandbox, fit for any log."""
+    return text[:300].encode("utf-8", "replace").decode()
+
+
 class Sandbox:
     """A pool of zygotes, each with at most one job at a time.
 

@@ -125,6 +125,15 @@ def add(a, b):
     assert score.info["status"] == "timeout" and 1 <= score.info["passed"] <= 4
 
 
+def test_all_tests_of_a_program_have_one_limit_of_time(code: Guarded) -> None:
+    """A program that sleeps through each test uses no CPU time: the wall clock ends it."""
+    tests = [{"stdin": "", "expect": "1"}] * 20
+    code.verifier.total_seconds, before = 0.25, code.verifier.total_seconds
+    [score] = code.score("", [fenced("import time\ntime.sleep(0.4)\nprint(1)")], {"tests": tests})
+    code.verifier.total_seconds = before
+    assert score.info["status"] == "timeout" and score.info["passed"] < 8
+
+
 @pytest.mark.parametrize(
     "wanted, said, tolerance, same",
     [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nb_lightning.rewards import Guarded, get_verifier
 from nb_lightning.rewards.reasoning_gym import EXACT, SCORED, tasks
+from nb_lightning.tasks import read_tasks
 from tests.harness import ROOT
 
 pytest.importorskip("reasoning_gym")
@@ -34,10 +36,10 @@ def verifier() -> Guarded:
 def sound(verifier: Guarded, name: str, size: int) -> None:
     made = list(tasks(name, size, seed=7))
     for i, task in enumerate(made):
-        reference = json.loads(json.dumps(task["reference"]))
+        reference = json.loads(json.dumps(task.reference))
         verifier.check(reference)
         own = reference["entry"]["answer"]
-        other = made[(i + 1) % size]["reference"]["entry"]["answer"]
+        other = made[(i + 1) % size].reference["entry"]["answer"]
         wrong = [answer for answer in (*GARBAGE, f"{own} or zzz", f"zzz, {own}", f"{own}\n{other}x", f"{other}?")
                  if answer.strip().casefold() != own.strip().casefold()]  # fmt: skip
         completions = [f"<think>hm</think>Answer: {answer}" for answer in (own, *wrong)]
@@ -80,26 +82,25 @@ def test_bad_references(verifier: Guarded, reference: Any, words: str) -> None:
 
 def test_a_scorer_that_raises_costs_nothing_but_the_reward(verifier: Guarded) -> None:
     [task] = tasks("prime_factorization", 1, seed=0)
-    [score] = verifier.score("", ["Answer: zzz"], task["reference"])  # this scorer cannot read it
+    [score] = verifier.score("", ["Answer: zzz"], task.reference)  # this scorer cannot read it
     assert (score.reward, score.info["status"]) == (0, "wrong")
 
 
 def test_settings_of_a_task_reach_it(verifier: Guarded) -> None:
     [task] = tasks("chain_sum", 1, seed=0, min_terms=7, max_terms=7)
-    assert task["reference"]["entry"]["metadata"]["num_terms"] == 7
-    assert task["reference"]["config"] == {"min_terms": 7, "max_terms": 7}
+    assert task.reference["entry"]["metadata"]["num_terms"] == 7
+    assert task.reference["config"] == {"min_terms": 7, "max_terms": 7}
     with pytest.raises(ValueError, match=r"reasoning-gym's chain_sum does not take \{'terms': 7\}"):
         list(tasks("chain_sum", 1, seed=0, terms=7))
 
 
-def test_as_a_command() -> None:
+def test_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nb_lightning.rewards.reasoning_gym"]
-    done = subprocess.run(
-        [*command, "spell_backward", "--size", "2", "--seed", "5", "--set", "max_word_len=4"], cwd=ROOT, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    first, second = map(json.loads, done.stdout.splitlines())
-    assert first["id"] == "reasoning_gym/spell_backward/5/0" and first["verifier"] == "reasoning_gym"
-    assert "Answer:" in first["messages"][0]["content"] and first != second
+    options = ["--size", "2", "--seed", "5", "--set", "max_word_len=4"]
+    with open(tmp_path / "tasks.jsonl", "w") as file:
+        subprocess.run([*command, "spell_backward", *options], cwd=ROOT, check=True, stdout=file)
+    first, second = read_tasks(tmp_path / "tasks.jsonl")
+    assert first.id == "reasoning_gym/spell_backward/5/0" and first.verifier == "reasoning_gym"
+    assert "Answer:" in first.messages[0]["content"] and first.messages != second.messages
     done = subprocess.run([*command, "coin_flip"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: no sound reasoning-gym task is called 'coin_flip'")

@@ -34,7 +34,9 @@ def _forbidden(memory_bytes: int) -> dict[str, Callable[[], object]]:
         "makes a memory file": lambda: os.memfd_create("canary"),
         "raises a limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10)),
         "changes the user": lambda: os.setresuid(-1, -1, -1),
-    } | {"has more memory": lambda: mmap.mmap(-1, memory_bytes + (1 << 20)), "has inherited a descriptor": _inherited}
+        "has more memory": lambda: mmap.mmap(-1, memory_bytes + (1 << 20)),
+        "has inherited a descriptor": _inherited,
+    }
 
 
 def _needed() -> dict[str, Callable[[], object]]:

@@ -32,6 +32,8 @@ def main() -> int:
         runner.arm(job)
         try:
             runner.report({"item": i, "equal": equal(job["wanted"], answer)})
+        except MemoryError:
+            return runner.out_of_memory()
         except Exception as error:
             runner.report({"item": i, "equal": False, "error": f"{type(error).__name__}: {error}"[:300]})
     return 0

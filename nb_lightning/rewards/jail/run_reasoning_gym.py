@@ -17,6 +17,8 @@ def main() -> int:
         runner.arm(job)
         try:
             runner.report({"item": i, "score": float(data.score_answer(answer, job["entry"]))})
+        except MemoryError:
+            return runner.out_of_memory()
         except Exception as error:  # some scorers raise on what they cannot read
             runner.report({"item": i, "score": 0.0, "error": f"{type(error).__name__}: {error}"[:300]})
     return 0

@@ -25,3 +25,9 @@ def arm(job: dict[str, Any]) -> None:
     that no one in it can change.)"""
     signal.setitimer(signal.ITIMER_PROF, job["cpu"])
     signal.setitimer(signal.ITIMER_REAL, job["wall"])
+
+
+def out_of_memory() -> int:
+    """The exit code of a job that ends with an item: what it filled may be kept somewhere, at the later ones' cost."""
+    report({"error": "MemoryError"})
+    return 1

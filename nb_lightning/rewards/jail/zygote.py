@@ -131,7 +131,7 @@ class Zygote:
         except BaseException:  # nothing of a job may ever get back into the loop above
             pass
         finally:
-            os._exit(code)
+            os._exit(code if type(code) is int else 70)
 
     def _enter(self, order: dict[str, Any], descriptors: list[int]) -> None:
         job, stdin, stdout, report = descriptors
