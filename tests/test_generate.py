@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nb_lightning import generate as module
-from nb_lightning.generate import Completion, Decoder, generate
+from nb_lightning.generate import Completion, Decoder, Request, generate, stream
 from nb_lightning.kv_cache import SMALLEST
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.sampling import Sampling
@@ -171,19 +171,27 @@ def test_a_row_depends_on_its_seed_alone(model: Transformer, max_batch: int) -> 
     assert {c.finish_reason for c in base} == {"stop", "length"}
 
 
-def test_seeds(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One seed for all gives row i [seed, i]; long rows draw beyond the first block of random numbers."""
-    monkeypatch.setattr(module, "DRAWS", 20)
-    sampling = Sampling(module.DRAWS + 30)
+def test_seeds(model: Transformer) -> None:
+    """One seed for all gives row i [seed, i]."""
+    sampling = Sampling(30)
     asked = [[1, 2]] * 3
     one = [c.ids for c in generate(model, asked, sampling, seeds=9)]
     assert one == [c.ids for c in generate(model, asked, sampling, seeds=[[9, 0], [9, 1], [9, 2]])]
     assert one[1:] == [c.ids for c in generate(model, asked[1:], sampling, seeds=[[9, 1], [9, 2]])]
     assert [c.ids for c in generate(model, asked, sampling, seeds=8)] != one
-    assert one[0][:20] != one[0][20:40]
     state = torch.get_rng_state()
     generate(model, asked, SAMPLED)
     assert torch.equal(state, torch.get_rng_state())  # the trainer's own random numbers are left alone
+
+
+def test_a_rows_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all tokens are equally likely a draw shows its number: those of numpy's generator, one after the other."""
+    monkeypatch.setattr(module, "DRAWS", 20)
+    flat = model_of()
+    with torch.no_grad():
+        flat.head.weight.zero_()
+    (found,) = generate(flat, [[1, 2]], Sampling(50), seeds=[[9, 4]])
+    assert found.ids == (np.random.default_rng([9, 4]).random(50) * TINY.vocab_size).astype(int).tolist()
 
 
 def test_rows_of_any_sampling_in_one_batch(model: Transformer) -> None:
@@ -242,6 +250,28 @@ def test_waiting_prompts_are_run_together_up_to_a_limit(model: Transformer, monk
     assert sizes == [3, 1, 1, 2, 1]  # 3 + 11 + 1, 7, 30 (alone, though too long), 2 + 5, 19
     alone = generate(model, prompts(), SAMPLED, [[4, i] for i in range(8)])
     assert [found[i].ids for i in range(8)] == [completion.ids for completion in alone]
+
+
+def test_a_stream_is_read_little_by_little(model: Transformer) -> None:
+    """Of all that is read, one batch runs and one waits (six, and one of them has just finished)."""
+    read = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal read
+        for i in range(40):
+            read += 1
+            yield Request(i, [1 + i], replace(SAMPLED, max_new_tokens=8), [4, i])
+
+    found, most = {}, 0
+    for key, completion in stream(model, requests(), max_batch=3):
+        assert completion.finish_reason
+        found[key] = completion
+        most = max(most, read - len(found))
+    assert most == 5 and sorted(found) == list(range(40)) and list(found) != sorted(found)
+    alone = generate(
+        model, [[1 + i] for i in range(40)], replace(SAMPLED, max_new_tokens=8), [[4, i] for i in range(40)]
+    )
+    assert [found[i].ids for i in range(40)] == [completion.ids for completion in alone]
 
 
 def test_cancel(model: Transformer) -> None:
