@@ -356,7 +356,7 @@ def test_two_processes() -> None:
         port = s.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     env = environment(PYTHONPATH=str(ROOT))
-    done = subprocess.run([*launcher, __file__], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, __file__], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
