@@ -31,9 +31,10 @@ import torch
 
 from benchmarks.common import append_jsonl, table
 from nb_lightning.generate import Request, stream
+from nb_lightning.hf_config import config_from_shape
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.sampling import Sampling
-from nb_lightning.weights import config_from_shape, to_hf
+from nb_lightning.weights import to_hf
 
 SHAPES = {
     "demo": ModelShape(260, 128, 4, 4, 2, 32, 352),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nb_lightning import __version__, checkpoints, gguf_file, weights
+from nb_lightning import __version__, checkpoints, gguf_file, hf_config, weights
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.model_card import model_card
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
                    help="a run, a checkpoint, a Hugging Face folder or a .gguf file")  # fmt: skip
     p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")
     p.add_argument("--gguf", metavar="FILE", help="the .gguf file to write")
-    p.add_argument("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="auto: as it is stored")
+    p.add_argument("--dtype", default="auto", choices=["auto", *hf_config.DTYPES], help="auto: as it is stored")
     p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf_file.TYPES], help="auto: as --dtype")
     p.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
     p.add_argument("--shard-size", default="4GB", help="of the safetensors files: a number with KB, MB or GB")
@@ -70,11 +70,11 @@ def run(a: argparse.Namespace) -> None:
     tensors.require(origin.shape)
     if a.chat_template:
         tokenizer = replace(tokenizer, chat_template=_template(a.chat_template))
-    dtype = tensors.dtype if a.dtype == "auto" else weights.DTYPES[a.dtype]
+    dtype = tensors.dtype if a.dtype == "auto" else hf_config.DTYPES[a.dtype]
     if a.to:
         export_hf(origin, tensors, tokenizer, Path(a.to), dtype, shard_bytes, a.name or Path(a.to).absolute().name)
     if a.gguf:
-        kind = a.gguf_type if a.gguf_type != "auto" else weights.dtype_name(dtype)
+        kind = a.gguf_type if a.gguf_type != "auto" else hf_config.dtype_name(dtype)
         export_gguf(origin, tensors, tokenizer, Path(a.gguf), kind, a.name or Path(a.gguf).stem)
 
 
@@ -88,33 +88,33 @@ def export_hf(
     name: str,
 ) -> None:
     """Write a Hugging Face folder beside its place and rename it there when it is whole."""
-    context = origin.context or DEFAULT_CONTEXT
+    context, kind = origin.context or DEFAULT_CONTEXT, hf_config.dtype_name(dtype)
+    special = {"eos_token": tokenizer.tokenizer.id_to_token(tokenizer.eos_id), **tokenizer.special}
+    ids: dict[str, Any] = {  # null where there is none: transformers has defaults
+        f"{role}_id": tokenizer.tokenizer.token_to_id(special[role]) if role in special else None
+        for role in ("bos_token", "eos_token", "pad_token")
+    }
+    generation = {**ids, "eos_token_id": list(origin.stop_ids(tokenizer))}
+    generation |= origin.decoding() or (DECODING if tokenizer.chat_template else {})
     temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         weights.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
-        ids = {
-            f"{role}_id": tokenizer.tokenizer.token_to_id(token) if (token := tokenizer.special.get(role)) else None
-            for role in ("bos_token", "eos_token", "pad_token")
-        }
-        ids["eos_token_id"] = tokenizer.eos_id if ids["eos_token_id"] is None else ids["eos_token_id"]
-        config = weights.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
-        _write_json(temporary / weights.CONFIG, config)
-        generation = {**ids, "eos_token_id": list(origin.stop_ids(tokenizer))}
-        generation |= origin.decoding() or (DECODING if tokenizer.chat_template else {})
+        config = hf_config.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
+        _write_json(temporary / hf_config.CONFIG, config)
         _write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         tokenizer.save(temporary, model_max_length=context)
-        card = model_card(name, origin, weights.dtype_name(dtype), chat=tokenizer.chat_template is not None)
+        card = model_card(name, origin, kind, chat=tokenizer.chat_template is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        info = {"version": __version__, "from": origin.path.name, "dtype": weights.dtype_name(dtype)}
+        info = {"version": __version__, "from": origin.path.name, "dtype": kind}
         checkpoints.commit(temporary, target, info, MANIFEST)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{target}: {size / 1e6:,.1f} MB, {weights.dtype_name(dtype)}; AutoModelForCausalLM.from_pretrained takes it")
+    print(f"{target}: {size / 1e6:,.1f} MB, {kind}; AutoModelForCausalLM.from_pretrained takes it")
 
 
 def export_gguf(
@@ -123,9 +123,9 @@ def export_gguf(
     """Write a GGUF file beside its place and rename it there when it is whole."""
     metadata = {"general.name": name, **tokenizer_to_gguf(tokenizer, origin.shape.vocab_size)}
     temporary = _beside(target)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     context = origin.context or DEFAULT_CONTEXT
     try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
         gguf_file.save_gguf(tensors, origin.shape, temporary, kind, context, metadata, __version__)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nb_lightning.hf_config import LARGEST
 from nb_lightning.model import ModelShape
-from nb_lightning.weights import LARGEST, Stored, Weights, parameter_shapes
+from nb_lightning.weights import Stored, Weights, parameter_shapes
 
 MARK = "nb_lightning.version"  # in the files that `save_gguf` wrote
 TYPES = ("float32", "float16", "bfloat16", "q8_0")
@@ -184,7 +185,7 @@ def save_gguf(
     Args:
         kind: one of `TYPES`, for the matrices; norms stay float32, and a row that no block of 32 divides float16.
         context: llama.context_length.
-        metadata: more keys and values (the tokenizer's); a list holds strings or integers.
+        metadata: more keys and values (the tokenizer's); a list holds strings, integers or numbers.
 
     Raises:
         ValueError: see `Weights.require`.

@@ -1,6 +1,6 @@
-"""Byte-level BPE tokenizers in the metadata of a GGUF file, in and out.
+"""Tokenizers in the metadata of a GGUF file, in and out: byte-level BPE and SentencePiece.
 
-llama.cpp does not store how text is split before merging but a name for it; `SPLITS` has those we know.
+Of byte-level BPE llama.cpp does not store how text is split before merging but a name; `SPLITS` has those we know.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from nb_lightning.tokenizer import END_OF_TURN, ROLES, TextTokenizer, text_tokenizer
+from nb_lightning import spm
+from nb_lightning.tokenizer import END_OF_TURN, ROLES, TextTokenizer, begin_with, text_tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 NO_MERGES = "<none> <none>"  # llama.cpp wants at least one; nothing ever makes the left side of this one
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -44,47 +44,59 @@ SPLITS = {
     "qwen2": _by_regex(_WORDS % ""),
 }
 WHOLE_WORDS = ("llama-bpe",)
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: Path) -> TextTokenizer:
     """The tokenizer and chat template of a GGUF file.
 
     Raises:
-        ValueError: none there, damaged, or not byte-level BPE with a split that we know.
+        ValueError: none there, damaged, or of a kind that we do not know.
     """
     kind, split = metadata.get(KEY + "model"), metadata.get(KEY + "pre")
-    if kind != "gpt2" or split not in SPLITS:
-        raise ValueError(
-            f"{origin}: its tokenizer is {kind!r} with {KEY}pre {split!r}; only byte-level BPE ('gpt2') with "
-            f"{', '.join(SPLITS)} can be read. Use a Hugging Face folder, which has a tokenizer.json"
-        )
-    tokens, merges, types = (metadata.get(KEY + name) for name in ("tokens", "merges", "token_type"))
+    tokens, types = metadata.get(KEY + "tokens"), metadata.get(KEY + "token_type")
     try:
-        pairs = [tuple(merge.split(" ")) for merge in merges if merge != NO_MERGES]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        if len(vocabulary) != len(tokens) or len(types) != len(tokens):
-            raise ValueError("a token is there twice, or has no type")
-        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=split in WHOLE_WORDS)
+        if kind == "llama":
+            prefix = metadata.get(KEY + "add_space_prefix", True)
+            tokenizer = spm.build(spm.Pieces(tokens, metadata.get(KEY + "scores"), types, prefix), {}, origin)
+        elif kind == "gpt2" and split in SPLITS:
+            tokenizer = _byte_level_bpe(tokens, types, metadata.get(KEY + "merges"), split)
+        else:
+            raise _UnknownKind
+    except _UnknownKind:
+        raise ValueError(
+            f"{origin}: its tokenizer is {kind!r} with {KEY}pre {split!r}; only SentencePiece ('llama') and byte-level "
+            f"BPE ('gpt2') with {', '.join(SPLITS)} can be read. Use a folder with a tokenizer.json"
+        ) from None
     except Exception as error:  # the Rust side raises bare Exception
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{origin}: {KEY}tokens, merges and token_type are no tokenizer: {reason}") from error
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = SPLITS[split]
-    tokenizer.decoder = decoders.ByteLevel()
-    added = [(token, type) for token, type in zip(tokens, types) if type in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=type == CONTROL, normalized=False) for token, type in added])
+        raise ValueError(f"{origin}: what its metadata says under {KEY} is no tokenizer: {reason}") from error
     beside = {}
     for role, key in _IDS.items():
         id = metadata.get(KEY + key)
         if isinstance(id, int) and 0 <= id < len(tokens):
             beside[role] = tokens[id]
-    if metadata.get(KEY + "add_bos_token") and "bos_token" in beside:
-        bos = beside["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-        )
+    if metadata.get(KEY + "add_bos_token", kind == "llama") and "bos_token" in beside:
+        begin_with(tokenizer, beside["bos_token"])
     template = metadata.get(TEMPLATE)
     return text_tokenizer(tokenizer, beside, template if isinstance(template, str) else None, str(origin))
+
+
+class _UnknownKind(Exception):
+    pass
+
+
+def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], split: str) -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
+        raise ValueError("a token is there twice, or has no type")
+    pairs = [tuple(merge.split(" ")) for merge in merges if merge != NO_MERGES]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=split in WHOLE_WORDS))
+    tokenizer.pre_tokenizer = SPLITS[split]
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [(token, type) for token, type in zip(tokens, types) if type in (spm.CONTROL, spm.USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, special=type == spm.CONTROL, normalized=False) for token, type in added])
+    return tokenizer
 
 
 def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, Any]:
@@ -94,28 +106,27 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
         vocab_size: of the model; ids that the tokenizer does not have are filled up with unused tokens.
 
     Raises:
-        ValueError: llama.cpp has no name for how this tokenizer splits text, or it is not byte-level BPE.
+        ValueError: llama.cpp has no tokenizer like this one, or no name that we know for how it splits text.
     """
     content = json.loads(tokenizer.tokenizer.to_str())
     model = content["model"]
     known = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     tokens = {id: token for token, id in known.items()}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
-    if not merges and model["type"] == "BPE":
-        split = "gpt-2"  # single bytes are single bytes however the text is split
-        merges = [NO_MERGES]
-    else:
-        split = _split_of(content)
-    types = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in content["added_tokens"]}
+    added = {token["id"]: spm.CONTROL if token["special"] else spm.USER_DEFINED for token in content["added_tokens"]}
+    types = [added.get(id, spm.NORMAL if id in tokens else spm.UNUSED) for id in range(vocab_size)]
+    listed = [tokens.get(id, f"[UNUSED{id}]") for id in range(vocab_size)]
     metadata = {
-        KEY + "model": "gpt2",
-        KEY + "pre": split,
-        KEY + "tokens": [tokens.get(id, f"[UNUSED{id}]") for id in range(vocab_size)],
-        KEY + "token_type": [types.get(id, NORMAL if id in tokens else UNUSED) for id in range(vocab_size)],
-        KEY + "merges": merges,
+        KEY + "tokens": listed,
+        KEY + "token_type": types,
         KEY + "add_bos_token": _adds_bos(tokenizer),
         KEY + "add_space_prefix": False,
     }
+    if model["type"] == "BPE" and model["byte_fallback"]:
+        pieces = _pieces(content, listed, types)
+        metadata |= {KEY + "model": "llama", KEY + "pre": "default", KEY + "scores": list(pieces.scores),
+                     KEY + "token_type": list(pieces.types), KEY + "add_space_prefix": pieces.prefix}  # fmt: skip
+    else:
+        metadata |= {KEY + "model": "gpt2", KEY + "pre": _split_of(content), KEY + "merges": _merges(model)}
     special = {"eos_token": tokenizer.tokenizer.id_to_token(tokenizer.eos_id), **tokenizer.special}
     for role in ROLES:
         if role in special:
@@ -127,6 +138,34 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     return metadata
 
 
+def _merges(model: Mapping[str, Any]) -> list[str]:
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return merges or [NO_MERGES]
+
+
+def _pieces(content: Mapping[str, Any], tokens: list[str], types: list[int]) -> spm.Pieces:
+    """SentencePiece's view of a byte-fallback BPE that was made from it: scores in the order of the merges."""
+    model = content["model"]
+    prefix = next((known for known in (True, False) if _normalizer(known) == content["normalizer"]), None)
+    if prefix is None or content["pre_tokenizer"] is not None:
+        raise ValueError("the tokenizer is byte-fallback BPE, but does not treat spaces as SentencePiece does")
+    first: dict[str, float] = {}
+    for rank, merge in enumerate(model["merges"]):
+        first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), float(-rank))
+    scores = [first.get(token, float(-len(model["merges"]))) for token in tokens]
+    types = [
+        spm.UNKNOWN if token == model["unk_token"] else spm.BYTE if _BYTE.fullmatch(token) else type
+        for token, type in zip(tokens, types)
+    ]
+    return spm.Pieces(tokens, scores, types, prefix)
+
+
+def _normalizer(prefix: bool) -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = spm.normalizer(prefix)
+    return json.loads(tokenizer.to_str())["normalizer"]
+
+
 def _without_generation_blocks(template: str) -> str:
     """llama.cpp does not know the tag that marks what the assistant wrote."""
     template = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", template)
@@ -135,9 +174,11 @@ def _without_generation_blocks(template: str) -> str:
 
 def _split_of(content: Mapping[str, Any]) -> str:
     """llama.cpp's name for how a tokenizer.json splits text."""
-    model, decoder = content["model"], content.get("decoder") or {}
-    if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
-        raise ValueError("the tokenizer is not byte-level BPE: GGUF files can be written for no other kind")
+    model, decoder = content["model"], content["decoder"] or {}
+    if model["type"] != "BPE" or decoder.get("type") != "ByteLevel":
+        raise ValueError("the tokenizer is neither byte-level BPE nor SentencePiece's: GGUF has no place for it")
+    if not model["merges"]:
+        return "gpt-2"  # single bytes are single bytes however the text is split
     if content["normalizer"] not in (None, {"type": "NFC"}):  # of the latter llama.cpp takes no notice
         raise ValueError(f"llama.cpp has no name for this tokenizer's normalizer: {json.dumps(content['normalizer'])}")
     found = _comparable(content["pre_tokenizer"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nb_lightning import adapters, checkpoints, weights
+from nb_lightning import adapters, checkpoints, hf_config, weights
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.gguf_file import GGUFWeights
 from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
@@ -103,7 +103,7 @@ class HFOrigin(Origin):
         return weights.HFWeights(self.path)
 
     def _named_ends(self) -> list[Any]:
-        config = weights.read_json(self.path / weights.CONFIG)
+        config = hf_config.read_json(self.path / hf_config.CONFIG)
         named = [content.get("eos_token_id") for content in (config, self._generation)]
         return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
 
@@ -113,7 +113,7 @@ class HFOrigin(Origin):
     @property
     def _generation(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"
-        return weights.read_json(path) if path.is_file() else {}
+        return hf_config.read_json(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,15 @@ def find(path: str, verify: bool = True) -> Origin:
             raise ValueError(f"there is no file {path}")
         gguf = GGUFWeights(where)
         return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
-    if (where / weights.CONFIG).is_file():
-        config = weights.read_json(where / weights.CONFIG)
+    if (where / hf_config.CONFIG).is_file():
+        config = hf_config.read_json(where / hf_config.CONFIG)
         context = config.get("max_position_embeddings")
-        shape = weights.shape_from_config(config, where / weights.CONFIG)
+        shape = hf_config.shape_from_config(config, where / hf_config.CONFIG)
         return HFOrigin(where, shape, context if isinstance(context, int) else None)
     if where.is_dir() and not checkpoints.is_checkpoint(where) and not checkpoints.all_checkpoints(where):
         raise ValueError(
             f"{path} is neither a run (checkpoints/), nor a checkpoint ({checkpoints.MANIFEST}), "
-            f"nor a Hugging Face folder ({weights.CONFIG})"
+            f"nor a Hugging Face folder ({hf_config.CONFIG})"
         )
     folder = checkpoints.resolve(path, verify)
     info = checkpoints.read_info(folder)
@@ -191,15 +191,15 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
         ValueError: nothing to load there, or it is damaged, hostile or of another architecture.
     """
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype != "auto" and dtype not in weights.DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(weights.DTYPES)}")
+    if dtype != "auto" and dtype not in hf_config.DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hf_config.DTYPES)}")
     wanted = torch.bfloat16 if where.type == "cuda" else torch.float32
     origin = find(path)
     tokenizer = origin.tokenizer()
     tensors = origin.open()
     tensors.require(origin.shape)  # before memory is taken for them
     with torch.device("meta"):
-        model = Transformer(origin.shape).to(weights.DTYPES.get(dtype, wanted))
+        model = Transformer(origin.shape).to(hf_config.DTYPES.get(dtype, wanted))
     model.to_empty(device=where)
     model.tie()
     weights.fill(model, tensors)

@@ -1,19 +1,22 @@
-"""Tokenizers: bytes for the demo, or any Hugging Face `tokenizer.json` and what lies beside it."""
+"""Tokenizers: bytes for the demo, or a Hugging Face `tokenizer.json` (or `tokenizer.model`) and what lies beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from nb_lightning import spm
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 END_OF_TURN = "<|im_end|>"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # LlamaTokenizer's own
 EOS_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -82,7 +85,8 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
     """Load the tokenizer that `spec` names.
 
     Args:
-        spec: "bytes", a tokenizer.json, a folder that holds one, a run or one of its checkpoints, or a .gguf file.
+        spec: "bytes", a tokenizer.json or SentencePiece's tokenizer.model, a folder that holds one, a run or one of its
+            checkpoints, or a .gguf file.
         eos_token: the token that ends a document; by default the first of `EOS_CANDIDATES` in the vocabulary.
 
     Raises:
@@ -104,13 +108,12 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
             from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
 
             return tokenizer_from_gguf(read_metadata(path), path)
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
         beside, template = _beside(path.parent)
+        if path.suffix == ".model":
+            beside = {**LLAMA, **beside}
+            tokenizer = _sentencepiece(path, beside)
+        else:
+            tokenizer = _json(path)
     return text_tokenizer(tokenizer, beside, template, spec, eos_token)
 
 
@@ -119,7 +122,44 @@ def tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     near = [path, path / "tokenizer", path.parent.parent / "tokenizer"]
-    return next((file for folder in near if (file := folder / "tokenizer.json").is_file()), near[0] / "tokenizer.json")
+    files = [folder / name for folder in near for name in ("tokenizer.json", "tokenizer.model")]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def begin_with(tokenizer: Tokenizer, token: str) -> None:
+    """Make `token` the first of every text that is encoded with special tokens."""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
+
+
+def _json(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _sentencepiece(path: Path, beside: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer.model and the tokenizer_config.json's added tokens, as transformers' LlamaTokenizer reads them."""
+    pieces = spm.read_model(path)
+    if beside.get("add_prefix_space") is False:
+        pieces = replace(pieces, prefix=False)
+    try:
+        more = beside.get("added_tokens_decoder", {})
+        added = {int(id): (token["content"], token["special"]) for id, token in more.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder is damaged") from error
+    if beside.get("add_eos_token"):
+        raise ValueError(f"{path.parent / 'tokenizer_config.json'}: add_eos_token is set, which is not supported")
+    tokenizer = spm.build(pieces, added, path)
+    bos = special_tokens(beside, tokenizer).get("bos_token")
+    if beside["add_bos_token"] and bos is not None:
+        begin_with(tokenizer, bos)
+    return tokenizer
 
 
 def text_tokenizer(
@@ -130,12 +170,7 @@ def text_tokenizer(
     Raises:
         ValueError: no end token.
     """
-    special = {}
-    for role in ROLES:
-        token = beside.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
-            special[role] = token
+    special = special_tokens(beside, tokenizer)
     # An end of turn is often called eos_token; what ends a document comes first.
     names = (eos_token,) if eos_token else (*EOS_CANDIDATES, *filter(None, [special.get("eos_token")]))
     eos_id = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
@@ -143,6 +178,17 @@ def text_tokenizer(
         raise ValueError(f"tokenizer {origin!r} has none of the end tokens {', '.join(names)}; name its own (--eos)")
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return TextTokenizer(tokenizer, eos_id, digest, special, template)
+
+
+def special_tokens(beside: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokens that a tokenizer_config.json names by their role, as far as the tokenizer has them."""
+    special = {}
+    for role in ROLES:
+        token = beside.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            special[role] = token
+    return special
 
 
 def _beside(folder: Path) -> tuple[dict[str, Any], str | None]:

@@ -20,12 +20,13 @@ from torch import Tensor
 from nb_lightning import adapters, bnb, checkpoints
 from nb_lightning.config import AdapterConfig, TrainerConfig
 from nb_lightning.config_checks import check
+from nb_lightning.hf_config import config_from_shape
 from nb_lightning.losses import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.pretrained import find
 from nb_lightning.strategies import build_model
-from nb_lightning.weights import Stored, Weights, config_from_shape, fill, save_hf
+from nb_lightning.weights import Stored, Weights, fill, save_hf
 from tests.harness import TINY, read_trace
 from tests.test_conf import composed
 from tests.test_distributed import assert_same_training, losses, torchrun

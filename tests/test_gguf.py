@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from nb_lightning.gguf_file import GGUFWeights, is_ours, read_metadata, save_gguf
 from nb_lightning.gguf_tokenizer import SPLITS, tokenizer_from_gguf, tokenizer_to_gguf
+from nb_lightning.model import ModelShape
 from nb_lightning.pretrained import find
 from nb_lightning.tokenizer import TextTokenizer, load_tokenizer, text_tokenizer
 from nb_lightning.weights import Stored, Weights, parameter_shapes
@@ -98,7 +99,7 @@ def _lower(t: Tokenizer) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        (_unigram, "the tokenizer is not byte-level BPE: GGUF files can be written for no other kind"),
+        (_unigram, "the tokenizer is neither byte-level BPE nor SentencePiece's: GGUF has no place for it"),
         (_words, "llama.cpp has no name that we know for this tokenizer's pre_tokenizer: "),
         (_lower, "llama.cpp has no name for this tokenizer's normalizer: "),
     ],
@@ -113,13 +114,14 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(change: Callable[[Tokenizer], 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model": "llama"}, "its tokenizer is 'llama' with tokenizer.ggml.pre 'gpt-2'; only byte-level BPE ('gpt2')"),
-        ({"pre": "tekken"}, "its tokenizer is 'gpt2' with tokenizer.ggml.pre 'tekken'; only byte-level BPE"),
-        ({"pre": None}, "its tokenizer is 'gpt2' with tokenizer.ggml.pre None; only byte-level BPE"),
-        ({"merges": None}, "tokenizer.ggml.tokens, merges and token_type are no tokenizer"),
-        ({"merges": ["a"]}, "tokenizer.ggml.tokens, merges and token_type are no tokenizer"),
-        ({"tokens": ["a", "a"]}, "tokenizer.ggml.tokens, merges and token_type are no tokenizer"),
-        ({"token_type": [1]}, "tokenizer.ggml.tokens, merges and token_type are no tokenizer"),
+        ({"model": "bert"}, "its tokenizer is 'bert' with tokenizer.ggml.pre 'gpt-2'; only SentencePiece ('llama')"),
+        ({"model": "llama"}, "what its metadata says under tokenizer.ggml. is no tokenizer"),  # no scores
+        ({"pre": "tekken"}, "its tokenizer is 'gpt2' with tokenizer.ggml.pre 'tekken'; only SentencePiece ('llama')"),
+        ({"pre": None}, "its tokenizer is 'gpt2' with tokenizer.ggml.pre None; only SentencePiece ('llama')"),
+        ({"merges": None}, "what its metadata says under tokenizer.ggml. is no tokenizer"),
+        ({"merges": ["a"]}, "what its metadata says under tokenizer.ggml. is no tokenizer"),
+        ({"tokens": ["a", "a"]}, "what its metadata says under tokenizer.ggml. is no tokenizer"),
+        ({"token_type": [1]}, "what its metadata says under tokenizer.ggml. is no tokenizer"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_we_do_not_have(change: dict[str, Any], words: str) -> None:
@@ -136,8 +138,8 @@ def test_a_tokenizer_that_we_do_not_have(change: dict[str, Any], words: str) -> 
 class Random(Weights):
     """Weights out of nothing."""
 
-    def __init__(self) -> None:
-        stored = {name: Stored(name, dims) for name, dims in parameter_shapes(TINY).items()}
+    def __init__(self, shape: ModelShape = TINY) -> None:
+        stored = {name: Stored(name, dims) for name, dims in parameter_shapes(shape).items()}
         super().__init__("nothing", stored, torch.float32)
 
     def read(self, name: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ import torch
 
 from nb_lightning import export
 from nb_lightning.generate import Sampling, generate
+from nb_lightning.gguf_file import save_gguf
+from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.pretrained import Pretrained, load_pretrained
 from nb_lightning.tokenizer import load_tokenizer
 from tests.harness import run_train
+from tests.test_gguf import Random
+from tests.test_model import TINY
+from tests.test_spm import texts, train
 
 pytestmark = pytest.mark.slow
 ENGLISH = pydoc_data.topics.topics["naming"]
@@ -199,5 +205,20 @@ def test_llama_cpp_runs_a_model_of_ours(corpus: Path, tmp_path: Path) -> None:
         messages = [{"role": "user", "content": "Hi"}]
         found = server.post("/apply-template", messages=messages)["prompt"]
         assert found == ours.chat.render(messages, add_generation_prompt=True)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_tokenizes_like_sentencepiece(tmp_path: Path, prefix: bool) -> None:
+    model = train(tmp_path, add_dummy_prefix=prefix)
+    tokenizer, file = load_tokenizer(str(tmp_path)), tmp_path / "spm.gguf"
+    shape = replace(TINY, vocab_size=1000)
+    save_gguf(Random(shape), shape, file, "float32", 20_000, tokenizer_to_gguf(tokenizer, 1000), "0")
+    server = Server(file, 20_000)
+    try:
+        for text in texts():
+            found = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+            assert found == tokenizer.tokenizer.encode(text).ids == [1, *model.encode(text)]
     finally:
         server.stop()

@@ -15,14 +15,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from nb_lightning.gguf_file import from_gguf, to_gguf
+from nb_lightning.hf_config import config_from_shape, shape_from_config
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.weights import (
     HFWeights,
-    config_from_shape,
     fill,
     from_hf,
     parameter_shapes,
-    shape_from_config,
     to_hf,
 )
 from tests.harness import ROOT
@@ -194,7 +193,7 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
         import sys, threading, time
         from pathlib import Path
         import torch
-        from nb_lightning import weights
+        from nb_lightning import hf_config, weights
         from nb_lightning.model import Transformer
 
         import psutil
@@ -205,7 +204,7 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
                 time.sleep(0.001)
 
         folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
-        shape = weights.shape_from_config(weights.read_json(folder / "config.json"))
+        shape = hf_config.shape_from_config(hf_config.read_json(folder / "config.json"))
         process = psutil.Process()
         peaks, done = [process.memory_info().rss], threading.Event()
         threading.Thread(target=watch).start()

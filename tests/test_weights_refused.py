@@ -19,7 +19,8 @@ import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
 from nb_lightning import checkpoints, weights
-from nb_lightning.weights import HFWeights, shape_from_config
+from nb_lightning.hf_config import shape_from_config
+from nb_lightning.weights import HFWeights
 from tests.test_model import TINY
 from tests.test_weights import NANBEIGE, load, write
 
