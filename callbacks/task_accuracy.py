@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nb_lightning.accuracy import evaluate_tasks
+from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 from nb_lightning.pretrained import Pretrained
@@ -60,7 +61,7 @@ class TaskAccuracy(PhaseCallback):
         if not self._tasks:
             return
         data = trainer.datamodule
-        stop_ids = data.tokenizer.stop_ids(data.chat)
+        stop_ids = (data.tokenizer.eos_id, ChatTokenizer(data.tokenizer, data.chat).end_id)
         model = Pretrained(module.model, data.tokenizer, data.chat, stop_ids, module.cfg.run_name)
         greedy = evaluate_tasks(model, self._tasks, self.greedy, 1, self.seed).summary()
         sampled = evaluate_tasks(model, self._tasks, self.sampled, self.k, self.seed).summary()

@@ -59,7 +59,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
         self.tokenizer, self.template = tokenizer, template
         added = tokenizer.tokenizer.get_added_tokens_decoder()
-        self._added = tuple(token.content for token in added.values())
+        self._added, self._added_ids = tuple(token.content for token in added.values()), frozenset(added)
         self._special = {token.content: number for number, token in enumerate(t for t in added.values() if t.special)}
         if len(self._special) > PLANE:
             raise ValueError(
@@ -109,6 +109,17 @@ class ChatTokenizer:
             start, stop = borders[2 * number : 2 * number + 2]
             tokens.append(TurnTokens(turn.index, start, stop, reasoning.strip() in written))
         return ChatTokens(ids, tokens)
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an assistant turn: where generation stops.
+
+        Raises:
+            ChatError: as `encode`, of the smallest conversation.
+        """
+        tokens = self.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}])
+        written = tokens.ids[tokens.turns[0].start : tokens.turns[0].stop]
+        return next(id for id in reversed(written) if id in self._added_ids)  # white space may follow it
 
     def _encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
         """Ids of `text`, and the number of tokens before each border (character positions, in order)."""

@@ -209,6 +209,13 @@ def test_metaspace(metaspace: TextTokenizer) -> None:
         )
 
 
+def test_where_generation_stops(bpe: TextTokenizer, metaspace: TextTokenizer) -> None:
+    for name, token in (("llama3", "<|eot_id|>"), ("qwen3", "<|im_end|>"), ("nanbeige", "<|im_end|>")):
+        assert ChatTokenizer(bpe, style(name)).end_id == bpe.tokenizer.token_to_id(token)
+    assert ChatTokenizer.of(load_tokenizer("bytes")).end_id == END
+    assert ChatTokenizer.of(metaspace, style("llama2").source).end_id == 2
+
+
 def test_a_turn_without_an_end_is_refused(bpe: TextTokenizer, metaspace: TextTokenizer) -> None:
     open_ended = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     open_ended += "{% if add_generation_prompt %}assistant: {% endif %}"
