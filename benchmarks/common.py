@@ -59,9 +59,9 @@ class Turns:
         self._base = memory_mb("VmRSS")
         self._tell()
 
-    def end_of_step(self, loss: float) -> None:
+    def end_of_step(self, loss: float, **more: float) -> None:
         cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
-        self._tell(cpu=cpu, wall=wall, loss=loss, peak_mb=memory_mb("VmHWM") - self._base)
+        self._tell(cpu=cpu, wall=wall, loss=loss, peak_mb=memory_mb("VmHWM") - self._base, **more)
 
     def _tell(self, **values: Any) -> None:
         print(f"\n{MARK}{json.dumps(values)}", flush=True)

@@ -37,13 +37,17 @@ class Block(nn.Module):
         self.gate, self.up = nn.Linear(s.dim, s.mlp, bias=False), nn.Linear(s.dim, s.mlp, bias=False)
         self.down = nn.Linear(s.mlp, s.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int] | None = None) -> Tensor:
         B, T, _ = x.shape
         H, K, E = self.heads
         qk, v = self.qkv(self.norm_1(x)).view(B, T, H + 2 * K, E).split((H + K, K), 2)
         q, k = rotate(qk, cos, sin).split((H, K), 2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if lengths is None:
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            documents = zip(*(t.split(lengths, 2) for t in (q, k, v)))
+            a = torch.cat([F.scaled_dot_product_attention(*d, is_causal=True, enable_gqa=True) for d in documents], 2)
         x = x + self.out(a.transpose(1, 2).reshape(B, T, H * E))
         h = self.norm_2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -62,11 +66,17 @@ class Llama(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy; both [B, T] int64."""
+        return F.cross_entropy(self.head(self.hidden(input_ids)).flatten(0, 1).float(), labels.flatten())
+
+    def hidden(self, input_ids: Tensor, positions: Tensor | None = None, lengths: list[int] | None = None) -> Tensor:
+        """[B, T, D] after the last norm; with `lengths`, of the documents of one flat row, at `positions` [T]."""
         x = self.embedding(input_ids)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        cos, sin = (t.to(x.dtype) for t in (self.cos, self.sin))
+        if positions is not None:
+            cos, sin = cos[:, positions], sin[:, positions]
         for block in self.blocks:
-            x = block(x, cos, sin)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), labels.flatten())
+            x = block(x, cos, sin, lengths)
+        return self.norm(x)
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
