@@ -168,6 +168,11 @@ def starting_point(cfg: Config, folder: Path) -> Path | None:
         return found
     if checkpoints.all_checkpoints(folder):
         raise ValueError(f"{folder} holds a run already: continue it with resume=true, or choose another run_name")
+    if cfg.init_from and not Path(cfg.init_from).exists():
+        raise ValueError(
+            f"init_from={cfg.init_from} is not there: run the stage before this one, name other weights, or begin with "
+            "fresh ones (init_from=null)"
+        )
     if cfg.init_from and Path(cfg.init_from).resolve() == folder.resolve():
         raise ValueError(f"init_from={cfg.init_from} is this very run; continue it with resume=true")
     return None

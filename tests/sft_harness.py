@@ -12,14 +12,12 @@ from data.documents import ChatSettings, Settings
 from data.prepare import prepare
 from tests.harness import ROOT, environment
 
-FAMILIES = (
-    "maths_sort maths_equations maths_sums science_laws science_binary code_functions general_words general_spelling "
-    "tools_calls"
-).split()
+FAMILIES = "maths_sort science_binary code_functions general_words general_spelling tools_calls".split()
 
 # The demo plan in 12 steps: 6 with rows of 128 tokens, 6 with rows of 256.
 SFT = (
-    "stage=sft model=demo trainer=cpu data.demo_tasks=false data.tasks=[] trainer.threads=1 trainer.progress_bar=false "
+    "stage=sft model=demo trainer=cpu init_from=null data.demo_tasks=false data.tasks=[] trainer.threads=1 "
+    "trainer.progress_bar=false "
     "model.d_model=32 model.n_layers=2 model.n_heads=2 model.n_kv_heads=1 model.head_dim=16 model.d_mlp=64 "
     "stage.total_tokens=null stage.global_batch_tokens=1024 stage.micro_batch_size=4 data.val_rows=4 "
     "stage.phases.cold_start.tokens=6144 stage.phases.overall.tokens=6144 stage.phases.cold_start.seq_len=128 "

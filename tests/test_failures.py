@@ -111,7 +111,7 @@ def test_init_from_takes_the_weights_of_another_run(train: Train, tmp_path: Path
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        ("run_name=b init_from=nowhere", "no checkpoint at 'nowhere'"),
+        ("run_name=b init_from=nowhere", "init_from=nowhere is not there"),
         (
             "run_name=b init_from={run} model.d_mlp=48",
             "model.d_mlp is 48, but init_from={run} has 64",
