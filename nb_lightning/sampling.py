@@ -136,7 +136,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     wanted = uniforms[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, wanted, right=True).clamp(max=sums.shape[1] - 1)
     places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
-    inside = weights.gather(1, places.clamp(max=n - 1)).double().masked_fill(places >= n, 0.0)
+    inside = weights.gather(1, places.clamp(max=n - 1)).double()  # what is repeated past the end is never reached
     begun = ends.gather(1, block) - sums.gather(1, block)
     found = torch.searchsorted(inside.cumsum(-1), wanted - begun, right=True)
     return (block * BLOCK + found)[:, 0].clamp(max=n - 1)
