@@ -136,7 +136,7 @@ def main() -> None:
                     seconds["transformers"].append(other)
                 same = statistics.mean(x == y for x, y in zip(found, expected))
                 rates = {side: sum(lengths) / statistics.median(s) for side, s in seconds.items()}
-                records.append({"model": name, "batch": batch, "stops": stops, "same": same, **rates})
+                records.append({"model": Path(name).name, "batch": batch, "stops": stops, "same": same, **rates})
                 print(records[-1], file=sys.stderr, flush=True)
     append_jsonl(a.out, records)
     print(f"\nNew tokens per CPU-second, {a.threads} thread(s), float32; medians of {a.rounds}\n")
