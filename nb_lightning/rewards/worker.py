@@ -84,13 +84,13 @@ class Worker:
 
     def _greet(self, setup: dict[str, Any]) -> dict[str, Any]:
         try:
-            self._socket.send(json.dumps(setup).encode())
+            self._socket.send(json.dumps({**setup, "start_seconds": START_SECONDS}).encode())
             self._socket.settimeout(START_SECONDS)
             message, ancillary, _, _ = self._socket.recvmsg(MESSAGE, socket.CMSG_SPACE(12))
             self._socket.settimeout(None)
         except OSError as error:
             return {"error": f"no word from it in {START_SECONDS:.0f} s ({error})"}
-        if not message:
+        if not message:  # by itself, or by the same limit
             return {"error": f"it ended with exit code {self._process.wait()}"}
         # Inside bubblewrap the zygote is a grandchild: the kernel says which process it is. A number may soon be
         # another's, where every job takes one; a handle stays this process'.

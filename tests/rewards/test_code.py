@@ -14,9 +14,9 @@ ADD = {
     "entry": "add",
     "tests": [{"args": [1, 2], "expect": 3}],
     "private": [{"args": [5, 6], "expect": 11}],
-    "seconds": 0.3,
+    "seconds": 0.5,
 }
-ECHO = {"tests": [{"stdin": "a", "expect": "a"}], "private": [{"stdin": "b", "expect": "b"}], "seconds": 0.3}
+ECHO = {"tests": [{"stdin": "a", "expect": "a"}], "private": [{"stdin": "b", "expect": "b"}], "seconds": 0.5}
 
 
 @pytest.fixture(scope="module")

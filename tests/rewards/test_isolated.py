@@ -21,7 +21,7 @@ from nb_lightning.rewards import Score
 from nb_lightning.rewards.sandbox import Limits
 
 class Hostile:
-    limits = Limits(cpu_seconds=0.3, wall_seconds=3.0, memory_mb=256)
+    limits = Limits(cpu_seconds=0.3, wall_seconds=5.0, memory_mb=256)
 
     def __init__(self):
         self.calls = 0
@@ -110,7 +110,7 @@ def test_its_check_is_asked(hostile: Guarded) -> None:
     hostile.check("good")
     with pytest.raises(ValueError, match="this reference is bad"):
         hostile.check("bad")
-    with pytest.raises(ValueError, match="its check of a reference failed: cpu"):
+    with pytest.raises(ValueError, match=r"its check of a reference failed: (cpu|wall)"):
         hostile.check("hang")
     hostile.check("good")
 

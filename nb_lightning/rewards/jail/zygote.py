@@ -35,12 +35,15 @@ TICK = 0.02  # seconds between two looks at a running job
 def main(descriptor: int) -> None:
     control = socket.socket(fileno=descriptor)
     setup = json.loads(control.recv(1 << 20))
+    signal.setitimer(signal.ITIMER_REAL, setup["start_seconds"])  # a start that hangs ends, the trainer there or not
     try:
         zygote = Zygote(control, setup)
     except Exception as error:  # a module that is not there, say
         control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
-    control.send(json.dumps(zygote.hello()).encode())
+    hello = zygote.hello()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    control.send(json.dumps(hello).encode())
     while zygote.serve():
         pass
 
@@ -50,7 +53,8 @@ class Zygote:
 
     `setup`: "jail" (false: limits only, for verifiers that are trusted), "runner" (a module here with `main`), "path"
     (sys.path, where the standard library alone will not do), "preload" (modules to import once), "readable" (what jobs
-    may read beside the standard library), "memory_bytes" (for the self-test) and what else the runner wants.
+    may read beside the standard library), "memory_bytes" (for the self-test), "start_seconds" (for all this) and what
+    else the runner wants.
     """
 
     def __init__(self, control: socket.socket, setup: dict[str, Any]) -> None:
