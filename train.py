@@ -89,6 +89,7 @@ def run(cfg: Config) -> None:
     module, data = build_stage(cfg, plan)
     if cfg.init_from and (checkpoint is None or module.adapted):
         module.begin_from(find(cfg.init_from))
+    module.check_data(data)
     data.prepare()
     if checkpoint is not None:
         require_same_run(checkpoint, module, data)
@@ -117,7 +118,12 @@ def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
         from nb_lightning.stages.sft import SFTStage
 
         return SFTStage(cfg, plan), SFTData(cfg, plan)
-    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft")
+    if cfg.stage.name == "dpd":
+        from data.preference import PreferenceData
+        from nb_lightning.stages.dpd import DPDStage
+
+        return DPDStage(cfg, plan), PreferenceData(cfg, plan)
+    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft, dpd")
 
 
 def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:

@@ -47,6 +47,7 @@ class Chats:
     """A conversation becomes one sample, or with `history="expand"` sometimes several."""
 
     unit = "samples"
+    fields = FIELDS
 
     def __init__(self, settings: Settings) -> None:
         assert settings.chat is not None
@@ -63,15 +64,24 @@ class Chats:
         return SampleWriter(folder, manifest, self.settings.chunk_tokens)
 
     def read(self, part: Part) -> Iterator[Record]:
-        for record in read_objects(part, FIELDS):
+        for record in read_objects(part, self.fields):
             if record.bad is None:
                 try:
-                    chat = chat_of(record.value)
-                    yield Record(record.file, record.line, (_question(chat), self.samples(chat)))
+                    yield Record(record.file, record.line, self.parse(record.value))
                 except ChatError as error:
                     yield Record(record.file, record.line, None, error.kind, str(error))
             else:
                 yield record
+
+    def parse(self, fields: Mapping[str, Any]) -> tuple[str, list[list[int]]]:
+        """The question of a record, and the words of its samples.
+
+        Raises:
+            ChatError: see `chat_of` and `samples`.
+        """
+        chat = chat_of(fields)
+        first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+        return question(chat.messages[:first], chat.tools), self.samples(chat)
 
     def encode(self, values: Iterator[Any]) -> Iterator[tuple[bool, list[list[int]]]]:
         """Of each good record: whether it is held out, and the words to write.
@@ -101,9 +111,9 @@ class Chats:
                 part = self.encoder.encode(messages[: turn.index + 1], chat.tools)
                 if not part.turns[-1].thought:
                     raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
-                samples.append(_words(part, part.turns[-1:]))
+                samples.append(words_of(part, part.turns[-1:]))
         if kept := [turn for turn in turns if turn not in lost]:
-            samples.append(_words(whole, kept))
+            samples.append(words_of(whole, kept))
         if not samples:
             raise ChatError("the template leaves out the reasoning of every turn to train on")
         return samples
@@ -121,7 +131,7 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
     elif "conversations" in given:
         messages = _from_sharegpt(given["conversations"])
     elif "prompt" in given and "completion" in given:
-        messages = [*_side(given["prompt"], "user", "prompt"), *_side(given["completion"], "assistant", "completion")]
+        messages = [*side(given["prompt"], "user", "prompt"), *side(given["completion"], "assistant", "completion")]
     else:
         raise ChatError("no messages", detail=f": it has {', '.join(map(str, given)) or 'nothing'}")
     checked = check_messages(messages)
@@ -139,7 +149,7 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
     for i in trained:
         if not any(checked[i].get(key) for key in ("content", "reasoning_content", "tool_calls")):
             raise ChatError("an empty assistant turn", f"message {i}")
-    return Chat(checked, _tools(given.get("tools")), trained)
+    return Chat(checked, tools_of(given.get("tools")), trained)
 
 
 def template_digest(template: ChatTemplate) -> str:
@@ -165,7 +175,8 @@ def _from_sharegpt(turns: Any) -> Any:
     return out
 
 
-def _side(value: Any, role: str, name: str) -> list[Any]:
+def side(value: Any, role: str, name: str) -> list[Any]:
+    """A list of messages, or a text as the one of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
@@ -173,7 +184,8 @@ def _side(value: Any, role: str, name: str) -> list[Any]:
     return value
 
 
-def _tools(value: Any) -> list[Any] | None:
+def tools_of(value: Any) -> list[Any] | None:
+    """A list of tools, given as it is or as its JSON."""
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
@@ -186,9 +198,9 @@ def _tools(value: Any) -> list[Any] | None:
     return value
 
 
-def _question(chat: Chat) -> str:
-    first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-    return json.dumps([chat.messages[:first], chat.tools], ensure_ascii=False, sort_keys=True)
+def question(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    """What is asked, as one text."""
+    return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
 
 
 def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +210,8 @@ def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "content": re.sub(r"\A\s*<think>.*?</think>\s*", "", message["content"], flags=re.DOTALL)}
 
 
-def _words(tokens: ChatTokens, turns: list[TurnTokens]) -> list[int]:
+def words_of(tokens: ChatTokens, turns: list[TurnTokens]) -> list[int]:
+    """The words of a sample that trains on `turns` and ends with the last of them."""
     words = tokens.ids[: turns[-1].stop]
     for turn in turns:
         for place in range(max(turn.start, 1), turn.stop):  # nothing comes before the first token that could predict it

@@ -37,6 +37,7 @@ class Settings:
     seed: int = 0  # another seed holds out other records
     chunk_tokens: int = CHUNK_TOKENS
     chat: ChatSettings | None = None
+    pairs: bool = False  # two responses to each prompt, with `chat`; see data/pairs/form.py
 
     def load_tokenizer(self) -> TextTokenizer:
         return load_tokenizer(self.tokenizer, self.eos)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.mixture import Row, RowOrder
-from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
+from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.config import Config
 from nb_lightning.phases import PhasePlan
 from nb_lightning.source import Source
@@ -119,9 +119,7 @@ class HeldOut(Dataset[PackedBatch]):
     def __getitem__(self, i: int) -> PackedBatch:
         first = i % len(self) * self.batch_rows
         batch = self.read(range(first, min(first + self.batch_rows, self.rows)))
-        if i >= len(self):
-            batch.labels.fill_(IGNORE)
-        return batch
+        return batch if i < len(self) else batch.silenced()
 
 
 class PlannedData(pl.LightningDataModule):

@@ -71,6 +71,17 @@ def pack(samples: np.ndarray, seq_len: int, over_long: str = "drop", seed: int =
     return Packing(seq_len, pieces, starts, members)
 
 
+def pack_pairs(samples: np.ndarray, seq_len: int, seed: int = 0) -> Packing:
+    """Pack samples of which each two are a pair: both in one row, in their order. Pairs too long for it are left out.
+
+    `Pieces` are of whole pairs: `sample` counts pairs, `length` is of both samples.
+    """
+    places = samples[:, 0].astype(np.int64).reshape(-1, 2).sum(1) - 2
+    kept = np.flatnonzero(places <= seq_len)
+    pieces = Pieces(kept, np.zeros_like(kept), places[kept], len(places) - len(kept), 0)
+    return Packing(seq_len, pieces, *bin_pack(pieces.length, seq_len, seed))
+
+
 def cut(samples: np.ndarray, seq_len: int, over_long: str) -> Pieces:
     """The pieces of samples that rows can hold, but for those that end before their sample's first trained token."""
     assert over_long in OVER_LONG, over_long

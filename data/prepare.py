@@ -1,10 +1,11 @@
-"""Text and conversations into tokenized sources: `python -m data.prepare --input PATH... --output FOLDER ...`.
+"""Text, conversations and pairs into tokenized sources: `python -m data.prepare --input PATH... --output FOLDER ...`.
 
 The input is cut into parts (data/records.py). Each part becomes chunks of its own, in a worker process; finished parts
 are kept, so a stopped preparation goes on where it was; at the end the chunks move under one index. What comes out
 depends on the input and the settings alone, not on the number of workers. What a record becomes is up to its form:
-`Documents` (data/documents.py) or, with --chat, `Chats` (data/chats.py). A bad record is counted, written to
-`dropped.jsonl` with file and line, and left out, or ends the preparation with --on-bad fail.
+`Documents` (data/documents.py), with --chat `Chats` (data/chats.py), with --pairs `Pairs` (data/pairs/form.py). A bad
+record is counted, written to `dropped.jsonl` with file and line, and left out, or ends the preparation with --on-bad
+fail.
 
     <staging>/claim.json        what the work is for, and how far it is
     <staging>/parts/<number>/   a finished part: train/, val/, dropped.jsonl, done.json
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from data import source
 from data.chats import HISTORY, Chats
 from data.documents import ChatSettings, Documents, Settings
+from data.pairs.form import Pairs
 from data.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
 from data.source import CHUNK_TOKENS
 from data.staging import CLAIM, clean_up, new_claim, require_room, take_up
@@ -56,8 +58,9 @@ class Prepared:
     def __str__(self) -> str:
         lines = [self.output]
         for name, m in self.manifests.items():
-            kind = f"samples{m.trained:>20,} trained of" if m.is_chat else "documents"
-            lines.append(f"  {name:<8}{m.documents:>14,} {kind}{m.tokens:>20,} tokens{len(m.chunks):>8,} chunks")
+            number, kind = (m.documents // 2, "pairs") if m.pairs else (m.documents, "samples")
+            kind = f"{kind}{m.trained:>20,} trained of" if m.is_chat else "documents"
+            lines.append(f"  {name:<8}{number:>14,} {kind}{m.tokens:>20,} tokens{len(m.chunks):>8,} chunks")
         dropped = self.manifests["train"].dropped
         lines.append(f"  dropped {sum(dropped.values()):>14,} records" + (f", each in {DROPPED}" if dropped else ""))
         for reason, count in sorted(dropped.items()):
@@ -131,6 +134,9 @@ def prepare(
         _run(parts, folders, settings, workers, on_bad, progress)
         summaries = [json.loads((folder / DONE).read_text()) for folder in folders]
         lines = [summary["lines"] for summary in summaries]
+        if not any(lines):
+            clean_up(staging, claim)
+            raise ValueError(f"--input {', '.join(inputs)}: there is no record in it")
         if not any(summary["tokens"] for summary in summaries):  # a wrong --field, most likely
             first = next((r for p, f in zip(parts, folders) if (r := _first_dropped(p, f))), None)
             reasons = sorted({reason for summary in summaries for reason in summary["dropped"]})
@@ -235,6 +241,8 @@ def do_part(part: Part, folder: Path, settings: Settings, on_bad: str) -> dict[s
 
 
 def _form(settings: Settings) -> Documents | Chats:
+    if settings.pairs:
+        return Pairs(settings)
     return Chats(settings) if settings.chat else Documents(settings)
 
 
@@ -284,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace a finished source or other unfinished work")
     chat = parser.add_argument_group("conversations").add_argument
     chat("--chat", action="store_true", help="records have messages, conversations, or prompt and completion")
+    chat("--pairs", action="store_true", help="records have messages or prompt, and chosen and rejected responses")
     chat("--template", type=Path, metavar="FILE", help="chat template (default: the tokenizer's own, else ChatML)")
     chat("--no-think", dest="think", action="store_false", help="take reasoning out of the conversations")
     chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: "
@@ -292,8 +301,10 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     try:
         template = _read_template(a.template) if a.template else None
-        chats = ChatSettings(template, a.think, a.history, a.date) if a.chat else None
-        settings = Settings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats)
+        if a.pairs and (a.chat or not a.think):
+            raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
+        chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
+        settings = Settings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs)
         made = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
             staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,

@@ -75,10 +75,7 @@ def attach(model: Transformer, cfg: AdapterConfig, precision: str) -> None:
     model.to(frozen_dtype(cfg, precision))
     if cfg.name == "qlora":
         model.is_loaded_in_4bit = True  # peft looks for it
-        for layer in model.layers:
-            for part in (layer.attention, layer.mlp):
-                for name, linear in list(part.named_children()):
-                    setattr(part, name, bnb.empty_linear(linear, compute_dtype(cfg, precision), cfg.double_quant))
+        bnb.empty_linears(model, compute_dtype(cfg, precision), "stage.adapter.name=qlora", cfg.double_quant)
     with torch.device("meta"):
         peft.inject_adapter_in_model(peft_config(cfg), model, low_cpu_mem_usage=True)
     for name in cfg.also_train:

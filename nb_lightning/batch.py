@@ -60,6 +60,10 @@ class PackedBatch(_Movable):
         """`tokens`: the number of labels that count, a 0-d int64 tensor."""
         return {"tokens": (self.labels != IGNORE).sum()}
 
+    def silenced(self) -> Any:
+        """The same forward, of which nothing counts."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE))
+
     @classmethod
     def from_rows(cls, rows: Tensor, eos_id: int | None) -> PackedBatch:
         """Split rows of T + 1 tokens into inputs and labels.
@@ -122,6 +126,7 @@ class PreferenceBatch(PackedBatch):
         pairs: number of pairs P, those with an empty response included.
         response_index: [B, T] int32: 2 * pair where the label belongs to the chosen response, 2 * pair + 1 to the
             rejected one, -1 where the label is `IGNORE`.
+        pair_ids: [P] int64 number of each pair in the run's data.
         ref_logprobs: [P, 2] float32 nats of the frozen reference, summed over chosen and rejected response.
         teacher_ids, teacher_logprobs: [B, T, k] int32 and float32 nats: the cached teacher's k most likely tokens where
             there is a label, anything elsewhere.
@@ -129,6 +134,7 @@ class PreferenceBatch(PackedBatch):
 
     pairs: int
     response_index: Tensor
+    pair_ids: Tensor | None = None
     ref_logprobs: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
@@ -149,6 +155,11 @@ class PreferenceBatch(PackedBatch):
         pairs = torch.tensor(self.pairs, device=index.device)
         chosen, rejected = (((index >= 0) & (index % 2 == side)).sum() for side in (0, 1))
         return {"pairs": pairs, "chosen_tokens": chosen, "rejected_tokens": rejected}
+
+    def silenced(self) -> PreferenceBatch:
+        none = None if self.pair_ids is None else self.pair_ids[:0]
+        index = torch.full_like(self.response_index, -1)
+        return replace(super().silenced(), pairs=0, response_index=index, pair_ids=none)
 
 
 @dataclass(kw_only=True)

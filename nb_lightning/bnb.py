@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nb_lightning.model import Transformer
+
 # On some CPUs its import (peft imports it too) advises to install a package that would download kernels.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-QLORA = "stage.adapter.name=qlora"
 BLOCK = 64  # weights with a common scale
 
 
@@ -29,8 +30,8 @@ def load(wanted: str) -> Any:
 
 
 @functools.cache
-def _linear_class() -> type[nn.Linear]:
-    bnb = load(QLORA)
+def _linear_class(wanted: str) -> type[nn.Linear]:
+    bnb = load(wanted)
 
     class Linear4bit(bnb.nn.Linear4bit):
         """A frozen linear layer in NF4 that behaves under autocast as `nn.Linear` does."""
@@ -50,24 +51,33 @@ def _linear_class() -> type[nn.Linear]:
     return Linear4bit
 
 
-def empty_linear(old: nn.Linear, compute_dtype: torch.dtype, double_quant: bool) -> nn.Linear:
-    """An NF4 layer of the size of `old` (no bias) that holds nothing yet; `quantise` fills it.
+def empty_linears(model: Transformer, compute_dtype: torch.dtype, wanted: str, double_quant: bool = True) -> None:
+    """Put NF4 layers that hold nothing yet in place of the linears of all layers of a model on `meta`; `quantise`
+    fills them.
 
     Args:
         compute_dtype: of the products.
+        wanted: the setting that asks for it.
         double_quant: also quantise the scales of the blocks of 64 weights: 0.516 bytes a weight instead of 0.5625.
 
     Raises:
         ValueError: bitsandbytes is missing, or a row is not whole blocks: on the CPU it would give back other weights.
     """
+    for layer in model.layers:
+        for part in (layer.attention, layer.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, _empty_linear(linear, compute_dtype, wanted, double_quant))
+
+
+def _empty_linear(old: nn.Linear, compute_dtype: torch.dtype, wanted: str, double_quant: bool) -> nn.Linear:
     if old.in_features % BLOCK:
         raise ValueError(
-            f"{QLORA} needs layers whose number of inputs is a multiple of {BLOCK}, and this model has one with "
-            f"{old.in_features}: bitsandbytes reads others wrong on the CPU; use lora"
+            f"{wanted} needs layers whose number of inputs is a multiple of {BLOCK}, and this model has one with "
+            f"{old.in_features}: bitsandbytes reads others wrong on the CPU"
         )
     # Its constructor allocates the whole weight, its `to_empty` would again: nothing does on `meta` or of size 0.
     with torch.device("meta"):
-        new = _linear_class()(
+        new = _linear_class(wanted)(
             old.in_features, old.out_features, bias=False, compute_dtype=compute_dtype,
             compress_statistics=double_quant, quant_type="nf4",
         )  # fmt: skip
@@ -81,7 +91,7 @@ def quantise(linear: nn.Linear, whole: Tensor) -> None:
     """Fill an `empty_linear`, on its device, with `whole` [out, in]."""
     device = linear.weight.device
     weight = (
-        load(QLORA)
+        load("a layer in 4 bits")
         .nn.Params4bit(
             whole.to(device),
             requires_grad=False,

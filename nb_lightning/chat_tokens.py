@@ -121,6 +121,24 @@ class ChatTokenizer:
         written = tokens.ids[tokens.turns[0].start : tokens.turns[0].stop]
         return next(id for id in reversed(written) if id in self._added_ids)  # white space may follow it
 
+    def answered(
+        self, messages: Sequence[Message], answer: str, ended: bool = True, tools: Sequence[Any] | None = None
+    ) -> ChatTokens:
+        """Token ids of a prompt and of what was written after it, letter for letter; the one turn is the answer.
+
+        Args:
+            answer: as it was written, reasoning and calls included.
+            ended: the token that ends a turn comes after it, and is the turn's last.
+
+        Raises:
+            ChatError: as `ChatTemplate.render`, and `end_id`.
+        """
+        (asked, answer), tools, guarded = self._guard([messages, answer], tools)
+        prompt = self.template.render(asked, tools, add_generation_prompt=True)
+        ids, (start,) = self._encode(prompt + answer, [len(prompt)], guarded)
+        ids = [*ids, self.end_id] if ended else ids
+        return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))])
+
     def _encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
         """Ids of `text`, and the number of tokens before each border (character positions, in order)."""
         tokenizer, renumbered = self.tokenizer.tokenizer, {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,12 @@ class Origin:
     def open(self) -> weights.Weights:
         """The tensors, read one at a time."""
         raise NotImplementedError
+
+    def digest(self) -> str:
+        """SHA-256 over names and contents of all tensors; reads every one of them."""
+        tensors = self.open()
+        digests = {name: tensors.digest(name) for name in weights.parameter_shapes(self.shape)}
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> TextTokenizer:
         """Raises ValueError where there is none, or one with more tokens than the model."""

@@ -41,7 +41,8 @@ class SourceManifest:
     """What `source.json` holds. `chunks` has one {filename, tokens, bytes, sha256} for each chunk.
 
     Of conversations only: `template` is the digest of the chat template, `trained` counts the tokens to train on, and
-    `samples` {bytes, sha256} is of the file `SAMPLES`.
+    `samples` {bytes, sha256} is of the file `SAMPLES`. With `pairs` they are the chosen and the rejected response of
+    one pair after the other.
     """
 
     tokenizer: str  # digest of the tokenizer
@@ -54,6 +55,7 @@ class SourceManifest:
     template: str | None = None
     trained: int = 0
     samples: dict[str, Any] | None = None
+    pairs: bool = False
 
     @property
     def is_chat(self) -> bool:

@@ -78,6 +78,9 @@ class BaseStage(pl.LightningModule):
         """
         raise NotImplementedError
 
+    def check_data(self, data: Any) -> None:
+        """Raise `ValueError` unless the stage can train on this data; called before anything is built."""
+
     # Building -------------------------------------------------------------------------------------------------------
 
     def begin_from(self, origin: Origin) -> None:
@@ -155,6 +158,7 @@ class BaseStage(pl.LightningModule):
         self.tokens_seen += batch.tokens
         metrics = {"train/loss": loss, "optim/grad_norm": grad_norm}
         metrics |= {f"train/{name}": total / counts[self.per[name]] for name, total in totals.items()}
+        metrics |= {f"train/{name}": count.float() for name, count in counts.items()}
         self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
         return metrics
 

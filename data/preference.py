@@ -1,0 +1,134 @@
+"""Preference data: packed rows of whole pairs, chosen and rejected response one after the other.
+
+Every pair has a number, over all sources, trained on or held out, in their order: the log-probabilities of the
+reference are kept by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from data.packed import PackedData, PackedSource
+from data.packing import Packing, pack_pairs, to_batch
+from nb_lightning.batch import IGNORE, PreferenceBatch
+from nb_lightning.config import Config
+from nb_lightning.phases import PhasePlan
+from nb_lightning.source import Source
+
+
+class PairSource(PackedSource):
+    """A source of pairs and its packings.
+
+    Args:
+        first: the number of its first pair.
+    """
+
+    unit = "pairs"
+
+    def __init__(self, name: str, source: Source, seq_lens: Sequence[int], seed: int, first: int) -> None:
+        super().__init__(name, source, seq_lens, "drop", seed)
+        self.first = first
+
+    def _pack(self, samples: np.ndarray, seq_len: int, over_long: str) -> Packing:
+        return pack_pairs(samples, seq_len, self.seed)
+
+    def __len__(self) -> int:
+        return len(self.ends) // 2
+
+    def pairs(self, nth: int, seq_len: int) -> np.ndarray:
+        """Which pairs of the source are in the row that comes nth."""
+        return self.packings[seq_len].pieces.sample[self.pieces(nth, seq_len)]
+
+    def row(self, nth: int, seq_len: int) -> list[np.ndarray]:
+        """The words of that row's responses: chosen, rejected, chosen, ..."""
+        return [self.read(2 * int(pair) + side) for pair in self.pairs(nth, seq_len) for side in range(2)]
+
+
+class PreferenceData(PackedData):
+    """Sources of pairs.
+
+    Attributes (after `prepare`):
+        pairs: how many there are, held-out ones included: their numbers are below it.
+    """
+
+    packed: dict[str, PairSource]
+    packed_val: dict[str, PairSource]
+
+    def __init__(self, cfg: Config, plan: PhasePlan) -> None:
+        super().__init__(cfg, plan)
+        self.pairs = 0
+        self.assemble = partial(preferences, pad_id=self.tokenizer.eos_id)
+
+    def check(self, key: str, source: Source, split: str) -> None:
+        if not source.manifest.pairs:
+            kind = "conversations" if source.manifest.is_chat else "documents"
+            raise ValueError(f"{key}: {source.folder} holds {kind}; data.prepare --pairs makes preference pairs")
+        super().check(key, source, split)
+
+    def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> PairSource:
+        packed = PairSource(name, source, seq_lens, self.cfg.seed, self.pairs)
+        self.pairs += len(packed)
+        return packed
+
+    @property
+    def pairs_digest(self) -> str:
+        """Of all pairs in the order of their numbers."""
+        sources = [source for name in self.train for source in (self.train[name], self.val[name])]
+        return hashlib.sha256(" ".join(source.manifest.digest for source in sources).encode()).hexdigest()
+
+    def new_pairs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(optimizer step, numbers of the pairs that no step before it draws), of the steps that have any."""
+        seen = np.zeros(self.pairs, dtype=bool)
+        left = sum(len(_fitting(source)) for source in self.packed.values())
+        for step in range(self.plan.total_steps):
+            first, phase = self.order.first_row_of_step(step), self.plan.phase_at(self.plan.tokens_at(step))
+            rows = [self.order.locate(i) for i in range(first, first + phase.rows_per_step)]
+            drawn = [numbers(self.packed[row.source], row.start // row.seq_len, row.seq_len) for row in rows]
+            new = np.unique(np.concatenate(drawn))
+            new = new[~seen[new]]
+            if len(new):
+                yield step, new
+                seen[new], left = True, left - len(new)
+            if not left:
+                return
+
+    def validated_pairs(self) -> np.ndarray:
+        """Numbers of the pairs that are validated on."""
+        seq_len, found = self.plan.phases[0].seq_len, []
+        for name, source in self.packed_val.items():
+            found += [numbers(source, row, seq_len) for row in range(self.held_out(name).rows)]
+        return np.concatenate(found)
+
+
+def numbers(source: PairSource, nth: int, seq_len: int) -> np.ndarray:
+    """[n] int64, over all sources, of the pairs in the row that comes nth."""
+    return source.first + source.pairs(nth, seq_len)
+
+
+def _fitting(source: PairSource) -> set[int]:
+    """The pairs that some row can hold."""
+    return set().union(*(packing.pieces.sample.tolist() for packing in source.packings.values()))
+
+
+def preferences(rows: Sequence[tuple[PairSource, int]], seq_len: int, pad_id: int) -> PreferenceBatch:
+    """A batch of rows, each the nth of a source's stream."""
+    words = [source.row(nth, seq_len) for source, nth in rows]
+    batch = to_batch(words, seq_len, pad_id)
+    index = np.full((len(words), seq_len), -1, dtype=np.int32)
+    response = 0
+    for b, row in enumerate(words):
+        at = 0
+        for one in row:
+            places = len(one) - 1
+            index[b, at : at + places] = response
+            at, response = at + places, response + 1
+    index[batch.labels.numpy() == IGNORE] = -1
+    ids = np.concatenate([numbers(source, nth, seq_len) for source, nth in rows])
+    return PreferenceBatch(
+        **vars(batch), pairs=len(ids), response_index=torch.from_numpy(index), pair_ids=torch.from_numpy(ids)
+    )

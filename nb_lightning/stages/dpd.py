@@ -1,0 +1,204 @@
+"""DPD: dual-level preference distillation (report, section on DPD).
+
+Between the two responses of a pair DPO, with the policy that the run begins with as reference; at each of their tokens
+the distribution of a frozen teacher. The loss is `losses.dpd_loss`; the teacher is held in no module (`FrozenTeacher`),
+and the reference's log-probabilities are computed once, before the first step, and kept in the run's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from nb_lightning.attention import resolve_backend
+from nb_lightning.batch import PreferenceBatch
+from nb_lightning.config import Config, plain, run_dir
+from nb_lightning.divergence import Divergence, Teacher
+from nb_lightning.losses import DPD_PER, dpd_loss, response_logprobs
+from nb_lightning.metrics import Means
+from nb_lightning.phases import PhasePlan
+from nb_lightning.pretrained import Origin, find
+from nb_lightning.reference_cache import ReferenceKey, read_reference, write_reference
+from nb_lightning.stages.base import BaseStage
+from nb_lightning.teacher import KEY, FrozenTeacher, require_same_vocabulary
+
+REFERENCE = "reference.safetensors"
+
+
+class DPDStage(BaseStage):
+    """Preference distillation on packed rows of pairs (data/preference.py).
+
+    Attributes:
+        teacher: None where no term asks for one.
+        reference: [pairs, 2] float32 nats by the number of the pair, on the device; -inf for pairs that are not drawn.
+    """
+
+    per = DPD_PER
+
+    def __init__(self, cfg: Config, plan: PhasePlan) -> None:
+        super().__init__(cfg, plan)
+        s: Any = cfg.stage
+        self._loss = partial(
+            dpd_loss,
+            beta=s.beta,
+            variant=s.variant,
+            label_smoothing=s.label_smoothing,
+            dpo_weight=s.dpo_weight,
+            lambda_plus=s.lambda_plus,
+            lambda_minus=s.lambda_minus,
+            divergence=Divergence(s.divergence, s.jsd_beta, s.temperature),
+            chunk=s.head_chunk,
+        )
+        self._teacher_origin: Origin | None = None
+        self.teacher: FrozenTeacher | None = None
+        self.reference: Tensor | None = None
+        self._began_as: dict[str, str] = {}  # digests of the starting policy and of the teacher
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    def check_data(self, data: Any) -> None:
+        if self.cfg.stage.teacher:
+            try:
+                self._teacher_origin = find(self.cfg.stage.teacher)
+            except ValueError as error:
+                raise ValueError(f"{KEY}={self.cfg.stage.teacher}: {error}") from error
+            require_same_vocabulary(self._teacher_origin, data.tokenizer, self.shape.vocab_size)
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        super().configure_model()
+        if self._teacher_origin is not None:
+            strategy, trainer = self.trainer.strategy, self.cfg.trainer
+            mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+            backend = resolve_backend(trainer.attention, strategy.root_device, self.cfg.data.mask_documents)
+            nf4 = self.cfg.stage.teacher_nf4
+            self.teacher = FrozenTeacher(self._teacher_origin, trainer, backend, strategy.root_device, mesh, nf4)
+
+    def flops_per_token(self, seq_len: int, causal: bool) -> float:
+        """With the teacher's forward, a third of forward and backward."""
+        own = super().flops_per_token(seq_len, causal)
+        return own + (self.teacher.shape.flops_per_token(seq_len, causal) / 3 if self.teacher else 0)
+
+    # Reference ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Read the reference's log-probabilities, or, before the first step, compute them."""
+        data, path = self.trainer.datamodule, run_dir(self.cfg) / REFERENCE
+        if not self._began_as:
+            self._began_as = self._beginning()
+        key = ReferenceKey(data.pairs_digest, self._began_as["policy"], data.template_digest)
+        drawn = dict(data.new_pairs())
+        try:
+            found = read_reference(path, key, data.pairs)
+            needed = torch.from_numpy(np.concatenate([*drawn.values(), data.validated_pairs()]))
+            if not found[needed].isfinite().all():
+                found = None
+        except FileNotFoundError:
+            found = None
+        self.trainer.strategy.barrier("reference")  # before rank 0 may write it
+        if found is None:
+            if self.tokens_seen:
+                raise ValueError(
+                    f"{path} is gone, or lacks pairs that this plan draws, and the reference's weights with it: the "
+                    "policy has been trained since; begin another run"
+                )
+            found = self._compute_reference(drawn)
+            if self.global_rank == 0:
+                write_reference(path, found, key)
+        self.reference = found.to(self.device)
+
+    def _beginning(self) -> dict[str, str]:
+        if self.origin is None:
+            raise ValueError("there is nothing to resume, and stage=dpd needs init_from to begin: the model after SFT")
+        # What the numbers depend on besides the data: the same weights give others in another precision.
+        adapter = plain(self.cfg.stage.adapter) if self.cfg.stage.adapter.name == "qlora" else None
+        how = [self.origin.digest(), self.model.rope.theta, self.cfg.trainer.precision, adapter]
+        policy = hashlib.sha256(json.dumps(how).encode()).hexdigest()
+        teacher = self._teacher_origin.digest() if self._teacher_origin else ""
+        return {"policy": policy, "teacher": teacher}
+
+    def _compute_reference(self, drawn: Mapping[int, np.ndarray]) -> Tensor:
+        """Log-probabilities of the pairs that the run draws (`data.new_pairs`) or validates on: [pairs, 2], on the CPU.
+
+        In the very micro-batches in which a pair is first trained on, and as there with a graph that nobody uses: the
+        same products in the same order, so that the first margin is 0 to the last bit. Every rank computes its share.
+        """
+        data, rank, ranks = self.trainer.datamodule, self.trainer.global_rank, self.trainer.world_size
+        self.print("log-probabilities of the reference ...")
+        table = torch.full((data.pairs, 2), -torch.inf, device=self.device)
+        steps = data.steps(rank, ranks)
+        training = self.model.training
+        self.model.eval()
+        for step, new in drawn.items():
+            wanted = set(new.tolist())
+            for micro in steps[step].micro_batches:
+                self._add_reference(table, micro, wanted)
+        for loader in data.val_dataloader():
+            for batch in loader:
+                self._add_reference(table, batch, set(batch.pair_ids.tolist()))
+        self.model.train(training)
+        if ranks > 1:
+            table = self.trainer.strategy.reduce(table, reduce_op="max")
+        return table.cpu()
+
+    def _add_reference(self, table: Tensor, batch: PreferenceBatch, wanted: set[int]) -> None:
+        batch = self._on_device(batch)
+        head = partial(response_logprobs, batch=batch, chunk=self.cfg.stage.head_chunk)
+        with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+            found = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head).detach()
+        new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair in wanted]
+        table[batch.pair_ids[new]] = found[new].float()
+
+    def _on_device(self, batch: PreferenceBatch) -> PreferenceBatch:
+        return self.trainer.strategy.batch_to_device(batch, self.device)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: PreferenceBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = replace(batch, ref_logprobs=self.reference[batch.pair_ids])
+        teacher: Teacher | None = self.teacher(batch) if self.teacher else None
+        head = partial(self._loss, batch=batch, counts=counts, teacher=teacher)
+        return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
+
+    # Validation -----------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        names = self.trainer.datamodule.val_names
+        self._means = {name: Means(DPD_PER).to(self.device) for name in names}
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        _, sums = self.loss(batch, batch.counts)
+        self._means[self.trainer.datamodule.val_names[dataloader_idx]].update(sums, batch.counts)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {
+            f"val/{key}/{name}": value.float()
+            for name, means in self._means.items()
+            for key, value in means.compute().items()
+        }
+        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "began_as": self._began_as}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._began_as = checkpoint["nb_lightning"]["began_as"]
+        teacher = self._teacher_origin.digest() if self._teacher_origin else ""
+        if teacher != self._began_as["teacher"]:
+            raise ValueError(
+                f"{KEY}={self.cfg.stage.teacher} is not the teacher that this run was trained with so far; "
+                "begin another run to change it"
+            )

@@ -1,0 +1,110 @@
+"""The frozen teacher of distillation: a model beside the one that trains, and no part of it.
+
+It is in no module, so no optimizer, checkpoint or gradient exchange sees it. Under FSDP2 it is sharded like the policy.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from nb_lightning import bnb
+from nb_lightning.batch import PackedBatch
+from nb_lightning.config import TrainerConfig, plain
+from nb_lightning.divergence import Teacher
+from nb_lightning.model import ModelShape, Transformer, copy_into
+from nb_lightning.pretrained import Origin
+from nb_lightning.strategies import build_model
+from nb_lightning.tokenizer import TextTokenizer
+from nb_lightning.weights import Weights
+
+KEY = "stage.teacher"
+
+
+class FrozenTeacher:
+    """A teacher, on its device.
+
+    Args:
+        origin: its weights. Under any bf16 precision they are held in bfloat16.
+        trainer: as for the policy.
+        backend: of attention.
+        nf4: hold the layers' linears in 4 bits.
+
+    Raises:
+        ValueError: weights that do not fit together, or bitsandbytes is missing.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        trainer: TrainerConfig,
+        backend: str,
+        device: torch.device,
+        mesh: DeviceMesh | None,
+        nf4: bool = False,
+    ) -> None:
+        weights = origin.open()
+        weights.require(origin.shape)  # before memory is taken for them
+        precision = "32-true" if trainer.precision == "32-true" else "bf16-true"
+        settings: Any = TrainerConfig(**{**plain(trainer), "precision": precision})
+        self.model = build_model(origin.shape, settings, backend, device, mesh, None, partial(_freeze, nf4=nf4))
+        _fill(self.model, weights)
+        self.model.eval()
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch) -> Teacher:
+        """What it knows of every token of a batch, flattened to [B * T]."""
+        hidden, weight = self.model(
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, head=lambda hidden, weight: (hidden, weight)
+        )
+        return Teacher(hidden.flatten(0, 1), weight)
+
+
+def _freeze(model: Transformer, nf4: bool) -> None:
+    if nf4:
+        bnb.empty_linears(model, next(model.parameters()).dtype, "stage.teacher_nf4=true")
+    model.requires_grad_(False)
+
+
+def _fill(model: nn.Module, weights: Weights) -> None:
+    for name, parameter in list(model.named_parameters()):
+        if parameter.dtype == torch.uint8:
+            bnb.quantise(model.get_submodule(name.removesuffix(".weight")), weights.read(name))
+        else:
+            copy_into(parameter, weights.read(name))
+
+
+def require_same_vocabulary(teacher: Origin, tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Refuse a teacher whose distributions are over other tokens than the student's.
+
+    Args:
+        tokenizer: the student's.
+        vocab_size: of the student's head.
+
+    Raises:
+        ValueError: its tokenizer has other tokens, or its head another number of them.
+    """
+    try:
+        theirs = teacher.tokenizer().tokenizer.get_vocab(with_added_tokens=True)
+    except ValueError as error:
+        raise ValueError(f"{KEY}={teacher.path}: {error}") from error
+    ours = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    problem = None
+    if theirs != ours:
+        token = min(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
+        ids = [f"token {id}" if id is not None else "no token" for id in (theirs.get(token), ours.get(token))]
+        problem = f"{token!r} is {ids[0]} of the teacher's tokenizer and {ids[1]} of data.tokenizer"
+    elif teacher.shape.vocab_size != vocab_size:
+        problem = f"the teacher's head has {teacher.shape.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}"
+    if problem:
+        raise ValueError(
+            f"{KEY}={teacher.path} has another vocabulary: {problem}; distributions are compared token by token"
+        )

@@ -1,0 +1,160 @@
+"""`data.prepare --pairs`: what becomes of a pair, in every form, and of records that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.documents import ChatSettings, Settings
+from data.pairs.form import Pairs
+from data.prepare import main, prepare
+from nb_lightning.chat_tokens import ChatTokenizer
+from nb_lightning.messages import ChatError
+from nb_lightning.source import TRAINED, Source
+from nb_lightning.tokenizer import load_tokenizer
+
+SETTINGS = Settings("bytes", chat=ChatSettings(), pairs=True)
+END = "<|im_end|>"
+ASKED = [{"role": "user", "content": "2 + 3 = ?"}]
+ANSWER = {"role": "assistant", "content": "5"}
+PROMPT = "<|im_start|>user\n2 + 3 = ?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def form() -> Pairs:
+    return Pairs(SETTINGS)
+
+
+def shown(form: Pairs, words: list[int]) -> tuple[str, str]:
+    """Prompt and response of a sample: what comes before the first trained token, and what is trained on."""
+    first = next(i for i, word in enumerate(words) if word & TRAINED)
+    assert all(word & TRAINED for word in words[first:])
+    decode = form.tokenizer.decode
+    return decode(words[:first]), decode([word & ~TRAINED for word in words[first:]])
+
+
+@pytest.mark.parametrize(
+    "record, chosen, rejected",
+    [
+        ({"messages": ASKED, "chosen": "5", "rejected": "6"}, f"5{END}", f"6{END}"),
+        ({"prompt": "2 + 3 = ?", "chosen": "5", "rejected": " 6\n", "rejected_finish": "length"}, f"5{END}", " 6\n"),
+        ({"prompt": ASKED, "chosen": "", "rejected": "6", "scores": {"chosen": 1}}, "<|im_end|>", f"6{END}"),
+        (
+            {
+                "prompt": "2 + 3 = ?",
+                "chosen": [{"role": "assistant", "reasoning_content": "easy", "content": "5"}],
+                "rejected": [*ASKED, {"role": "assistant", "content": "6"}],
+            },
+            f"<think>\neasy\n</think>\n\n5{END}",
+            f"6{END}",
+        ),
+        (
+            {side: [*ASKED, ANSWER | {"content": text}] for side, text in (("chosen", "5"), ("rejected", "x"))},
+            f"5{END}",
+            f"x{END}",
+        ),
+    ],
+)  # fmt: skip
+def test_forms(form: Pairs, record: dict[str, Any], chosen: str, rejected: str) -> None:
+    question, samples = form.parse(record)
+    assert [shown(form, words) for words in samples] == [(PROMPT, chosen), (PROMPT, rejected)]
+    assert json.loads(question) == [ASKED, None]
+
+
+def test_system_tools_and_calls(form: Pairs) -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 2}}}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    _, (chosen, rejected) = form.parse(
+        {
+            "prompt": "2 + 3 = ?",
+            "system": "Be brief.",
+            "tools": json.dumps(tools),
+            "chosen": [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "5"},
+                {"role": "assistant", "content": "5"},
+            ],
+            "rejected": "No.",
+        }
+    )
+    prompt, response = shown(form, rejected)
+    assert "Be brief." in prompt and '"name": "add"' in prompt and response == "No.<|im_end|>"
+    text = form.tokenizer.decode([word & ~TRAINED for word in chosen])
+    trained = form.tokenizer.decode([word & ~TRAINED for word in chosen if word & TRAINED])
+    assert text.startswith(prompt) and "<|im_start|>tool\n5<|im_end|>" in text
+    assert trained == '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>5<|im_end|>'
+
+
+def test_what_spells_a_special_token_is_text(form: Pairs) -> None:
+    _, (chosen, _) = form.parse({"messages": ASKED, "chosen": "<|im_end|>5", "rejected": "6"})
+    special = form.tokenizer.tokenizer.token_to_id("<|im_end|>")
+    response = [word & ~TRAINED for word in chosen if word & TRAINED]
+    assert response.count(special) == 1 and response[-1] == special
+    assert form.tokenizer.decode(response) == "<|im_end|>5<|im_end|>"
+
+
+def test_the_prompt_is_what_generation_goes_on_from() -> None:
+    """In a template without generation blocks, whose prompt opens a thought, and with a tokenizer that merges."""
+    template = Path("tests/templates/qwen3_style.jinja").read_text()
+    encoder = ChatTokenizer.of(load_tokenizer("bytes"), template)
+    answered = encoder.answered(ASKED, "5")
+    prompt = encoder.prompt(ASKED)
+    assert answered.ids[: len(prompt)] == prompt and answered.turns[0].start == len(prompt)
+    assert encoder.tokenizer.decode(answered.ids[len(prompt) :]) == f"5{END}"
+
+
+@pytest.mark.parametrize(
+    "record, error",
+    [
+        ({"messages": ASKED, "chosen": "5"}, "no rejected: it has messages, chosen"),
+        ({"messages": ASKED, "rejected": "5", "chosen": None}, "no chosen: it has messages, rejected"),
+        ({"chosen": "5", "rejected": "6"}, "neither messages nor prompt"),
+        ({"messages": ASKED, "chosen": "5", "rejected": "5"}, "chosen equals rejected"),
+        ({"messages": ASKED, "chosen": "5", "rejected": [ANSWER]}, "chosen equals rejected"),
+        ({"messages": ASKED, "chosen": "5", "rejected": "", "rejected_finish": "length"}, "rejected: an empty resp"),
+        ({"messages": ASKED, "chosen": "5", "rejected": "6", "chosen_finish": "eos"}, "chosen_finish is neither"),
+        ({"messages": ASKED, "chosen": 5, "rejected": "6"}, "chosen is neither a text nor a list of messages"),
+        ({"messages": ASKED, "chosen": ASKED, "rejected": "6"}, "chosen: a response is not from the assistant's turn"),
+        ({"messages": [], "chosen": "5", "rejected": "6"}, "no messages"),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "content": "5"}], "chosen": "5", "rejected": "6"},
+            "the prompt ends with the assistant",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_records(form: Pairs, record: dict[str, Any], error: str) -> None:
+    with pytest.raises(ChatError, match=error):
+        form.parse(record)
+
+
+def test_a_source_of_pairs_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"prompt": f"q{n}", "chosen": "yes", "rejected": f"no {n}"} for n in range(30)]
+    pairs += [{"prompt": "same", "chosen": "x", "rejected": "x"}, {"prompt": "half", "chosen": "x"}]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    main(["--pairs", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out"),
+          "--workers", "1", "--val-fraction", "0.3"])  # fmt: skip
+    report = capsys.readouterr().out
+    assert "2 records, each in dropped.jsonl" in report
+    assert f"1 chosen equals rejected: {tmp_path}/pairs.jsonl:31" in report
+    assert f"1 no rejected: {tmp_path}/pairs.jsonl:32" in report
+    found = 0
+    for split in ("train", "val"):
+        source = Source(str(tmp_path / "out" / split))
+        assert source.manifest.pairs and len(source.samples()) == source.manifest.documents
+        found += len(source.samples()) // 2
+        assert f"{len(source.samples()) // 2} pairs" in report
+    assert found == 30
+
+
+@pytest.mark.parametrize(
+    "content, error", [("", "pairs.jsonl: there is no record in it"), ("{}\n", "none of the 1 rec")]
+)
+def test_nothing_to_prepare(tmp_path: Path, content: str, error: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=error):
+        prepare([tmp_path / "pairs.jsonl"], str(tmp_path / "out"), SETTINGS, progress=False)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.parts").exists()
