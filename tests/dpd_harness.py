@@ -16,9 +16,10 @@ from data.prepare import prepare
 from nb_lightning.checkpoints import CheckpointWeights
 from nb_lightning.config import Config, plan_of, run_dir
 from nb_lightning.config_checks import check
+from nb_lightning.hf_config import config_from_shape
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.tokenizer import load_tokenizer
-from nb_lightning.weights import Stored, Weights, config_from_shape, save_hf
+from nb_lightning.weights import Stored, Weights, save_hf
 from tests.harness import ROOT, environment
 from tests.test_conf import composed
 
