@@ -143,6 +143,8 @@ class ChatDataConfig(DataConfig):
 
     template: str | None = None  # file of the chat template they were made with; null: the tokenizer's own, else ChatML
     tasks: list[str] = field(default_factory=list)  # .jsonl files of held-out tasks that TaskAccuracy measures
+    task_limit: int | None = None  # only the first so many tasks of each file
+    task_tokens: int = 1024  # longest answer, in tokens
 
 
 @dataclass
