@@ -68,6 +68,8 @@ RULES = [
          only=modules("messages", "chat", "chat_process")),
     Rule("chat tokens: stdlib, tokenizers and chat", library("chat_tokens"),
          only=("tokenizers", *modules("messages", "chat", "tokenizer"))),
+    Rule("one place for OpenAI's client", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
+         never=("openai",), but=("data/pairs/endpoint.py",)),
     Rule("one place for Jinja", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("jinja2",), but=library("chat_worker")),
     Rule("the chat worker: stdlib and Jinja", library("chat_worker"), only=("jinja2",)),

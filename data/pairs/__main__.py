@@ -1,0 +1,151 @@
+"""Preference pairs from tasks with checkable answers: a teacher's right response beside the student's wrong one.
+
+`python -m data.pairs --tasks tasks.jsonl --teacher RUN --student RUN --output FOLDER` (docs/dpd.md) samples several
+responses of each, scores them, and keeps pairs where the teacher's is clearly better:
+
+    FOLDER/claim.json       what the work is for: tasks, models, sampling, seed
+           teacher.jsonl    all responses and scores, kept as they are done: stopped, the same command goes on
+           student.jsonl
+           judge.jsonl      what a judge said, where one was asked
+           pairs.jsonl      for data.prepare --pairs
+           report.json      how many prompts gave none, and why
+
+The result depends on the input, the settings and the seed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.pairs.judge import EndpointJudge
+from data.pairs.make import describe, make
+from data.pairs.rule import BY, Rule
+from data.pairs.samples import EndpointSampler, LocalSampler, Sampler, key_of
+from nb_lightning.generate import MAX_BATCH
+from nb_lightning.sampling import Sampling
+from nb_lightning.source import sha256
+from nb_lightning.tasks import Task, read_tasks
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    a = parser().parse_args(arguments)
+    try:
+        print(describe(run(a)))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m data.pairs", description=__doc__.partition("\n")[0])
+    p.add_argument("--tasks", nargs="+", required=True, metavar="FILE", help="verifiable tasks, .jsonl")
+    p.add_argument("--teacher", required=True, metavar="MODEL", help="run, checkpoint, Hugging Face folder, .gguf "
+                   "file, or the address of an endpoint (http://host:port/v1, with --teacher-model)")  # fmt: skip
+    p.add_argument("--teacher-model", metavar="NAME", help="what the endpoint calls the teacher")
+    p.add_argument("--student", required=True, metavar="MODEL", help="the model that DPD is to begin with")
+    p.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    p.add_argument("--overwrite", action="store_true", help="drop what is there from other settings")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first so many tasks of each file")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--k", type=int, default=4, help="responses of the teacher to each prompt (default: %(default)s)")
+    g.add_argument("--student-k", type=int, help="responses of the student (default: as many)")
+    g.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    g.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
+    g.add_argument("--max-new-tokens", type=int, default=512, help="(default: %(default)s)")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--chat-template", type=Path, metavar="FILE", help="of both models (default: each its own)")
+    g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="responses generated at a time")
+    g.add_argument("--concurrency", type=int, default=8, help="requests to an endpoint at a time")
+    g.add_argument("--device", default="auto")
+    g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    g = p.add_argument_group("which pairs are kept")
+    g.add_argument("--by", default="verifier", choices=BY, help="(default: %(default)s)")
+    g.add_argument("--chosen-reward", type=float, default=1.0, metavar="X", help="at least (default: %(default)s)")
+    g.add_argument("--margin", type=float, default=1.0, metavar="X",
+                   help="the rejected one's is at least so much lower (default: %(default)s)")  # fmt: skip
+    g.add_argument("--pairs-per-prompt", type=int, default=1, metavar="N", help="at most (default: %(default)s)")
+    g.add_argument("--judge", metavar="URL", help="endpoint of a judge, for --by judge or both")
+    g.add_argument("--judge-model", metavar="NAME")
+    g.add_argument("--preference", type=float, default=0.75, metavar="X", help="of the judge, at least (default: both "
+                   "ways round it prefers the teacher's, or one way with the other undecided)")  # fmt: skip
+    return p
+
+
+def run(a: argparse.Namespace) -> dict[str, Any]:
+    """Make the pairs; returns the report.
+
+    Raises:
+        ValueError: something that was asked for cannot be done, or there is not one pair.
+    """
+    rule = Rule(a.by, a.chosen_reward, a.margin, a.preference, a.pairs_per_prompt)
+    judge = None
+    if rule.by != "verifier":
+        if not (a.judge and a.judge_model):
+            raise ValueError(f"--by {rule.by} needs --judge and --judge-model")
+        judge = EndpointJudge(a.judge, a.judge_model, a.concurrency)
+    tasks, files = _tasks(a.tasks, a.limit)
+    teacher, student = _samplers(a)
+    claim = {
+        "tasks": files,
+        "limit": a.limit,
+        "teacher": teacher.about(),
+        "student": student.about(),
+        "template": student.chat_tokenizer().template.source,
+        "sampling": {
+            "k": teacher.k,
+            "student_k": student.k,
+            "temperature": a.temperature,
+            "top_p": a.top_p,
+            "max_new_tokens": a.max_new_tokens,
+        },
+        "seed": a.seed,
+    }
+    return make(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite)
+
+
+def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], dict[str, str]]:
+    """All tasks, and the SHA-256 of each file."""
+    tasks: dict[str, Task] = {}
+    for path in paths:
+        for task in read_tasks(path)[:limit]:
+            if key_of(task) in tasks:
+                raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
+            tasks[key_of(task)] = task
+    return list(tasks.values()), {str(path): sha256(Path(path)) for path in paths}
+
+
+def _samplers(a: argparse.Namespace) -> tuple[Sampler, LocalSampler]:
+    try:
+        template = a.chat_template.read_text("utf-8") if a.chat_template else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {a.chat_template} cannot be read: {error}") from error
+    for name in ("k", "student_k", "max_batch", "concurrency", "limit"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; it must be at least 1")
+    if "://" in a.student:
+        raise ValueError("--student is an endpoint; it must be a local model: its template writes the pairs")
+    sampling = Sampling(a.max_new_tokens, a.temperature, top_p=a.top_p)
+    local = {"sampling": sampling, "max_batch": a.max_batch, "template": template, "device": a.device, "dtype": a.dtype}
+    # Seeds of their own: a student must not draw what the teacher does where both are one model.
+    student = LocalSampler(a.student, k=a.student_k or a.k, seed=2 * a.seed + 1, **local)
+    chat = student.chat_tokenizer()
+    if "://" in a.teacher:
+        if not a.teacher_model:
+            raise ValueError("--teacher is an endpoint: name its model with --teacher-model")
+        return EndpointSampler(a.teacher, a.teacher_model, sampling, a.k, 2 * a.seed, chat, a.concurrency), student
+    teacher = LocalSampler(a.teacher, k=a.k, seed=2 * a.seed, **local)
+    if teacher.chat_tokenizer().template.source != chat.template.source:
+        raise ValueError(
+            "teacher and student have different chat templates, and a pair keeps responses letter for letter; give one "
+            "for both with --chat-template"
+        )
+    return teacher, student
+
+
+if __name__ == "__main__":
+    main()

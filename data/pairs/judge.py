@@ -1,0 +1,78 @@
+"""Which of two responses is better, where a verifier does not say it: a judge model, or a pairwise reward model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from data.pairs.endpoint import asking, client
+
+QUESTION = """Two answers to the same conversation follow. Which one is better: more correct, more helpful, clearer?
+
+<conversation>
+{conversation}
+</conversation>
+
+<answer_A>
+{a}
+</answer_A>
+
+<answer_B>
+{b}
+</answer_B>
+
+Say in a sentence why, then end with a line that is only A or B."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two responses to the same messages."""
+
+    messages: Sequence[Mapping[str, Any]]
+    first: str
+    second: str
+
+
+class Judge(Protocol):
+    """Says which of two responses is better."""
+
+    def about(self) -> dict[str, Any]:
+        """What identifies it, for the pairs' provenance."""
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
+        """Of each, how likely the first is the better one, from 0 to 1."""
+
+
+@dataclass
+class EndpointJudge:
+    """A model behind an endpoint, asked twice, the second time the other way round: it may prefer what comes first."""
+
+    url: str
+    model: str
+    concurrency: int = 8
+    max_tokens: int = 512
+
+    def about(self) -> dict[str, Any]:
+        return {"name": self.model, "url": self.url}
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
+        with client(self.url) as endpoint, ThreadPoolExecutor(self.concurrency) as pool:
+            first = [pool.submit(self._first, endpoint, c.messages, c.first, c.second) for c in comparisons]
+            second = [pool.submit(self._first, endpoint, c.messages, c.second, c.first) for c in comparisons]
+            return [(a.result() + 1 - b.result()) / 2 for a, b in zip(first, second)]
+
+    def _first(self, endpoint: Any, messages: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
+        """1 where A is called better, 0 where B is, 0.5 where the answer names neither."""
+        conversation = "\n\n".join(f"{m['role']}: {m.get('content', '')}" for m in messages)
+        question = QUESTION.format(conversation=conversation, a=a, b=b)
+        with asking(self.url):
+            reply = endpoint.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": question}], temperature=0.0,
+                max_tokens=self.max_tokens,
+            )  # fmt: skip
+            said = reply.choices[0].message.content or ""
+        verdicts = re.findall(r"^\W*([AB])\W*$", said, re.MULTILINE)
+        return {"A": 1.0, "B": 0.0}.get(verdicts[-1] if verdicts else "", 0.5)

@@ -1,0 +1,299 @@
+"""`python -m data.pairs`: which responses become a pair, going on after a stop, and endpoints."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.pairs.__main__ import main
+from data.pairs.judge import Comparison, EndpointJudge
+from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, Rule
+from data.pairs.samples import Response
+from data.prepare import main as prepare
+from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.source import Source
+from nb_lightning.tasks import Task, write_tasks
+from nb_lightning.tokenizer import load_tokenizer
+from tests.dpd_harness import save_model
+
+# Which pairs are kept -----------------------------------------------------------------------------------------------
+
+
+def r(text: str, reward: float = 1.0, finish: str = "stop", status: str = "") -> Response:
+    return Response(text, finish, reward, status or ("correct" if reward == 1 else "wrong"))
+
+
+RIGHT, WRONG, CUT, BROKEN = r("a"), r("b", 0.0), r("c", finish="length"), r("d", 0.0, status="verifier_error")
+
+
+@pytest.mark.parametrize(
+    "rule, teacher, student, expected",
+    [
+        (Rule(), [WRONG, RIGHT], [RIGHT, WRONG], [("a", "b")]),
+        (Rule(), [WRONG, WRONG], [WRONG], NEVER_RIGHT),
+        (Rule(), [CUT, WRONG], [WRONG], CUT_OFF),
+        (Rule(), [BROKEN], [WRONG], FAILED),
+        (Rule(), [BROKEN, RIGHT], [BROKEN], FAILED),  # a verifier that failed says nothing of the response
+        (Rule(), [RIGHT], [RIGHT, r("x")], NEVER_WRONG),
+        (Rule(), [RIGHT], [RIGHT, CUT, r("x", 0.5)], NEVER_WRONG),
+        (Rule(margin=0.5), [RIGHT], [RIGHT, r("x", 0.5)], [("a", "x")]),
+        (Rule(least=0.5, margin=0.5), [r("x", 0.5)], [WRONG], [("x", "b")]),
+        (Rule(), [RIGHT], [r("a", 0.0)], EQUAL),  # a verifier of two minds
+        (Rule(), [RIGHT], [r("c", 0.0, "length")], [("a", "c")]),  # one that never ends is a good rejected one
+        (Rule(by="judge"), [WRONG], [r("x")], [("b", "x")]),
+        (Rule(by="judge"), [RIGHT], [RIGHT], EQUAL),
+        (Rule(by="judge"), [BROKEN], [BROKEN, RIGHT], [("d", "a")]),
+        (Rule(by="judge"), [CUT], [WRONG], CUT_OFF),
+        (Rule(by="both"), [WRONG], [RIGHT], NEVER_RIGHT),
+    ],
+)  # fmt: skip
+def test_the_rule(rule: Rule, teacher: list[Response], student: list[Response], expected: Any) -> None:
+    found = rule.candidates(teacher, student, "seed")
+    assert (found if isinstance(found, str) else [(c.text, d.text) for c, d in found]) == expected
+
+
+def test_several_pairs_of_a_prompt_share_no_response() -> None:
+    teacher = [r(f"t{i % 4}") for i in range(8)] + [r("bad", 0.0)]
+    student = [r(f"s{i % 3}", 0.0) for i in range(6)] + [r("good")]
+    pairs = Rule(pairs=5).candidates(teacher, student, "x")
+    assert len(pairs) == 3 == len({c.text for c, _ in pairs}) == len({d.text for _, d in pairs})
+    assert all(c.reward == 1 and d.reward == 0 for c, d in pairs)
+    assert pairs == Rule(pairs=5).candidates(teacher, student, "x")
+    drawn = {Rule().candidates(teacher, student, str(seed))[0][0].text for seed in range(40)}
+    assert drawn == {"t0", "t1", "t2", "t3"}
+
+
+@pytest.mark.parametrize("wrong", [{"by": "luck"}, {"margin": 0}, {"least": 2}, {"preference": 0}, {"pairs": 0}])
+def test_a_rule_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^--"):
+        Rule(**wrong)
+
+
+# From models to a source --------------------------------------------------------------------------------------------
+
+
+def bigram(follows: dict[str, str]) -> Transformer:
+    """A model whose next token depends on the last one alone: one of the characters that may follow, equally often."""
+    tokenizer = load_tokenizer("bytes").tokenizer
+    model = Transformer(ModelShape(260, 64, 1, 1, 1, 64, 64))
+    generator = torch.Generator().manual_seed(0)
+    u = torch.nn.functional.normalize(torch.randn(260, 64, generator=generator), dim=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1.0) if p.dim() == 1 else p.zero_()
+            if name == "embedding.weight":
+                p.copy_(u)
+        for before, after in follows.items():
+            for token in after or ["<|im_end|>"]:
+                id = tokenizer.token_to_id(token) if token.startswith("<|") else tokenizer.encode(token).ids[0]
+                model.head.weight[id] += 3 * u[tokenizer.encode(before).ids[0]]
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that answers 7, a student that answers 7 or 8; and tasks: of three sevenths is the answer 9."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(bigram({"\n": "7", "7": ""}), folder / "teacher")
+    save_model(bigram({"\n": "78", "7": "", "8": ""}), folder / "student")
+    tasks = [
+        Task(f"t{n}", "sums", [{"role": "user", "content": f"{n} + ?"}], "exact", "9" if n % 7 < 3 else "7")
+        for n in range(28)
+    ]
+    write_tasks(folder / "tasks.jsonl", tasks)
+    return folder
+
+
+def command(models: Path, output: Path, *more: str) -> list[str]:
+    names = {"tasks": models / "tasks.jsonl", "teacher": models / "teacher", "student": models / "student"}
+    words = [word for name, path in names.items() for word in (f"--{name}", str(path))]
+    return [*words, "--output", str(output), "--k", "2", "--max-new-tokens", "4", "--seed", "3", *more]
+
+
+@pytest.fixture(scope="module")
+def made(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("made") / "pairs"
+    main(command(models, output))
+    return output
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_teacher_right_and_the_student_wrong(models: Path, made: Path, tmp_path: Path) -> None:
+    pairs = lines(made / "pairs.jsonl")
+    assert 8 < len(pairs) < 16  # of the 16 it can be right in; a quarter of the students are right twice
+    for pair in pairs:
+        assert (pair["chosen"], pair["rejected"]) == ("7", "8") and int(pair["id"][1:]) % 7 >= 3
+        assert pair["messages"] == [{"role": "user", "content": f"{pair['id'][1:]} + ?"}]
+        assert pair["scores"]["chosen"] == {"reward": 1.0, "status": "correct"}
+        assert pair["scores"]["rejected"] == {"reward": 0.0, "status": "wrong"}
+        assert pair["scores"]["teacher"] == [1.0, 1.0] and 0.0 in pair["scores"]["student"]
+        provenance = pair["provenance"]
+        assert (provenance["teacher"]["name"], provenance["student"]["name"]) == ("teacher", "student")
+        assert len(provenance["teacher"]["digest"]) == 64 != provenance["student"]["digest"]
+        assert provenance["seed"] == 3 and provenance["sampling"]["temperature"] == 1.0
+    report = json.loads((made / "report.json").read_text())
+    assert report["prompts"] == 28 and report["with_pairs"] == report["pairs"] == len(pairs)
+    none = {reason: len(ids) for reason, ids in report["none"].items()}
+    assert none == {NEVER_RIGHT: 12, NEVER_WRONG: 16 - len(pairs)}
+    assert report["sources"]["sums"]["teacher"] == pytest.approx(16 / 28)
+    prepare(["--pairs", "--input", str(made / "pairs.jsonl"), "--output", str(tmp_path / "source"), "--workers", "1",
+             "--tokenizer", str(models / "student"), "--val-fraction", "0.2", "--on-bad", "fail"])  # fmt: skip
+    assert sum(len(Source(str(tmp_path / f"source/{split}")).samples()) for split in ("train", "val")) == 2 * len(pairs)
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_pairs(models: Path, made: Path, tmp_path: Path) -> None:
+    again = tmp_path / "pairs"
+    again.mkdir()
+    (again / "claim.json").write_bytes((made / "claim.json").read_bytes())
+    whole = (made / "teacher.jsonl").read_bytes()
+    (again / "teacher.jsonl").write_bytes(whole[: len(whole) // 2])  # in the middle of a line
+    kept = whole[: len(whole) // 2].rpartition(b"\n")[0]
+    main(command(models, again))
+    assert (again / "pairs.jsonl").read_bytes() == (made / "pairs.jsonl").read_bytes()
+    assert (again / "teacher.jsonl").read_bytes().startswith(kept)
+    assert sorted(lines(again / "teacher.jsonl"), key=str) == sorted(lines(made / "teacher.jsonl"), key=str)
+
+
+def test_what_is_there_is_not_sampled_again(models: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.pairs.samples.load_pretrained", None)
+    before = (made / "pairs.jsonl").read_bytes()
+    main(command(models, made, "--margin", "0.5"))  # another rule needs no other responses
+    assert (made / "pairs.jsonl").read_bytes() == before
+
+
+def test_mistakes_are_one_line(models: Path, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/notes.txt").touch()
+    (tmp_path / "other.jinja").write_text("{{ messages }}")
+    no_reason = f"not one pair of 28 prompts: 16 {NEVER_WRONG}, 12 {NEVER_RIGHT}; the responses are in"
+    for words, error in (
+        (
+            command(models, made, "--seed", "4"),
+            "holds responses of other seed; name another folder, or",
+        ),
+        (command(models, tmp_path / "else"), "holds something else (notes.txt); name another folder"),
+        (command(models, tmp_path / "x", "--student", str(models / "teacher")), no_reason),
+        (command(models, tmp_path / "y", "--by", "both"), "--by both needs --judge and --judge-model"),
+        (command(models, tmp_path / "y", "--teacher", "http://x/v1"), "name its model with --teacher-model"),
+        (command(models, tmp_path / "y", "--student", "http://x/v1"), "--student is an endpoint; it must be a local"),
+        (command(models, tmp_path / "y", "--teacher", "nowhere"), "no checkpoint at 'nowhere'"),
+        (command(models, tmp_path / "y", "--k", "0"), "--k is 0; it must be at least 1"),
+        (command(models, tmp_path / "y", "--margin", "2"), "--margin is 2.0; it must be above 0 and at most 1"),
+        (command(models, tmp_path / "y", "--chat-template", "nowhere"), "--chat-template nowhere cannot be read"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert error in str(stopped.value) and "\n" not in str(stopped.value)
+    assert not (tmp_path / "y").exists()
+
+
+# Endpoints ----------------------------------------------------------------------------------------------------------
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers chats with `self.answer(request)`: a message, or a status."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.answer: Any = None
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.requests.append(request)
+                answer = server.answer(request)
+                body: dict[str, Any] = {"error": {"message": "no"}}
+                if isinstance(answer, dict):
+                    choice = {"index": 0, "finish_reason": answer.pop("finish", "stop"), "message": answer}
+                    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                self.send_response(200 if isinstance(answer, dict) else answer)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_teacher_behind_an_endpoint(models: Path, tmp_path: Path, endpoint: Endpoint) -> None:
+    limit = ["--teacher", endpoint.url, "--teacher-model", "big", "--limit", "14"]
+    endpoint.answer = lambda request: 400 if len(endpoint.requests) > 9 else {"content": "Answer: 7"}
+    with pytest.raises(SystemExit) as stopped:
+        main(command(models, tmp_path / "pairs", *limit, "--concurrency", "1"))
+    assert str(stopped.value).startswith(f"error: {endpoint.url}: BadRequestError")
+    done = len(lines(tmp_path / "pairs/teacher.jsonl"))
+    assert done == 4  # two answers each
+    endpoint.requests.clear()
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+        if request["messages"][0]["content"] == "13 + ?":
+            return {"content": None, "tool_calls": [call]}
+        return {"content": "Answer: 7", "reasoning_content": "It is 7.", "role": "assistant"}
+
+    endpoint.answer = answer
+    main(command(models, tmp_path / "pairs", *limit))
+    assert len(endpoint.requests) == 2 * (14 - done)
+    assert {request["model"] for request in endpoint.requests} == {"big"}
+    assert len({request["seed"] for request in endpoint.requests}) == len(endpoint.requests)
+    responses = {e["key"]: e["value"] for e in lines(tmp_path / "pairs/teacher.jsonl")}
+    assert responses["sums\nt0"][0]["text"] == "Answer: 7"
+    assert responses["sums\nt12"][0]["text"] == "<think>\nIt is 7.\n</think>\n\nAnswer: 7"
+    assert responses["sums\nt13"][0]["text"] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    pairs = lines(tmp_path / "pairs/pairs.jsonl")
+    assert pairs and all(pair["provenance"]["teacher"] == {"name": "big", "url": endpoint.url} for pair in pairs)
+
+
+def test_a_judge_is_asked_both_ways_round(models: Path, tmp_path: Path, endpoint: Endpoint) -> None:
+    judge = EndpointJudge(endpoint.url, "judge")
+    verdicts = {"first": "Both are fine.\nA", "seven": None, "none": "I cannot say."}
+
+    def says(kind: str) -> None:
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            question = request["messages"][0]["content"]
+            seven_is_a = "<answer_A>\n7" in question
+            return {"content": verdicts[kind] or ("So:\n**A**" if seven_is_a else "B")}
+
+        endpoint.answer = answer
+
+    asked = [Comparison([{"role": "user", "content": "3 + 4"}], "7", "8")]
+    for kind, expected in (("first", 0.5), ("seven", 1.0), ("none", 0.5)):
+        says(kind)
+        assert judge.compare(asked) == [expected]
+    assert judge.compare([Comparison(asked[0].messages, "8", "7")]) == [0.5]
+    words = ["--judge", endpoint.url, "--judge-model", "judge", "--limit", "14"]
+    says("first")
+    with pytest.raises(SystemExit, match=f"{NOT_PREFERRED}"):
+        main(command(models, tmp_path / "pairs", "--by", "both", *words))
+    says("seven")
+    main(command(models, tmp_path / "other", "--by", "judge", *words))
+    pairs = lines(tmp_path / "other/pairs.jsonl")
+    assert len(pairs) > 8 and all(pair["scores"]["preference"] == 1.0 for pair in pairs)
+    assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {("7", "8")}
+    assert pairs[0]["provenance"]["judge"]["name"] == "judge"
+    endpoint.requests.clear()
+    main(command(models, tmp_path / "other", "--by", "judge", *words))
+    assert endpoint.requests == []
