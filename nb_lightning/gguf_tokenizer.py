@@ -55,19 +55,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: Path) -> TextTokeni
     """
     kind, split = metadata.get(KEY + "model"), metadata.get(KEY + "pre")
     tokens, types = metadata.get(KEY + "tokens"), metadata.get(KEY + "token_type")
+    if not (kind == "llama" or (kind == "gpt2" and split in SPLITS)):
+        raise ValueError(
+            f"{origin}: its tokenizer is {kind!r} with {KEY}pre {split!r}; only SentencePiece ('llama') and byte-level "
+            f"BPE ('gpt2') with {', '.join(SPLITS)} can be read. Use a folder with a tokenizer.json"
+        )
     try:
         if kind == "llama":
             prefix = metadata.get(KEY + "add_space_prefix", True)
             tokenizer = spm.build(spm.Pieces(tokens, metadata.get(KEY + "scores"), types, prefix), {}, origin)
-        elif kind == "gpt2" and split in SPLITS:
-            tokenizer = _byte_level_bpe(tokens, types, metadata.get(KEY + "merges"), split)
         else:
-            raise _UnknownKind
-    except _UnknownKind:
-        raise ValueError(
-            f"{origin}: its tokenizer is {kind!r} with {KEY}pre {split!r}; only SentencePiece ('llama') and byte-level "
-            f"BPE ('gpt2') with {', '.join(SPLITS)} can be read. Use a folder with a tokenizer.json"
-        ) from None
+            tokenizer = _byte_level_bpe(tokens, types, metadata.get(KEY + "merges"), split)
     except Exception as error:  # the Rust side raises bare Exception
         reason = str(error).splitlines()[0]
         raise ValueError(f"{origin}: what its metadata says under {KEY} is no tokenizer: {reason}") from error
@@ -80,10 +78,6 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: Path) -> TextTokeni
         begin_with(tokenizer, beside["bos_token"])
     template = metadata.get(TEMPLATE)
     return text_tokenizer(tokenizer, beside, template if isinstance(template, str) else None, str(origin))
-
-
-class _UnknownKind(Exception):
-    pass
 
 
 def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], split: str) -> Tokenizer:

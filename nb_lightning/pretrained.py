@@ -126,16 +126,16 @@ class HFOrigin(Origin):
 
 @dataclass(frozen=True)
 class GGUFOrigin(Origin):
-    weights: GGUFWeights
+    content: GGUFWeights
 
     def open(self) -> weights.Weights:
-        return self.weights
+        return self.content
 
     def _tokenizer(self) -> TextTokenizer:
-        return tokenizer_from_gguf(self.weights.metadata, self.path)
+        return tokenizer_from_gguf(self.content.metadata, self.path)
 
     def _named_ends(self) -> list[Any]:
-        return [self.weights.metadata.get("tokenizer.ggml.eot_token_id")]
+        return [self.content.metadata.get("tokenizer.ggml.eot_token_id")]
 
 
 def find(path: str, verify: bool = True) -> Origin:
@@ -148,9 +148,11 @@ def find(path: str, verify: bool = True) -> Origin:
         ValueError: none of them, damaged, or a model that the backbone cannot be.
     """
     where = Path(path)
+    if not where.exists():
+        raise ValueError(
+            f"no checkpoint at {path!r}: name a run, one of its checkpoints, a Hugging Face folder or a .gguf file"
+        )
     if where.suffix == ".gguf":
-        if not where.is_file():
-            raise ValueError(f"there is no file {path}")
         gguf = GGUFWeights(where)
         return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
     if (where / hf_config.CONFIG).is_file():

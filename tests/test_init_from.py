@@ -130,7 +130,7 @@ def test_the_shape_is_read_from_there(small: Callable[[bool], Path], tied: bool)
     [
         ([], "model=from_hf takes the shape from init_from=: name a Hugging Face folder"),
         (["init_from=nowhere"], "init_from=nowhere: no checkpoint at 'nowhere'"),
-        (["init_from=nowhere.gguf"], "init_from=nowhere.gguf: there is no file nowhere.gguf"),
+        (["init_from=nowhere.gguf"], "init_from=nowhere.gguf: no checkpoint at 'nowhere.gguf': name a run"),
     ],
 )
 def test_nothing_to_read_the_shape_from(overrides: list[str], message: str) -> None:
