@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from data.records import Part, Record, read_objects
 from data.source import SampleWriter
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
-from nb_lightning.messages import ChatError, check_messages
+from nb_lightning.messages import ChatError, check_messages, outcome
 from nb_lightning.source import TRAINED, SourceManifest
 
 FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")
+BATCH = 64  # conversations rendered at a time
 HISTORY = ("expand", "mask", "keep")
 SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
 
@@ -64,24 +65,40 @@ class Chats:
         return SampleWriter(folder, manifest, self.settings.chunk_tokens)
 
     def read(self, part: Part) -> Iterator[Record]:
+        batch: list[Record] = []
         for record in read_objects(part, self.fields):
-            if record.bad is None:
-                try:
-                    yield Record(record.file, record.line, self.parse(record.value))
-                except ChatError as error:
-                    yield Record(record.file, record.line, None, error.kind, str(error))
+            batch.append(record)
+            if len(batch) == BATCH:
+                yield from self._parsed(batch)
+                batch = []
+        yield from self._parsed(batch)
+
+    def _parsed(self, batch: list[Record]) -> Iterator[Record]:
+        outcomes = iter(self.parse_many([record.value for record in batch if record.bad is None]))
+        for record in batch:
+            found = next(outcomes) if record.bad is None else None
+            if isinstance(found, ChatError):
+                yield Record(record.file, record.line, None, found.kind, str(found))
             else:
-                yield record
+                yield record if found is None else replace(record, value=found)
 
-    def parse(self, fields: Mapping[str, Any]) -> tuple[str, list[list[int]]]:
-        """The question of a record, and the words of its samples.
+    def parse_many(self, records: list[Mapping[str, Any]]) -> list[tuple[str, list[list[int]]] | ChatError]:
+        """Of each record the question and the words of its samples, or what is wrong with it.
 
-        Raises:
-            ChatError: see `chat_of` and `samples`.
+        All are rendered at once, which is faster than one by one.
         """
-        chat = chat_of(fields)
+        chats = [outcome(chat_of, fields) for fields in records]
+        good = [chat for chat in chats if not isinstance(chat, ChatError)]
+        wholes = iter(self.encoder.encode_many([(self._messages(chat), chat.tools) for chat in good]))
+        found: list[Any] = []
+        for chat in chats:
+            whole = chat if isinstance(chat, ChatError) else next(wholes)
+            found.append(whole if isinstance(whole, ChatError) else outcome(self._parse, chat, whole))
+        return found
+
+    def _parse(self, chat: Chat, whole: ChatTokens) -> tuple[str, list[list[int]]]:
         first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        return question(chat.messages[:first], chat.tools), self.samples(chat)
+        return question(chat.messages[:first], chat.tools), self._samples(chat, whole)
 
     def encode(self, values: Iterator[Any]) -> Iterator[tuple[bool, list[list[int]]]]:
         """Of each good record: whether it is held out, and the words to write.
@@ -91,7 +108,10 @@ class Chats:
         for question, samples in values:
             yield self.settings.is_held_out(question), samples
 
-    def samples(self, chat: Chat) -> list[list[int]]:
+    def _messages(self, chat: Chat) -> list[dict[str, Any]]:
+        return chat.messages if self.chat.think else [_without_thought(message) for message in chat.messages]
+
+    def _samples(self, chat: Chat, whole: ChatTokens) -> list[list[int]]:
         """The words of a conversation's samples.
 
         Many templates leave the reasoning out of turns before the last question. To train on such a turn would teach
@@ -101,14 +121,12 @@ class Chats:
         Raises:
             ChatError: a conversation that the template or the tokenizer cannot write, or with nothing to train on.
         """
-        messages = chat.messages if self.chat.think else [_without_thought(message) for message in chat.messages]
-        whole = self.encoder.encode(messages, chat.tools)
         turns = [turn for turn in whole.turns if turn.index in chat.trained]
         lost = [] if self.chat.history == "keep" else [turn for turn in turns if not turn.thought]
         samples = []
         if self.chat.history == "expand":
             for turn in lost:
-                part = self.encoder.encode(messages[: turn.index + 1], chat.tools)
+                part = self.encoder.encode(self._messages(chat)[: turn.index + 1], chat.tools)
                 if not part.turns[-1].thought:
                     raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
                 samples.append(words_of(part, part.turns[-1:]))

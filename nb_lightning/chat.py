@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nb_lightning.chat_process import TemplateProcess
-from nb_lightning.messages import ChatError, Message, check_messages
+from nb_lightning.messages import ChatError, Message, check_messages, outcome
 
+T = TypeVar("T")
 CPU_S = 2.0  # per call; to render a long conversation takes about a millisecond
 
 
@@ -52,7 +53,7 @@ class ChatTemplate:
     ) -> None:
         self.source, self.special, self.now, self.cpu_s = source, dict(special), now, cpu_s
         self._workers: dict[int, TemplateProcess] = {}  # process id -> worker
-        self._probed: tuple[str, str] | None = None
+        self.probed: tuple[str, str] | None = None  # see `_Replacement`
 
     @classmethod
     def chatml(cls) -> ChatTemplate:
@@ -71,7 +72,8 @@ class ChatTemplate:
         Raises:
             ChatError: messages that are no conversation, or a template that raises, takes too long or too much memory.
         """
-        return self._render([_Job(check_messages(messages), add_generation_prompt)], tools)[0]
+        (texts,) = self._render([[_Job(check_messages(messages), tools, add_generation_prompt)]])
+        return _or_raise(texts)[0]
 
     def render_with_spans(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -90,26 +92,69 @@ class ChatTemplate:
         Raises:
             ChatError: as `render_with_spans`.
         """
-        checked = check_messages(messages)
-        by = self._turns_by_blocks if self.has_generation_blocks else self._turns_by_replacement
-        return by(checked, tools, [i for i, message in enumerate(checked) if message["role"] == "assistant"])
+        return _or_raise(self.render_many([(messages, tools)])[0])
+
+    def render_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Any] | None]]
+    ) -> list[tuple[str, list[Turn]] | ChatError]:
+        """`render_turns` of many conversations (messages and tools) at a time, which is faster; or its error."""
+        finder = _Blocks(self) if self.has_generation_blocks else _Replacement(self)
+        checked = [outcome(check_messages, messages) for messages, _ in conversations]
+        groups = [
+            outcome(finder.jobs, messages, tools) if not isinstance(messages, ChatError) else messages
+            for messages, (_, tools) in zip(checked, conversations)
+        ]
+        answers = iter(self._render([jobs for jobs in groups if not isinstance(jobs, ChatError)]))
+        results: list[Any] = []
+        for messages, jobs in zip(checked, groups):
+            texts = jobs if isinstance(jobs, ChatError) else next(answers)
+            results.append(texts if isinstance(texts, ChatError) else outcome(finder.turns, messages, texts))
+        return results
 
     @property
     def has_generation_blocks(self) -> bool:
         return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
 
-    def _turns_by_blocks(
-        self, messages: list[dict[str, Any]], tools: Any, indices: list[int]
-    ) -> tuple[str, list[Turn]]:
+    def _render(self, groups: list[list[_Job]]) -> list[list[str] | ChatError]:
+        if not groups:
+            return []
+        setup = {"source": self.source, "special": self.special, "now": self.now, "cpu_s": self.cpu_s}
+        requests = [
+            [[job.messages, list(job.tools) if job.tools else None, job.prompt, job.marks] for job in jobs]
+            for jobs in groups
+        ]
+        return self._workers.setdefault(os.getpid(), TemplateProcess()).render(setup, requests)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_workers": {}}
+
+
+class _Job(NamedTuple):
+    messages: list[dict[str, Any]]
+    tools: Sequence[Any] | None = None
+    prompt: bool = False
+    marks: tuple[str, str] = ("", "")
+
+
+class _Blocks:
+    """Finds turns by generation blocks: the text once more with a mark before and after each."""
+
+    def __init__(self, template: ChatTemplate) -> None:
         nonce = secrets.token_hex(8)
-        marks = f"<{nonce}>", f"</{nonce}>"
-        text, marked = self._render([_Job(messages), _Job(messages, marks=marks)], tools)
-        pieces = re.split("|".join(f"({mark})" for mark in marks), marked)
-        found = [mark for mark in pieces if mark in marks]
-        if found != [*marks] * len(indices):
+        self.marks = f"<{nonce}>", f"</{nonce}>"
+        self.either = re.compile("|".join(f"({mark})" for mark in self.marks))
+
+    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
+        return [_Job(messages, tools), _Job(messages, tools, marks=self.marks)]
+
+    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
+        indices, (text, marked) = _assistant(messages), texts
+        pieces = self.either.split(marked)
+        found = [mark for mark in pieces if mark in self.marks]
+        if found != [*self.marks] * len(indices):
             raise ChatError(
                 "the template has not one generation block for each assistant turn",
-                detail=f", but {found.count(marks[0])} for {len(indices)}",
+                detail=f", but {found.count(self.marks[0])} for {len(indices)}",
             )
         pieces = pieces[::3]  # without the two groups of the separator
         if "".join(pieces) != text:
@@ -117,26 +162,34 @@ class ChatTemplate:
         ends = [0, *accumulate(map(len, pieces))]
         return text, [Turn(i, ends[2 * n + 1], ends[2 * n + 2]) for n, i in enumerate(indices)]
 
-    def _turns_by_replacement(
-        self, messages: list[dict[str, Any]], tools: Any, indices: list[int]
-    ) -> tuple[str, list[Turn]]:
-        """Find the turns of a template without generation blocks.
 
-        With turn i replaced by a word W and nothing else (no reasoning, no calls), the text is A + W + Z. In the real
-        text the turn is what lies between A's generation prompt and Z, and the end-of-turn token that Z begins with.
-        The text must begin as A does up to that prompt, and end in Z: else the template writes what is around a turn
-        differently depending on its content, and where the turn lies cannot be told.
-        """
-        word = _new_word()
-        prompt, end = self._probe()
-        jobs = [_Job(messages)]
-        jobs += [_Job([*messages[:i], {"role": "assistant", "content": word}, *messages[i + 1 :]]) for i in indices]
+class _Replacement:
+    """Finds turns of a template without generation blocks.
+
+    With turn i replaced by a word W and nothing else (no reasoning, no calls), the text is A + W + Z. In the real text
+    the turn is what lies between A's generation prompt and Z, and the end-of-turn token that Z begins with. The text
+    must begin as A does up to that prompt, and end in Z: else the template writes what is around a turn differently
+    depending on its content, and where the turn lies cannot be told.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template, self.word = template, f"W{secrets.token_hex(12)}"
+
+    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
+        prompt, _ = self._probe()
+        indices, word = _assistant(messages), {"role": "assistant", "content": self.word}
+        jobs = [_Job(messages, tools)]
+        jobs += [_Job([*messages[:i], word, *messages[i + 1 :]], tools) for i in indices]
         if not prompt:  # then a turn begins where the text of the messages before it ends
-            jobs += [_Job(messages[:i]) for i in indices]
-        text, *others = self._render(jobs, tools)
+            jobs += [_Job(messages[:i], tools) for i in indices]
+        return jobs
+
+    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
+        prompt, end = self._probe()
+        indices, (text, *others) = _assistant(messages), texts
         turns = []
         for number, i in enumerate(indices):
-            before, found, after = others[number].partition(word)
+            before, found, after = others[number].partition(self.word)
             if not found:
                 raise ChatError("the template leaves out an assistant turn", f"message {i}")
             start = _after_prompt(before, prompt) if prompt else len(others[len(indices) + number])
@@ -156,36 +209,26 @@ class ChatTemplate:
 
     def _probe(self) -> tuple[str, str]:
         """(generation prompt, end of turn without the white space after it), as the smallest conversation has them."""
-        if self._probed is None:
-            word = _new_word()
-            question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": word}
-            jobs = [_Job([question]), _Job([question], True), _Job([question, answer])]
-            asked, prompted, answered = self._render(jobs, None)
-            if not prompted.startswith(asked) or word not in answered:
+        if self.template.probed is None:
+            question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": self.word}
+            jobs = [_Job([question]), _Job([question], prompt=True), _Job([question, answer])]
+            asked, prompted, answered = _or_raise(self.template._render([jobs])[0])
+            if not prompted.startswith(asked) or self.word not in answered:
                 raise ChatError(
                     "the template's generation prompt cannot be told; give one with {% generation %} blocks"
                 )
-            self._probed = prompted[len(asked) :], answered.partition(word)[2].rstrip()
-        return self._probed
-
-    def _render(self, jobs: list[_Job], tools: Sequence[Any] | None) -> list[str]:
-        setup = {"source": self.source, "special": self.special, "now": self.now, "cpu_s": self.cpu_s}
-        tools = list(tools) if tools else None
-        requests = [[job.messages, tools, job.add_generation_prompt, job.marks] for job in jobs]
-        return self._workers.setdefault(os.getpid(), TemplateProcess()).render(setup, requests)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_workers": {}}
+            self.template.probed = prompted[len(asked) :], answered.partition(self.word)[2].rstrip()
+        return self.template.probed
 
 
-class _Job(NamedTuple):
-    messages: list[dict[str, Any]]
-    add_generation_prompt: bool = False
-    marks: tuple[str, str] = ("", "")
+def _assistant(messages: list[dict[str, Any]]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _new_word() -> str:
-    return f"W{secrets.token_hex(12)}"
+def _or_raise(found: T | ChatError) -> T:
+    if isinstance(found, ChatError):
+        raise found
+    return found
 
 
 def _after_prompt(before: str, prompt: str) -> int | None:

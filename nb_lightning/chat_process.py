@@ -32,34 +32,40 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, setup: dict[str, Any], requests: list[Any]) -> list[str]:
-        """The texts of `requests`; `setup` and they are described in chat_worker.py.
+    def render(self, setup: dict[str, Any], groups: list[Any]) -> list[list[str] | ChatError]:
+        """The texts of each group, or why there are none; `setup` and groups are described in chat_worker.py.
 
-        Raises:
-            ChatError: the template raised, or went past a limit.
+        Many groups at a time cost one change of processes instead of many.
         """
+        try:
+            answers = self._exclusively(setup, groups)
+        except ChatError as error:  # killed by one of them
+            return [error] if len(groups) == 1 else [self.render(setup, [group])[0] for group in groups]
+        return [
+            answer["texts"] if "texts" in answer else ChatError("the template raised", detail=f": {answer['error']}")
+            for answer in answers
+        ]
+
+    def _exclusively(self, setup: dict[str, Any], groups: list[Any]) -> list[dict[str, Any]]:
         with self._lock:
             try:
-                answer = self._ask(setup, requests)
+                return self._ask(setup, groups)
             except BaseException:  # Ctrl-C too: an answer that nobody waits for must not be taken for the next one
                 if self._process is not None:
                     _stop(self._process, os.getpid())
                     self._process = None
                 raise
-        if "error" in answer:
-            raise ChatError("the template raised", detail=f": {answer['error']}")
-        return answer["texts"]
 
-    def _ask(self, setup: dict[str, Any], requests: list[Any]) -> dict[str, Any]:
+    def _ask(self, setup: dict[str, Any], groups: list[Any]) -> list[dict[str, Any]]:
         if self._process is None or self._process.poll() is not None:
             self._process = _start(self)
-            requests_before: list[Any] = [{**setup, "bytes": WORKER_BYTES, "characters": CHARACTERS}]
+            values = [{**setup, "bytes": WORKER_BYTES, "characters": CHARACTERS}, groups]
         else:
-            requests_before = []
+            values = [groups]
         process = self._process
         deadline = time.monotonic() + WALL_S
         try:
-            for value in (*requests_before, {"renders": requests}):
+            for value in values:
                 _send(process, value, deadline)
             return _receive(process, deadline)
         except TimeoutError:

@@ -5,9 +5,10 @@ enforces (the default action of SIGPROF ends the process, whatever it is doing),
 write. Frames in both directions are 4 bytes of length and JSON. The first one is the setup, each later one a job:
 
     {"source", "special", "now", "cpu_s", "bytes", "characters"}
-    {"renders": [[messages, tools, add_generation_prompt, marks], ...]}  ->  {"texts": [...]} or {"error": "..."}
+    [group, ...]  ->  [{"texts": [...]} or {"error": "..."}, ...]     group: [[messages, tools, prompt, marks], ...]
 
-With `marks` [open, close], what each {% generation %} block wrote is put between the two strings.
+A group is rendered whole or not at all, under one limit on time; `prompt` is the template's add_generation_prompt. With
+`marks` [open, close], what each {% generation %} block wrote is put between the two strings.
 """
 
 from __future__ import annotations
@@ -98,22 +99,24 @@ def main() -> None:
             resource.setrlimit(limit, (value, value))
     template = None
     while True:
-        jobs = read(stdin)["renders"]
-        signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
-        try:
-            template = template or build(setup)  # constants are folded here: compiling is as dangerous as running
-            answer = json.dumps({"texts": [render(template, job, setup["characters"]) for job in jobs]})
-        except TemplateError as error:
-            line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
-            answer = failure(f"{error.message or type(error).__name__}{line}")
-        except TooLong as error:
-            answer = failure(str(error))
-        except MemoryError:
-            answer = failure(f"needs more than {setup['bytes'] // 2**20:,} MiB of memory")
-        except Exception as error:  # whatever expressions in a template can raise
-            answer = failure(f"{type(error).__name__}: {error}")
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        payload = answer.encode()
+        answers = []
+        for group in read(stdin):
+            signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
+            try:
+                template = template or build(setup)  # constants are folded here: compiling is as dangerous as running
+                answer = json.dumps({"texts": [render(template, job, setup["characters"]) for job in group]})
+            except TemplateError as error:
+                line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+                answer = failure(f"{error.message or type(error).__name__}{line}")
+            except TooLong as error:
+                answer = failure(str(error))
+            except MemoryError:
+                answer = failure(f"needs more than {setup['bytes'] // 2**20:,} MiB of memory")
+            except Exception as error:  # whatever expressions in a template can raise
+                answer = failure(f"{type(error).__name__}: {error}")
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            answers.append(answer)
+        payload = f"[{','.join(answers)}]".encode()
         stdout.write(struct.pack("<I", len(payload)) + payload)
         stdout.flush()
 

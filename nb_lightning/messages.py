@@ -7,11 +7,12 @@ A message is {"role": "system|user|assistant|tool", "content": str}. An assistan
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class ChatError(ValueError):
@@ -23,6 +24,14 @@ class ChatError(ValueError):
     def __init__(self, kind: str, where: str = "", detail: str = "") -> None:
         super().__init__(f"{where}: {kind}{detail}" if where else f"{kind}{detail}")
         self.kind = kind
+
+
+def outcome(function: Callable[..., T], *arguments: Any) -> T | ChatError:
+    """What a function returns, or the `ChatError` it raises."""
+    try:
+        return function(*arguments)
+    except ChatError as error:
+        return error
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

@@ -247,6 +247,27 @@ def test_a_stopped_template_works_again() -> None:
     assert sorted(results) == ["ok"] * 3 + ["the template takes longer than 0.5 s; it was stopped"] * 2
 
 
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
+def test_many_at_a_time_are_as_one_at_a_time(name: str) -> None:
+    """Also where one of them is no conversation, and another one takes the process with it."""
+    source = ChatTemplate.chatml().source if name == "chatml" else style(name).source
+    inner = "{% for b in range(99999) %}{% endfor %}"
+    hanging = "{% if messages[0].content == 'hang' %}{% for a in range(99999) %}" + inner + "{% endfor %}{% endif %}"
+    raising = "{% if messages[0].content == 'raise' %}{{ raise_exception('no') }}{% endif %}"
+    template = ChatTemplate(hanging + raising + source, cpu_s=0.5)
+    hang, bang = ([{"role": "user", "content": word}, TWO_TURNS[1]] for word in ("hang", "raise"))
+    conversations = [(TWO_TURNS, None), (hang, None), ([], None), (AGENT, [TOOL]), (bang, None), (TWO_TURNS[:2], None)]
+    found = template.render_many(conversations)
+    assert [str(f) for f in found if isinstance(f, ChatError)] == [
+        "the template takes longer than 0.5 s; it was stopped",
+        "no messages",
+        "the template raised: no",
+    ]
+    for number in (0, 3, 5):
+        assert found[number] == template.render_turns(*conversations[number])
+    assert template.render_many([]) == []
+
+
 def test_a_killed_process_is_replaced_and_none_stays_behind() -> None:
     template = ChatTemplate.chatml()
     text = template.render(TWO_TURNS)

@@ -20,7 +20,7 @@ from typing import Any
 
 from data.chats import Chats, question, side, tools_of, words_of
 from data.source import SampleWriter
-from nb_lightning.messages import ChatError, check_messages
+from nb_lightning.messages import ChatError, check_messages, outcome
 from nb_lightning.source import TRAINED
 
 SIDES = ("chosen", "rejected")
@@ -37,6 +37,9 @@ class Pairs(Chats):
         writer = super().writer(folder)
         writer.manifest.pairs = True
         return writer
+
+    def parse_many(self, records: list[Mapping[str, Any]]) -> list[tuple[str, list[list[int]]] | ChatError]:
+        return [outcome(self.parse, fields) for fields in records]
 
     def parse(self, fields: Mapping[str, Any]) -> tuple[str, list[list[int]]]:
         """What was asked, and the words of the chosen and the rejected sample.

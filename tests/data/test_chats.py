@@ -17,6 +17,7 @@ import data.records
 from data.chats import Chats, chat_of
 from data.documents import ChatSettings, Settings
 from data.prepare import BadRecord, main, prepare
+from nb_lightning.chat import ChatTemplate
 from nb_lightning.messages import ChatError
 from nb_lightning.source import TRAINED, Source, SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
@@ -47,9 +48,15 @@ def everything(words: list[int]) -> str:
     return load_tokenizer("bytes").decode([word & (TRAINED - 1) for word in words])
 
 
+def words_of(record: dict[str, Any], **chat: Any) -> list[list[int]]:
+    (found,) = Chats(Settings("bytes", chat=ChatSettings(**chat))).parse_many([record])
+    if isinstance(found, ChatError):
+        raise found
+    return found[1]
+
+
 def samples(record: dict[str, Any], **chat: Any) -> list[str]:
-    made = Chats(Settings("bytes", chat=ChatSettings(**chat)))
-    return [trained(words) for words in made.samples(chat_of(record))]
+    return [trained(words) for words in words_of(record, **chat)]
 
 
 def stored(folder: Path, split: str = "train") -> list[np.ndarray]:
@@ -64,10 +71,9 @@ def write(path: Path, records: list[Any]) -> Path:
 
 
 def test_only_what_the_assistant_wrote_is_trained_and_nothing_follows_it() -> None:
-    made = Chats(BYTES)
-    (words,) = made.samples(chat_of({"messages": TWO}))
+    (words,) = words_of({"messages": TWO})
     assert trained(words) == "[<think>\nAdd.\n</think>\n\n2<|im_end|>][<think>\nSum.\n</think>\n\n4<|im_end|>]"
-    assert everything(words) == made.encoder.template.render(TWO).removesuffix("\n")
+    assert everything(words) == ChatTemplate.chatml().render(TWO).removesuffix("\n")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,7 @@ def test_forms_of_records(record: dict) -> None:
 def test_system_and_tools_are_written() -> None:
     tool = {"type": "function", "function": {"name": "add"}}
     for tools in ([tool], json.dumps([tool])):
-        (words,) = Chats(BYTES).samples(chat_of({"messages": PAIR, "tools": tools, "system": "Be exact."}))
+        (words,) = words_of({"messages": PAIR, "tools": tools, "system": "Be exact."})
         assert everything(words).startswith("<|im_start|>system\nBe exact.\n\n# Tools") and '"add"' in everything(words)
 
 
