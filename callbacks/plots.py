@@ -95,12 +95,14 @@ def plot_plan(plan: PhasePlan, path: Path) -> None:
 
 
 def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> None:
-    """Training loss and gradient norm, held-out perplexity of each source, realised mixture shares."""
+    """Training loss and gradient norm, realised mixture shares, and of each source what is held out: perplexity, of
+    preference pairs the reward margin."""
+    pairs = any(name.startswith("val/margin/") for name in metrics)
     plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
-    (loss, perplexity), (shares, norm) = axes
-    loss.set_title("training loss (nats per token)", fontsize=10, loc="left")
-    perplexity.set_title("held-out perplexity", fontsize=10, loc="left")
+    (loss, held_out), (shares, norm) = axes
+    loss.set_title("training loss" if pairs else "training loss (nats per token)", fontsize=10, loc="left")
+    held_out.set_title("held-out reward margin" if pairs else "held-out perplexity", fontsize=10, loc="left")
     shares.set_title("share of each source in the steps since the point before", fontsize=10, loc="left")
     norm.set_title("gradient norm before clipping", fontsize=10, loc="left")
     for axis, name in ((loss, "train/loss"), (norm, "optim/grad_norm")):
@@ -111,15 +113,16 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
     if "train/loss" in metrics and len(metrics["train/loss"]) > 20:
         loss.set_ylim(top=np.quantile(metrics["train/loss"][:, 1], 0.98) * 1.1)
     norm.set_yscale("log")
-    for axis, prefix, mark in ((perplexity, "val/perplexity/", "o"), (shares, "data/share/", "")):
+    measured = "val/margin/" if pairs else "val/perplexity/"
+    for axis, prefix, mark in ((held_out, measured, "o"), (shares, "data/share/", "")):
         for i, name in enumerate(_sources(plan)):
             if f"{prefix}{name}" in metrics:
                 x, y = metrics[f"{prefix}{name}"].T
                 axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
-    if perplexity.lines:
-        perplexity.set_yscale("log")
+    if held_out.lines and not pairs:
+        held_out.set_yscale("log")
     _mark_phases(plan, axes.flat, labelled=None)
     for axis in axes[1]:
         _token_axis(axis)

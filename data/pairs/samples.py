@@ -115,7 +115,10 @@ class LocalSampler:
     dtype: str = "auto"
 
     def about(self) -> dict[str, Any]:
-        return {"name": Path(self.path).resolve().name, "digest": find(self.path).digest()}
+        origin = find(self.path)
+        parts = origin.path.resolve().parts
+        name = f"{parts[-3]}/{parts[-1]}" if parts[-2] == "checkpoints" else parts[-1]  # of a run, and which of its
+        return {"name": name, "digest": origin.digest()}
 
     def chat_tokenizer(self) -> ChatTokenizer:
         return ChatTokenizer.of(find(self.path).tokenizer(), self.template)
