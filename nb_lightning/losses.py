@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nb_lightning import head
 from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch
-from nb_lightning.divergence import FORWARD_KL, Divergence, Teacher, TopKTeacher
+from nb_lightning.divergence import FORWARD_KL, Divergence, Part, Teacher, TopKTeacher
+from nb_lightning.token_walk import whole_groups, wide
 
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 NORMALISATIONS = ("token", "sequence", "constant")
@@ -48,11 +49,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = h
 def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
     """Sum of `values` [N] over each segment: [segments]. `index` [N] says which segment a token is of, -1 none."""
     return values.new_zeros(segments + 1).index_add(0, index.long() + 1, values)[1:]
-
-
-def masked_mean(values: Tensor, index: Tensor, segments: int) -> Tensor:
-    """Mean of `values` [N] over the tokens of each segment: [segments]; 0 where a segment has none."""
-    return segment_sum(values, index, segments) / segment_sum(torch.ones_like(values), index, segments).clamp(min=1)
 
 
 def _gradient(loss: Callable[[Tensor], Tensor], logprobs: Tensor) -> Tensor:
@@ -133,38 +129,44 @@ def dpd_loss(
         teacher = TopKTeacher(batch.teacher_ids.flatten(0, 1), batch.teacher_logprobs.flatten(0, 1))
     assert not dpo_weight or batch.ref_logprobs is not None
 
-    def logratios(logprobs: Tensor) -> Tensor:
+    def logratios(logprobs: Tensor, index: Tensor) -> Tensor:
         return segment_sum(logprobs, index, segments).view(-1, 2) - batch.ref_logprobs.to(logprobs.dtype)
 
-    def dpo(ratios: Tensor) -> Tensor:
+    def dpo(ratios: Tensor, index: Tensor) -> Tensor:
         if variant == "ipo":
             lengths = segment_sum((index >= 0).to(ratios.dtype), index, segments).view(-1, 2)
             ratios = ratios / lengths.clamp(min=1)
         return dpo_loss(ratios, beta, variant, label_smoothing)
 
     hidden = hidden.flatten(0, 1)
-    of_logprobs = torch.zeros(labels.shape, dtype=head.wide(hidden.dtype), device=labels.device)
+    zero = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     names = ("pairs", "chosen_tokens", "rejected_tokens")
-    pairs, chosen, rejected = (counts[name].clamp(min=1).to(of_logprobs) for name in names)
+    pairs, chosen, rejected = (counts[name].clamp(min=1).to(zero) for name in names)
+
+    def weigh(part: Part, logprobs: Tensor) -> Tensor:
+        """d DPO / d logprobs of tokens that are whole pairs; what the other pairs have does not matter to it."""
+        own = index[part]
+        return _gradient(lambda x: dpo_weight / pairs * dpo(logratios(x, own), own).sum(), logprobs)
+
+    weights, parts = zero.expand(labels.shape), None
     if dpo_weight and torch.is_grad_enabled():
-        with torch.no_grad():
-            logprobs = head.token_logprobs(hidden, weight, labels, chunk)
-        of_logprobs = _gradient(lambda x: dpo_weight / pairs * dpo(logratios(x)).sum(), logprobs)
+        weights, parts = weigh, whole_groups(labels, index // 2, chunk)
+        if parts is None:  # a pair is longer than a chunk
+            with torch.no_grad():
+                weights = weigh(slice(None), head.token_logprobs(hidden, weight, labels, chunk))
     of_divergence = None
     if teacher is not None:
-        of_divergence = torch.stack([0 * chosen, lambda_plus / chosen, lambda_minus / rejected])[_side(index)]
-    total, found = head.weighted_sum(
-        hidden, weight, labels, of_logprobs, teacher, divergence, of_divergence, chunk=chunk
-    )
+        of_divergence = torch.stack([zero, lambda_plus / chosen, lambda_minus / rejected])[_side(index)]
+    total, found = head.weighted_sum(hidden, weight, labels, weights, teacher, divergence, of_divergence, chunk, parts)
 
-    sums = dict.fromkeys(DPD_PER, total.new_zeros(())) | _by_side("entropy", found.entropy, index)
-    value = total.new_zeros(())
+    sums = dict.fromkeys(DPD_PER, zero) | _by_side("entropy", found.entropy, index)
+    value = zero
     if teacher is not None:
         sums |= _by_side("divergence", found.divergence, index)
         value = value + (of_divergence * found.divergence).sum()
     if batch.ref_logprobs is not None:
-        ratios = logratios(found.logprobs)
-        losses, rewards = dpo(ratios), beta * ratios
+        ratios = logratios(found.logprobs, index)
+        losses, rewards = dpo(ratios, index), beta * ratios
         margin = rewards[:, 0] - rewards[:, 1]
         sums |= {"dpo": losses.sum(), "chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum()}
         sums |= {"margin": margin.sum(), "accuracy": (margin > 0).to(margin.dtype).sum()}
@@ -240,41 +242,50 @@ def grpo_loss(
     old, ref = (x if x is None else x.flatten() for x in (batch.old_logprobs, batch.ref_logprobs))
     assert not kl_weight or ref is not None
 
-    def ratio(logprobs: Tensor) -> Tensor:
-        return (logprobs - (logprobs.detach() if old is None else old)).masked_fill(~trained, 0).exp()
+    per_token = _share_of_tokens(index, completions, normalisation, max_tokens).to(wide(hidden.dtype))
+    per_token = per_token / counts["tokens" if normalisation == "token" else "completions"].clamp(min=1)
 
-    def ref_kl(logprobs: Tensor) -> Tensor:
-        d = (ref - logprobs).masked_fill(~trained, 0)
+    def ratio(logprobs: Tensor, part: Part) -> Tensor:
+        return (logprobs - (logprobs.detach() if old is None else old[part])).masked_fill(~trained[part], 0).exp()
+
+    def ref_kl(logprobs: Tensor, part: Part) -> Tensor:
+        d = (ref[part] - logprobs).masked_fill(~trained[part], 0)
         return d.exp() - d - 1
 
-    def objective(logprobs: Tensor) -> Tensor:
-        r = ratio(logprobs)
-        loss = -torch.minimum(r * advantages, r.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    def objective(logprobs: Tensor, part: Part) -> Tensor:
+        r, a = ratio(logprobs, part), advantages[part]
+        loss = -torch.minimum(r * a, r.clamp(1 - clip_low, 1 + clip_high) * a)
         if kl_weight:
-            loss = loss + kl_weight * ref_kl(logprobs)
-        if normalisation == "sequence":
-            total = masked_mean(loss, index, completions).sum()
-        else:
-            total = segment_sum(loss, index, completions).sum()
-        count = counts["tokens" if normalisation == "token" else "completions"].clamp(min=1)
-        return total / (count * max_tokens if normalisation == "constant" else count)
+            loss = loss + kl_weight * ref_kl(logprobs, part)
+        return (per_token[part] * loss).sum()
 
-    logprobs = torch.zeros(labels.shape, dtype=head.wide(hidden.dtype), device=labels.device)
-    if old is not None or kl_weight:  # else the ratio is 1 whatever they are, and one pass is enough
-        with torch.no_grad():
-            logprobs = head.token_logprobs(hidden, weight, labels, chunk)
-    total, found = head.weighted_sum(hidden, weight, labels, _gradient(objective, logprobs), chunk=chunk)
+    def weigh(part: Part, logprobs: Tensor) -> Tensor:
+        return _gradient(lambda x: objective(x, part), logprobs)
 
-    r, sums = ratio(found.logprobs), dict.fromkeys(GRPO_PER, total.new_zeros(()))
+    total, found = head.weighted_sum(hidden, weight, labels, weigh, chunk=chunk)
+
+    everything = slice(None)
+    r, sums = ratio(found.logprobs, everything), dict.fromkeys(GRPO_PER, total.new_zeros(()))
     sums["entropy"] = found.entropy.sum()
     sums["clipped_low"] = ((r < 1 - clip_low) & (advantages < 0)).to(r.dtype).sum()
     sums["clipped_high"] = ((r > 1 + clip_high) & (advantages > 0)).to(r.dtype).sum()
     if ref is not None:
-        sums["ref_kl"] = ref_kl(found.logprobs).sum()
+        sums["ref_kl"] = ref_kl(found.logprobs, everything).sum()
     if batch.rollout_logprobs is not None:
         gap = found.logprobs - batch.rollout_logprobs.flatten()
         sums["rollout_gap"] = gap.masked_fill(~trained, 0).abs().sum()
-    return objective(found.logprobs) + (total - total.detach()), sums
+    return objective(found.logprobs, everything) + (total - total.detach()), sums
+
+
+def _share_of_tokens(index: Tensor, completions: int, normalisation: str, max_tokens: int | None) -> Tensor:
+    """What a token counts in its sum, [N]; 0 where it is masked."""
+    trained = (index >= 0).double()
+    if normalisation == "token":
+        return trained
+    if normalisation == "constant":
+        return trained / max_tokens
+    lengths = segment_sum(trained, index, completions)
+    return trained / lengths[index.clamp(min=0).long()].clamp(min=1)
 
 
 # Reward model -------------------------------------------------------------------------------------------------------
@@ -309,7 +320,7 @@ def pairwise_reward_loss(
     right = labels[asked]
     second = right == answers[1]
     assert bool((second | (right == answers[0])).all())
-    dtype = head.wide(hidden.dtype)
+    dtype = wide(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden[asked].to(dtype) @ weight[list(answers)].to(dtype).T
     margin = torch.where(second, -1, 1) * (logits[:, 0] - logits[:, 1])

@@ -314,7 +314,7 @@ def test_no_tensor_is_as_large_as_tokens_times_vocabulary(divergence: Divergence
 
     few, many = peak(64), peak(640)
     assert many.largest <= max(chunk * v, v * d, 640 * WIDTH)
-    assert (many.peak - few.peak) / (640 - 64) <= 5 * d  # of v = 500 logits: none
+    assert (many.peak - few.peak) / (640 - 64) <= 6 * d  # of v = 500 logits: none
     assert few.peak <= 10 * chunk * v + 4 * v * d + 5 * 64 * d  # a tile is the whole chunk here
 
 

@@ -18,8 +18,8 @@ from tests.harness import ROOT
 
 STDLIB = frozenset(sys.stdlib_module_names)
 MATHS = (
-    "model", "attention", "head", "divergence", "losses", "reference_cache", "optim", "kv_cache", "sampling",
-    "generate", "weights", "hf_config", "gguf_file", "bnb",
+    "model", "attention", "head", "token_walk", "divergence", "losses", "reference_cache", "optim", "kv_cache",
+    "sampling", "generate", "weights", "hf_config", "gguf_file", "bnb",
 )  # fmt: skip
 F0 = ("config", "config_checks", "phases", "batch")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nb_lightning import head, losses
+from nb_lightning import head, losses, token_walk
 from nb_lightning.batch import IGNORE
 
 N, D, V = 23, 6, 37
@@ -94,7 +94,7 @@ def test_tiles_of_any_height_give_the_same(
     hidden, weight, labels = inputs()
     expected = function(hidden, weight, labels)
     gradients = torch.autograd.grad(expected.sum(), (hidden, weight))
-    monkeypatch.setattr(head, "CPU_TILE", rows * V // torch.get_num_threads())
+    monkeypatch.setattr(token_walk, "CPU_TILE", rows * V // torch.get_num_threads())
     out = function(hidden, weight, labels, chunk=6)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     for a, b in zip(torch.autograd.grad(out.sum(), (hidden, weight)), gradients):
@@ -123,6 +123,46 @@ def test_losses_cross_entropy_flattens_rows() -> None:
     hidden, weight, labels = inputs(n=24)
     loss = losses.cross_entropy(hidden.view(4, 6, D), weight, labels.view(4, 6), chunk=5)
     torch.testing.assert_close(loss, naive_cross_entropy(hidden, weight, labels), atol=1e-12, rtol=1e-12)
+
+
+# Chunks -------------------------------------------------------------------------------------------------------------
+
+
+def positions(parts: list[slice | Tensor], n: int) -> list[list[int]]:
+    return [torch.arange(n)[part].tolist() for part in parts]
+
+
+def test_chunks_are_of_nearly_equal_size_and_leave_out_what_is_ignored() -> None:
+    assert token_walk.parts_of(torch.arange(10), 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    labels = torch.arange(10).masked_fill(torch.arange(10) % 2 == 0, IGNORE)
+    assert positions(token_walk.parts_of(labels, 4), 10) == [[1, 3], [5, 7, 9]]
+    assert token_walk.parts_of(torch.full((3,), IGNORE), 4) == token_walk.parts_of(torch.arange(0), 4) == []
+
+
+def test_no_chunk_ends_inside_a_group() -> None:
+    groups = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 4])
+    labels = torch.zeros(9, dtype=torch.int64)
+    assert token_walk.whole_groups(labels, groups, 5) == [slice(0, 5), slice(5, 9)]
+    assert token_walk.whole_groups(labels, groups, 3) == [slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 9)]
+    assert token_walk.whole_groups(labels, groups, 100) == [slice(0, 9)]
+    assert token_walk.whole_groups(labels, groups, 2) is None, "a group of 3"
+    assert token_walk.whole_groups(labels, torch.tensor([0, 0, 1, 1, 0, 2, 2, 2, 2]), 5) is None, "0 is in two places"
+    labels[[0, 4, 8]] = IGNORE
+    assert positions(token_walk.whole_groups(labels, groups, 3), 9) == [[1, 2, 3], [5, 6, 7]]
+    assert token_walk.whole_groups(torch.full((9,), IGNORE), groups, 3) == []
+
+
+def test_weights_may_depend_on_the_log_probabilities_of_their_chunk() -> None:
+    hidden, weight, labels = inputs()
+    factors = per_token_weights()
+    total, found = head.weighted_sum(hidden, weight, labels, lambda part, lp: factors[part] * lp, chunk=5)
+    logprobs = naive_logprobs(hidden, weight, labels)
+    expected = (factors * logprobs.detach() * logprobs).sum()
+    torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(found.logprobs, logprobs.detach(), atol=1e-12, rtol=1e-12)
+    ours = torch.autograd.grad(total, (hidden, weight))
+    for a, b in zip(ours, torch.autograd.grad(expected, (hidden, weight))):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 # Ignored labels and missing gradients -------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch, pack
@@ -88,9 +90,9 @@ def naive_dpd(
     [Divergence(), Divergence("reverse_kl", temperature=2.0), Divergence("jsd", beta=0.3)],
     ids=str,
 )
-@pytest.mark.parametrize("width", [None, 7])
+@pytest.mark.parametrize("width, chunk", [(None, 5), (7, 13), (None, 512)])  # a pair has up to 8 trained tokens
 def test_dpd_and_its_gradients_equal_the_naive_loss(
-    variant: str, smoothing: float, divergence: Divergence, width: int | None
+    variant: str, smoothing: float, divergence: Divergence, width: int | None, chunk: int
 ) -> None:
     batch = PreferenceBatch.from_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
@@ -99,12 +101,38 @@ def test_dpd_and_its_gradients_equal_the_naive_loss(
     weights = (0.7, 0.5, 0.3)
     loss, _ = losses.dpd_loss(
         hidden, weight, batch, batch.counts, teacher, beta=0.4, variant=variant, label_smoothing=smoothing,
-        dpo_weight=weights[0], lambda_plus=weights[1], lambda_minus=weights[2], divergence=divergence, chunk=5,
+        dpo_weight=weights[0], lambda_plus=weights[1], lambda_minus=weights[2], divergence=divergence, chunk=chunk,
     )  # fmt: skip
     expected = naive_dpd(hidden, weight, batch, teacher, divergence, variant, 0.4, smoothing, weights)
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_pairs_that_lie_apart_are_still_pairs() -> None:
+    """All chosen responses, then all rejected ones: no chunk holds a whole pair."""
+    pairs = random_pairs([(3, 5, 2), (1, 1, 7), (4, 3, 1)])
+    together = PreferenceBatch.from_pairs(pairs, ref_logprobs=torch.zeros(3, 2))
+    prompts = [pair[0] for pair in pairs]
+    packed, index = pack([*prompts, *prompts], [*(pair[1] for pair in pairs), *(pair[2] for pair in pairs)])
+    index = torch.where(index < 0, -1, 2 * (index % 3) + index // 3).int()
+    apart = PreferenceBatch(**packed, pairs=3, response_index=index, ref_logprobs=together.ref_logprobs)
+    edges = apart.cu_seqlens.tolist()
+    documents = [torch.arange(a, b) for a, b in pairwise(edges)]
+    order = torch.cat([documents[i] for i in (0, 3, 1, 4, 2, 5)])
+    hidden, weight, teacher = states(apart)
+    moved = hidden.detach()[:, order].requires_grad_()
+    expected, sums = losses.dpd_loss(
+        moved, weight, together, together.counts, Teacher(teacher.hidden[order], teacher.weight), beta=2.0, chunk=9
+    )
+    loss, found = losses.dpd_loss(hidden, weight, apart, apart.counts, teacher, beta=2.0, chunk=9)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(found, sums, atol=1e-12, rtol=1e-12)
+    (a, of_weight), (b, expected_of_weight) = (
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (moved, weight)),
+    )  # fmt: skip
+    torch.testing.assert_close(a[:, order], b, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(of_weight, expected_of_weight, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
@@ -202,6 +230,27 @@ def test_nothing_but_empty_responses_is_no_nan() -> None:
         loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant)
         assert loss.isfinite() and all(value.isfinite() for value in sums.values())
         assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("chunk, products", [(64, 4), (9, 5)])
+def test_short_pairs_take_four_products_and_long_ones_five(chunk: int, products: int) -> None:
+    """Logits, the teacher's, two gradients; and, where a pair of 10 tokens is longer than a chunk, logits once more."""
+    batch = PreferenceBatch.from_pairs(random_pairs([(3, 5, 5), (3, 4, 6)]), ref_logprobs=torch.zeros(2, 2))
+    hidden, weight, teacher = states(batch)
+    teacher = Teacher(teacher.hidden[:, :D], teacher.weight[:, :D])  # of the same width, to count alike
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, chunk=chunk)
+        loss.backward()
+    assert (
+        counter.get_total_flops() == products * 2 * 20 * V * D
+    )  # 20 tokens are trained, the prompts' are not projected
+
+
+def test_grpo_takes_three_products_on_policy_or_not() -> None:
+    hidden, weight, batch = random_rollout([4, 7, 3], truncated=[1])
+    with FlopCounterMode(display=False) as counter:
+        losses.grpo_loss(hidden, weight, batch, batch.counts, kl_weight=0.1, chunk=2)[0].backward()
+    assert counter.get_total_flops() == 3 * 2 * 7 * V * D
 
 
 def test_dpo_by_hand() -> None:
@@ -375,8 +424,3 @@ def test_pairwise_reward_loss_by_hand() -> None:
     assert swapped.item() == pytest.approx((math.log(1 + math.exp(1.5)) + math.log(1 + math.exp(-0.5))) / 2)
     nothing, sums = reward_loss(torch.full((1, 3), IGNORE))
     assert nothing == sums["accuracy"] == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
-
-
-def test_masked_mean() -> None:
-    values, index = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 2, -1, 2])
-    assert losses.masked_mean(values, index, 4).tolist() == [1.0, 0.0, 5.0, 0.0]
