@@ -40,7 +40,9 @@ def test_every_model_and_trainer_composes_and_passes(model: str, trainer: str) -
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes_is_short_and_passes(experiment: str) -> None:
-    check(composed(f"experiment={experiment}"))
+    cfg = composed(f"experiment={experiment}")
+    check(cfg)
+    assert cfg.run_name != composed().run_name  # it has the last word, the primary config's own keys included
     lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     assert len([line for line in lines if line.strip() and not line.lstrip().startswith("#")]) <= 20
 
