@@ -74,12 +74,14 @@ def token_statistics(
     teacher: Teacher | TopKTeacher | None = None,
     divergence: Divergence = FORWARD_KL,
     chunk: int = CHUNK,
+    parts: Sequence[Part] | None = None,
     entropy: bool = True,
 ) -> TokenStatistics:
     """What is known of every token, differentiable in `hidden` and `weight`.
 
     Args:
         teacher: of the same N tokens; gets no gradient.
+        parts: the chunks; by default `parts_of(labels, chunk)`.
         entropy: whether to compute it.
 
     The other arguments are as in `cross_entropy`.
@@ -87,7 +89,8 @@ def token_statistics(
     Raises:
         ValueError: the teacher has another vocabulary.
     """
-    walk = Walk(labels, teacher, divergence, parts_of(labels, chunk), entropy)
+    parts = parts_of(labels, chunk) if parts is None else parts
+    walk = Walk(labels, teacher, divergence, parts, entropy)
     return TokenStatistics(*_TokenStatistics.apply(*_in_compute_dtype(hidden, weight), walk))
 
 
@@ -111,7 +114,6 @@ def weighted_sum(
         weights: [N]; or what gives those [n] of one part when it is told which tokens these are, a slice or positions,
             and their log p(label) [n]. No gradient flows into them.
         divergence_weights: [N]; None without a teacher.
-        parts: the chunks; by default `parts_of(labels, chunk)`.
 
     The other arguments are as in `token_statistics`.
 

@@ -85,9 +85,14 @@ def dpo_loss(logratios: Tensor, beta: float, variant: str = "sigmoid", label_smo
 
 
 def response_logprobs(hidden: Tensor, weight: Tensor, batch: PreferenceBatch, chunk: int = head.CHUNK) -> Tensor:
-    """log pi(y), summed over each response: [P, 2] nats (chosen, rejected). Arguments as `dpd_loss`."""
-    logprobs = head.token_logprobs(hidden.flatten(0, 1), weight, batch.labels.flatten(), chunk)
-    return segment_sum(logprobs, batch.response_index.flatten(), 2 * batch.pairs).view(-1, 2)
+    """log pi(y), summed over each response: [P, 2] nats (chosen, rejected). Arguments as `dpd_loss`.
+
+    In the chunks of `dpd_loss`: of equal hidden states both compute the same to the last bit.
+    """
+    labels, index = batch.labels.flatten(), batch.response_index.flatten()
+    parts = whole_groups(labels, index // 2, chunk)
+    found = head.token_statistics(hidden.flatten(0, 1), weight, labels, chunk=chunk, parts=parts, entropy=False)
+    return segment_sum(found.logprobs, index, 2 * batch.pairs).view(batch.pairs, 2)
 
 
 def dpd_loss(
@@ -130,11 +135,11 @@ def dpd_loss(
     assert not dpo_weight or batch.ref_logprobs is not None
 
     def logratios(logprobs: Tensor, index: Tensor) -> Tensor:
-        return segment_sum(logprobs, index, segments).view(-1, 2) - batch.ref_logprobs.to(logprobs.dtype)
+        return segment_sum(logprobs, index, segments).view(batch.pairs, 2) - batch.ref_logprobs.to(logprobs.dtype)
 
     def dpo(ratios: Tensor, index: Tensor) -> Tensor:
         if variant == "ipo":
-            lengths = segment_sum((index >= 0).to(ratios.dtype), index, segments).view(-1, 2)
+            lengths = segment_sum((index >= 0).to(ratios.dtype), index, segments).view(batch.pairs, 2)
             ratios = ratios / lengths.clamp(min=1)
         return dpo_loss(ratios, beta, variant, label_smoothing)
 
@@ -148,9 +153,9 @@ def dpd_loss(
         own = index[part]
         return _gradient(lambda x: dpo_weight / pairs * dpo(logratios(x, own), own).sum(), logprobs)
 
-    weights, parts = zero.expand(labels.shape), None
+    weights, parts = zero.expand(labels.shape), whole_groups(labels, index // 2, chunk)
     if dpo_weight and torch.is_grad_enabled():
-        weights, parts = weigh, whole_groups(labels, index // 2, chunk)
+        weights = weigh
         if parts is None:  # a pair is longer than a chunk
             with torch.no_grad():
                 weights = weigh(slice(None), head.token_logprobs(hidden, weight, labels, chunk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -133,6 +134,32 @@ def test_pairs_that_lie_apart_are_still_pairs() -> None:
     )  # fmt: skip
     torch.testing.assert_close(a[:, order], b, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(of_weight, expected_of_weight, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 512])  # pairs longer than a chunk, some to a chunk, all in one
+@pytest.mark.parametrize("dpo_weight", [0.0, 1.0])
+def test_the_reference_is_computed_as_the_loss_computes_it(chunk: int, dpo_weight: float) -> None:
+    """In float32 and to the last bit: where policy and reference are one model, every margin is exactly 0."""
+    batch = PreferenceBatch.from_pairs(random_pairs())
+    hidden, weight, teacher = states(batch)
+    hidden, weight = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    teacher = Teacher(teacher.hidden.float(), teacher.weight.float())
+    batch.ref_logprobs = losses.response_logprobs(hidden, weight, batch, chunk).detach()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            _, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, dpo_weight=dpo_weight, chunk=chunk)
+        assert sums["margin"] == sums["chosen_reward"] == sums["rejected_reward"] == sums["accuracy"] == 0.0
+
+
+def test_a_batch_of_no_pairs_adds_nothing() -> None:
+    batch = PreferenceBatch.from_pairs(random_pairs())
+    hidden, weight, teacher = states(batch)
+    batch = replace(batch.silenced(), ref_logprobs=torch.zeros(0, 2))
+    loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher)
+    loss.backward()
+    assert loss == 0 and all(value == 0 for value in sums.values())
+    assert not hidden.grad.any() and not weight.grad.any()
+    assert losses.response_logprobs(hidden, weight, batch).shape == (0, 2)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
