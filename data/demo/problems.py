@@ -125,32 +125,34 @@ def science_binary(rng: random.Random) -> Problem:
 
 
 def code_functions(rng: random.Random) -> Problem:
-    kind = rng.choice(("words", "values", "strings"))
-    if kind == "strings":
-        what, body = rng.choice(
-            (("s backwards", "s[::-1]"), ("s in capitals", "s.upper()"), ("s twice", "s * 2"), ("s", "s"))
-        )
-        word = rng.choice(WORDS)
-        asked, body = rng.choice(
-            (
-                (f"{what}, then {word}", f'{body} + "{word}"'),
-                (f"{word}, then {what}", f'"{word}" + {body}'),
-            )
-        )
-        return _function(f"Write f(s): {asked}", "", "s", body, ["", "a", "Bc d", "xyzzy"])
-    a, b = rng.randint(2, 12), _not_zero(rng, 20)
+    kind = rng.choice(("numbers", "values", "strings"))
     if kind == "values":
+        a, b = rng.randint(2, 12), _not_zero(rng, 20)
         values = ", ".join(f"f({x}) = {a * x + b}" for x in range(3))
         reasoning = f"{a + b} {_signed(-b)} = {a}"
         return _function(f"Write f(x): {values}", reasoning, "x", f"{a} * x {_signed(b)}", [-3, 0, 1, 2, 10])
-    shift = f"add {b}" if b > 0 else f"subtract {-b}"
-    asked, body = rng.choice(
-        (
-            (f"multiply x by {a}, then {shift}", f"x * {a} {_signed(b)}"),
-            (f"{shift} {'to' if b > 0 else 'from'} x, then multiply by {a}", f"(x {_signed(b)}) * {a}"),
-        )
-    )
-    return _function(f"Write f(x): {asked}", "", "x", body, [-3, 0, 1, 2, 10])
+    if kind == "numbers":
+        steps, body = [], "x"
+        for _ in range(rng.randint(2, 3)):
+            name, n = rng.choice(("add", "subtract", "multiply by")), rng.randint(2, 9)
+            steps.append(f"{name} {n}")
+            factor = f"({body})" if "+" in body or "-" in body else body
+            body = {"add": f"{body} + {n}", "subtract": f"{body} - {n}", "multiply by": f"{factor} * {n}"}[name]
+        return _function(f"Write f(x): {', '.join(steps)}", "", "x", body, [-3, 0, 1, 2, 10])
+    steps, body = [], "s"
+    for _ in range(rng.randint(1, 3)):
+        letter = rng.choice(LETTERS)
+        name = rng.choice(("backwards", "capitals", "twice", f"add {letter}", f"put {letter} first"))
+        steps.append(name)
+        whole = f"({body})" if " " in body else body
+        body = {
+            "backwards": f"{whole}[::-1]",
+            "capitals": f"{whole}.upper()",
+            "twice": f"{whole} * 2",
+            f"add {letter}": f'{body} + "{letter}"',
+            f"put {letter} first": f'"{letter}" + {body}',
+        }[name]
+    return _function(f"Write f(s): {', '.join(steps)}", "", "s", body, ["", "a", "Bc d", "xyzzy"])
 
 
 def general_words(rng: random.Random) -> Problem:

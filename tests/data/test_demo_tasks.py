@@ -8,6 +8,7 @@ import random
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,16 +109,33 @@ def test_functions_pass_their_tests_and_do_what_was_asked() -> None:
             assert value == test["expect"] and type(value) is type(test["expect"])
         for x, y in re.findall(r"f\((\d)\) = (-?\d+)", asked):
             assert scope["f"](int(x)) == int(y)
-        if found := re.fullmatch(r"Write f\(x\): multiply x by (\d+), then (add|subtract) (\d+)", asked):
-            kinds.add("multiply first")
-            assert scope["f"](10) == 10 * int(found[1]) + int(found[3]) * (1 if found[2] == "add" else -1)
-        if found := re.fullmatch(r"Write f\(x\): (add|subtract) (\d+) (?:to|from) x, then multiply by (\d+)", asked):
-            kinds.add("shift first")
-            assert scope["f"](10) == (10 + int(found[2]) * (1 if found[1] == "add" else -1)) * int(found[3])
-        if asked.startswith("Write f(s): s backwards, then "):
-            kinds.add("text")
-            assert scope["f"]("abc") == "cba" + asked.split()[-1]
-    assert kinds == {"multiply first", "shift first", "text"}
+        steps = [step.strip() for step in asked.partition(":")[2].split(",")]
+        if asked.startswith("Write f(s)"):
+            kinds.add("strings")
+            assert scope["f"]("abC") == by_steps("abC", steps)
+        elif "=" not in asked:
+            kinds.add("numbers")
+            assert scope["f"](10) == by_steps(10, steps)
+    assert kinds == {"strings", "numbers"}
+
+
+def by_steps(value: Any, steps: list[str]) -> Any:
+    for step in steps:
+        name, *words = step.split()
+        if name == "backwards":
+            value = "".join(reversed(value))
+        elif name == "capitals":
+            value = value.upper()
+        elif name == "twice":
+            value = value + value
+        elif name == "put":
+            value = words[0] + value
+        elif isinstance(value, str):
+            value = value + words[0]
+        else:
+            n = int(words[-1])
+            value = {"add": value + n, "subtract": value - n, "multiply": value * n}[name]
+    return value
 
 
 def test_words_and_spelling() -> None:
