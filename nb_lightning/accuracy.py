@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb
 from typing import Any
 
@@ -144,9 +144,11 @@ def evaluate_tasks(
         except ValueError as error:
             raise ValueError(f"task {task.id!r}: {error}") from error
     rank, ranks = _place()
+    prompts = encode(pretrained, tasks)[
+        rank::ranks
+    ]  # all on every rank: one that fails alone leaves the others waiting
     share = list(tasks[rank::ranks])
-    prompts = encode(pretrained, share)
-    sampling = Sampling(**{**vars(sampling), "stop_ids": (*sampling.stop_ids, *pretrained.stop_ids)})
+    sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *pretrained.stop_ids))
     attempts = [Attempts(task) for task in share]
     with ThreadPoolExecutor(SCORERS) as scorers:
         scoring: list[Future[None]] = []
