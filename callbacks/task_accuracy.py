@@ -54,7 +54,8 @@ class TaskAccuracy(PhaseCallback):
         self._measure(trainer, module, phase.name)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        module.print(table(_read(Path(trainer.default_root_dir) / "accuracy.json")))
+        if trainer.is_global_zero:  # not `module.print`: the progress bar that would show it is closed by now
+            print(table(_read(Path(trainer.default_root_dir) / "accuracy.json")))
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
         """Every rank takes its share of the tasks; all get the numbers."""
