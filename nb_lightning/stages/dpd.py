@@ -130,15 +130,14 @@ class DPDStage(BaseStage):
     def _compute_reference(self, drawn: Mapping[int, np.ndarray]) -> Tensor:
         """Log-probabilities of the pairs that the run draws (`data.new_pairs`) or validates on: [pairs, 2], on the CPU.
 
-        In the very micro-batches in which a pair is first trained on, and as there with a graph that nobody uses: the
-        same products in the same order, so that the first margin is 0 to the last bit. Every rank computes its share.
+        In the very micro-batches in which a pair is first trained on, and as there in training mode, with a graph that
+        nobody uses: the same products in the same order, so that the first margin is 0 to the last bit. (Adapters begin
+        as 0, so their dropout changes nothing.) Every rank computes its share.
         """
         data, rank, ranks = self.trainer.datamodule, self.trainer.global_rank, self.trainer.world_size
         self.print("log-probabilities of the reference ...")
         table = torch.full((data.pairs, 2), -torch.inf, device=self.device)
         steps = data.steps(rank, ranks)
-        training = self.model.training
-        self.model.eval()
         for step, new in drawn.items():
             wanted = set(new.tolist())
             for micro in steps[step].micro_batches:
@@ -146,21 +145,17 @@ class DPDStage(BaseStage):
         for loader in data.val_dataloader():
             for batch in loader:
                 self._add_reference(table, batch, set(batch.pair_ids.tolist()))
-        self.model.train(training)
         if ranks > 1:
             table = self.trainer.strategy.reduce(table, reduce_op="max")
         return table.cpu()
 
     def _add_reference(self, table: Tensor, batch: PreferenceBatch, wanted: set[int]) -> None:
-        batch = self._on_device(batch)
+        batch = self.trainer.strategy.batch_to_device(batch, self.device)
         head = partial(response_logprobs, batch=batch, chunk=self.cfg.stage.head_chunk)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             found = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head).detach()
         new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair in wanted]
         table[batch.pair_ids[new]] = found[new].float()
-
-    def _on_device(self, batch: PreferenceBatch) -> PreferenceBatch:
-        return self.trainer.strategy.batch_to_device(batch, self.device)
 
     # Training -------------------------------------------------------------------------------------------------------
 

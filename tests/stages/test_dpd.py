@@ -135,7 +135,8 @@ def test_the_first_and_a_later_loss_and_the_validation_equal_naive_ones(made: Pa
         ("stage.lambda_plus=0", "stage.lambda_minus=0", "stage.teacher=null"),
         ("stage.dpo_weight=0",),
         ("stage.head_chunk=16",),  # pairs are longer than a chunk
-        ("trainer.precision=bf16-mixed",),
+        ("trainer.precision=bf16-mixed", "trainer.activation_checkpointing=true"),
+        ("stage.adapter.name=lora", "stage.adapter.dropout=0.5"),
     ],
     ids=str,
 )
