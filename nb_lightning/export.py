@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from nb_lightning import __version__, checkpoints, gguf_file, hf_config, weights
+from nb_lightning import __version__, adapters, checkpoints, gguf_file, hf_config, weights
 from nb_lightning.chat import ChatTemplate
+from nb_lightning.config import AdapterConfig
 from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.model_card import model_card
-from nb_lightning.pretrained import Origin, find
+from nb_lightning.pretrained import AdapterOrigin, Origin, find
 from nb_lightning.tokenizer import TextTokenizer
 
 MANIFEST = "nb_lightning.json"  # in every folder that was exported: its files and where they are from
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
                    help="a run, a checkpoint, a Hugging Face folder or a .gguf file")  # fmt: skip
     p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")
     p.add_argument("--gguf", metavar="FILE", help="the .gguf file to write")
+    p.add_argument("--adapter", metavar="FOLDER", help="of an adapter run: the folder to write, in peft's format")
     p.add_argument("--dtype", default="auto", choices=["auto", *hf_config.DTYPES], help="auto: as it is stored")
     p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf_file.TYPES], help="auto: as --dtype")
     p.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
@@ -59,13 +61,17 @@ def run(a: argparse.Namespace) -> None:
     Raises:
         ValueError: nothing to export there, or something else is where it would go.
     """
-    if not (a.to or a.gguf):
-        raise ValueError("nothing to write: give --to, --gguf or both")
+    if not (a.to or a.gguf or a.adapter):
+        raise ValueError("nothing to write: give --to, --gguf or --adapter")
     shard_bytes = _bytes(a.shard_size)
     origin = find(a.origin)
-    for target, check in ((a.to, _require_folder), (a.gguf, _require_file)):
+    for target, check in ((a.to, _require_folder), (a.gguf, _require_file), (a.adapter, _require_folder)):
         if target:
             check(Path(target), origin.path)
+    if a.adapter:
+        export_adapter(origin, Path(a.adapter))
+    if not (a.to or a.gguf):
+        return
     tensors, tokenizer = origin.open(), origin.tokenizer()
     tensors.require(origin.shape)
     if a.chat_template:
@@ -135,6 +141,26 @@ def export_gguf(
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB, {kind}; llama-server -m takes it")
+
+
+def export_adapter(origin: Origin, target: Path) -> None:
+    """Write what an adapter run trained as `PeftModel.from_pretrained(base, target)` loads it."""
+    if not isinstance(origin, AdapterOrigin):
+        raise ValueError(f"--adapter: {origin.path} is no run of adapters (stage.adapter.name=lora or qlora)")
+    saved = dict(checkpoints.read_info(origin.path)["adapter"])
+    base = saved.pop("base")["path"]
+    temporary = _beside(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        trained, shape = checkpoints.CheckpointWeights(origin.path), origin.shape
+        adapters.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
+        checkpoints.commit(temporary, target, {"version": __version__, "from": origin.path.name}, MANIFEST)
+    except OSError as error:
+        raise ValueError(f"{target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{target}: PeftModel.from_pretrained(model, ...) takes it, with the model of {base}")
 
 
 def _beside(target: Path) -> Path:

@@ -469,6 +469,23 @@ def test_a_later_stage_begins_with_base_and_adapters_merged(
     assert not torch.equal(expected.layers[0].mlp.up_proj.weight, base_weights().tensors["layers.0.mlp.up_proj.weight"])
 
 
+def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from nb_lightning import export
+
+    export.run(export.parser().parse_args(["--from", str(lora), "--adapter", f"{tmp_path}/adapter"]))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    ours = Transformer(SHAPE)
+    fill(ours, find(str(lora)).open())
+    tokens = ids(2, 24, 260)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="is no run of adapters"):
+        export.run(export.parser().parse_args(["--from", str(base), "--adapter", f"{tmp_path}/other"]))
+
+
 def test_adapters_on_adapters(lora: Path, corpus: Path, tmp_path: Path) -> None:
     run = fit(corpus, tmp_path, *QLORA, f"init_from={lora}", "run_name=second")
     weights = find(str(run)).open()
