@@ -15,8 +15,9 @@ import torch
 
 from data.packed import PackedData, PackedSource
 from data.packing import Packing, pack_pairs, to_batch
+from data.teacher_cache import TeacherCache, record
 from nb_lightning.batch import IGNORE, PreferenceBatch
-from nb_lightning.config import Config
+from nb_lightning.config import Config, PreferenceDataConfig
 from nb_lightning.phases import PhasePlan
 from nb_lightning.source import Source
 
@@ -26,13 +27,22 @@ class PairSource(PackedSource):
 
     Args:
         first: the number of its first pair.
+        cache: what a teacher knows of its samples.
     """
 
     unit = "pairs"
 
-    def __init__(self, name: str, source: Source, seq_lens: Sequence[int], seed: int, first: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        seq_lens: Sequence[int],
+        seed: int,
+        first: int,
+        cache: TeacherCache | None = None,
+    ) -> None:
         super().__init__(name, source, seq_lens, "drop", seed)
-        self.first = first
+        self.first, self.cache = first, cache
 
     def _pack(self, samples: np.ndarray, seq_len: int, over_long: str) -> Packing:
         return pack_pairs(samples, seq_len, self.seed)
@@ -46,7 +56,11 @@ class PairSource(PackedSource):
 
     def row(self, nth: int, seq_len: int) -> list[np.ndarray]:
         """The words of that row's responses: chosen, rejected, chosen, ..."""
-        return [self.read(2 * int(pair) + side) for pair in self.pairs(nth, seq_len) for side in range(2)]
+        return [self.read(sample) for sample in self.responses(nth, seq_len)]
+
+    def responses(self, nth: int, seq_len: int) -> list[int]:
+        """Which samples of the source these are."""
+        return [2 * int(pair) + side for pair in self.pairs(nth, seq_len) for side in range(2)]
 
 
 class PreferenceData(PackedData):
@@ -58,6 +72,7 @@ class PreferenceData(PackedData):
 
     packed: dict[str, PairSource]
     packed_val: dict[str, PairSource]
+    settings: PreferenceDataConfig
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
@@ -71,9 +86,37 @@ class PreferenceData(PackedData):
         super().check(key, source, split)
 
     def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> PairSource:
-        packed = PairSource(name, source, seq_lens, self.cfg.seed, self.pairs)
+        cache = self._cache(name, source) if self.settings.cached_teacher else None
+        packed = PairSource(name, source, seq_lens, self.cfg.seed, self.pairs, cache)
         self.pairs += len(packed)
         return packed
+
+    def _cache(self, name: str, source: Source) -> TeacherCache:
+        try:
+            cache = TeacherCache(source, self.settings.verify)
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name} (data.cached_teacher=true): {error}") from error
+        temperature = self.cfg.stage.temperature
+        if cache.about["temperature"] != temperature:
+            raise ValueError(
+                f"stage.temperature is {temperature}, but the cached teacher of data.sources.{name} was asked at "
+                f"{cache.about['temperature']}; ask it again with --temperature {temperature}"
+            )
+        return cache
+
+    def set_up(self) -> None:
+        super().set_up()
+        if len({source.cache and source.cache.about["k"] for source in self.packed.values()}) > 1:
+            raise ValueError("data.cached_teacher=true: the sources have teachers of different k; make them with one")
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of each source its training data, and what a cached teacher knows of it."""
+        found = super().digests
+        for name, source in self.packed.items():
+            if source.cache is not None:
+                found[name] = hashlib.sha256(f"{found[name]} {source.cache.digest}".encode()).hexdigest()
+        return found
 
     @property
     def pairs_digest(self) -> str:
@@ -130,5 +173,25 @@ def preferences(rows: Sequence[tuple[PairSource, int]], seq_len: int, pad_id: in
     index[batch.labels.numpy() == IGNORE] = -1
     ids = np.concatenate([numbers(source, nth, seq_len) for source, nth in rows])
     return PreferenceBatch(
-        **vars(batch), pairs=len(ids), response_index=torch.from_numpy(index), pair_ids=torch.from_numpy(ids)
+        **vars(batch),
+        pairs=len(ids),
+        response_index=torch.from_numpy(index),
+        pair_ids=torch.from_numpy(ids),
+        **_cached(rows, words, seq_len),
     )
+
+
+def _cached(rows: Sequence[tuple[PairSource, int]], words: Sequence[Sequence[np.ndarray]], seq_len: int) -> dict:
+    """The fields of the cached teacher, where there is one."""
+    if rows[0][0].cache is None:
+        return {}
+    k = rows[0][0].cache.about["k"]
+    known = np.zeros((len(rows), seq_len), dtype=record(k))
+    for b, (source, nth) in enumerate(rows):
+        end = 0
+        for sample, one in zip(source.responses(nth, seq_len), words[b]):
+            end += len(one) - 1
+            records = source.cache.read(sample)
+            known[b, end - len(records) : end] = records
+    ids, logprobs = (torch.from_numpy(np.ascontiguousarray(known[name])) for name in ("ids", "logprobs"))
+    return {"teacher_ids": ids, "teacher_logprobs": logprobs}

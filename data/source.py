@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nb_lightning.source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256, write_json
 
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
-_OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy|\..*\.tmp")
+_OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy|teacher(-\d+\.npy|\.json)|\..*\.tmp")
 
 
 class SourceWriter:

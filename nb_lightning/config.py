@@ -159,6 +159,8 @@ class SFTDataConfig(ChatDataConfig):
 class PreferenceDataConfig(ChatDataConfig):
     """Sources of pairs, made by data.prepare --pairs. Pairs that a row cannot hold are left out."""
 
+    cached_teacher: bool = False  # the teacher's most likely tokens are beside the samples (data.teacher_logprobs)
+
 
 @dataclass
 class TrainerConfig:

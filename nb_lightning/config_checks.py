@@ -110,11 +110,14 @@ def _check_dpd(cfg: Config) -> None:
             raise ValueError(f"stage.{key} is {value}; it must be finite and not negative")
     if not any(weights.values()):
         raise ValueError(f"stage.{', '.join(weights)} are all 0: nothing is trained")
-    if (s.lambda_plus or s.lambda_minus) and not s.teacher:
+    cached = getattr(cfg.data, "cached_teacher", False)
+    if (s.lambda_plus or s.lambda_minus) and not (s.teacher or cached):
         raise ValueError(
-            "stage.lambda_plus and lambda_minus weigh distances to a teacher: name it with stage.teacher=, or set both "
-            "to 0"
+            "stage.lambda_plus and lambda_minus weigh distances to a teacher: name it with stage.teacher=, set "
+            "data.cached_teacher=true where its log-probabilities are beside the samples, or set both to 0"
         )
+    if s.teacher and cached:
+        raise ValueError("stage.teacher and data.cached_teacher=true are two teachers; choose one (stage.teacher=null)")
     _positive("stage.beta", s.beta)
     _one_of("stage.variant", s.variant, DPO_VARIANTS)
     if not 0 <= s.label_smoothing < 0.5 or (s.label_smoothing and s.variant != "sigmoid"):

@@ -1,0 +1,135 @@
+"""A teacher's most likely tokens at every token of the responses in a source of pairs, kept beside its samples.
+
+    python -m data.teacher_logprobs --source outputs/data/pairs/source --teacher MODEL --k 64
+    python train.py stage=dpd data.cached_teacher=true stage.teacher=null ...
+
+Then `stage=dpd` needs no teacher beside the student. What the k tokens leave is one bucket, so that the divergence is a
+lower bound of the whole one. Stopped, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.packing import to_batch
+from data.teacher_cache import CacheWriter, record
+from nb_lightning.head import CHUNK
+from nb_lightning.model import Transformer
+from nb_lightning.pretrained import find, load_pretrained
+from nb_lightning.source import SPLITS, Source
+from nb_lightning.teacher import require_same_vocabulary
+from nb_lightning.tokenizer import load_tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m data.teacher_logprobs", description=__doc__.partition("\n")[0])
+    p.add_argument("--source", required=True, metavar="FOLDER", help="made by data.prepare --pairs")
+    p.add_argument(
+        "--teacher", required=True, metavar="MODEL", help="run, checkpoint, Hugging Face folder or .gguf file"
+    )
+    p.add_argument("--tokenizer", metavar="PATH", help="of the source, where it is not the very file of the teacher")
+    p.add_argument("--k", type=int, default=64, help="tokens kept at each position (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0, help="that of stage.temperature (default: %(default)s)")
+    p.add_argument("--batch-tokens", type=int, default=8192, help="tokens run at a time (default: %(default)s)")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace what is there of another teacher, k or temperature"
+    )
+    a = p.parse_args(arguments)
+    try:
+        run(a)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(a: argparse.Namespace) -> None:
+    if "://" in a.source:
+        raise ValueError(f"--source {a.source} is remote; make it of a local copy")
+    sources = [Source(f"{a.source}/{split}") for split in SPLITS]
+    origin = find(a.teacher)
+    if not all(source.manifest.pairs for source in sources):
+        raise ValueError(f"--source {a.source} holds no pairs; data.prepare --pairs makes them")
+    if not 0 < a.k <= origin.shape.vocab_size:
+        raise ValueError(f"--k is {a.k}; the teacher has {origin.shape.vocab_size:,} tokens")
+    if not 0 < a.temperature < float("inf"):
+        raise ValueError(f"--temperature is {a.temperature}; it must be a positive number")
+    tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else origin.tokenizer()
+    if tokenizer.digest != sources[0].manifest.tokenizer:
+        raise ValueError(
+            f"--source {a.source} was tokenized with another tokenizer than "
+            f"{a.tokenizer or a.teacher}; name its own with --tokenizer"
+        )
+    require_same_vocabulary(origin, tokenizer, origin.shape.vocab_size)
+    about = {"teacher": origin.digest(), "name": origin.path.resolve().name, "k": a.k, "temperature": a.temperature}
+    writers = [CacheWriter(source, about, a.overwrite) for source in sources]
+    model = load_pretrained(a.teacher, a.device, a.dtype).model
+    for source, writer in zip(sources, writers):
+        with tqdm(total=len(writer.samples), desc=Path(source.folder).name, unit="sample", disable=None) as bar:
+            for samples in writer.left():
+                bar.update(samples.start - bar.n)
+                batches = _batches(source, writer.samples, samples, a.batch_tokens)
+                found = [top_k(model, words, first, a.k, a.temperature) for words, first in batches]
+                writer.write(samples, np.concatenate(found))
+            bar.update(len(writer.samples) - bar.n)
+
+
+def _batches(
+    source: Source, lengths: np.ndarray, samples: range, tokens: int
+) -> Iterator[tuple[list[np.ndarray], list[int]]]:
+    """Words of some samples at a time, and the place of the first trained one of each."""
+    ends = np.cumsum(lengths[:, 0], dtype=np.int64)
+    words: list[np.ndarray] = []
+    first: list[int] = []
+    for sample in samples:
+        length = int(lengths[sample, 0])
+        if words and sum(map(len, words)) + length > tokens:
+            yield words, first
+            words, first = [], []
+        words.append(source.read_on(int(ends[sample]) - length, length))
+        first.append(int(lengths[sample, 1]))
+    yield words, first
+
+
+@torch.no_grad()
+def top_k(model: Transformer, words: list[np.ndarray], first: list[int], k: int, temperature: float) -> np.ndarray:
+    """The records of some samples, one sample after the other; see `teacher_cache.record`.
+
+    Args:
+        words: of each sample.
+        first: place of its first trained token.
+    """
+    places = [len(one) - 1 for one in words]
+    starts = np.cumsum([0, *places])
+    at = np.concatenate([np.arange(start + f - 1, start + n) for start, f, n in zip(starts, first, places)])
+    device = model.embedding.weight.device
+    batch = to_batch([words], int(starts[-1]), 0).to(device)
+    head = partial(_top_k, at=torch.from_numpy(at).to(device), k=k, temperature=temperature)
+    ids, logprobs = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
+    found = np.empty(len(at), dtype=record(k))
+    found["ids"], found["logprobs"] = ids.cpu().numpy(), logprobs.cpu().numpy()
+    return found
+
+
+def _top_k(hidden: Tensor, weight: Tensor, at: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    ids: list[Any] = []
+    logprobs: list[Any] = []
+    for h in hidden.flatten(0, 1)[at].split(CHUNK):
+        values, indices = ((h @ weight.T).float() / temperature).log_softmax(-1).topk(k)
+        ids.append(indices.int())
+        logprobs.append(values)
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+if __name__ == "__main__":
+    main()
