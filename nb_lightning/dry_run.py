@@ -5,40 +5,10 @@ from __future__ import annotations
 import torch
 
 from nb_lightning.config import Config, plain, plan_of
+from nb_lightning.memory import memory_per_device
 from nb_lightning.model import ModelShape, Transformer
 
 GIB = 2**30
-
-
-def memory_per_device(cfg: Config, shape: ModelShape, micro_tokens: int) -> dict[str, float]:
-    """Bytes on each device by use, an estimate to about 10-20 %.
-
-    Weights, gradients and AdamW's two moments follow from the precision and the sharding. Activations count what
-    autograd keeps of one micro-batch: with activation checkpointing each layer's input and one layer's inside, else
-    every layer's inside.
-    """
-    ranks = cfg.trainer.devices * cfg.trainer.num_nodes if cfg.trainer.strategy == "fsdp" else 1
-    number = shape.parameters()
-    weight = 2 if cfg.trainer.precision == "bf16-true" else 4
-    moment = {"adamw": weight, "adamw8bit": 1, "paged_adamw8bit": 0}[cfg.stage.optim.name]
-    compute = 4 if cfg.trainer.precision == "32-true" else 2
-    D, F, E = shape.d_model, shape.d_mlp, shape.head_dim
-    inside = compute * (4 * D + E * (2 * shape.n_heads + 2 * shape.n_kv_heads) + E * shape.n_heads + 4 * F)
-    if cfg.trainer.activation_checkpointing:
-        activations = micro_tokens * (shape.n_layers * compute * D + inside)
-    else:
-        activations = micro_tokens * shape.n_layers * inside
-    head = cfg.stage.head_chunk * shape.vocab_size * 4 * 2 + shape.vocab_size * D * 4
-    layer = (number - shape.vocab_size * D * 2) / max(shape.n_layers, 1)
-    gathered = (layer + shape.vocab_size * D * 2) * compute if cfg.trainer.strategy == "fsdp" else 0
-    return {
-        "weights": number * weight / ranks,
-        "gradients": number * weight / ranks,
-        "optimizer": number * 2 * moment / ranks,
-        "gathered layers": gathered,
-        "activations": activations,
-        "head": head,
-    }
 
 
 def describe(cfg: Config) -> str:

@@ -1,0 +1,165 @@
+"""The estimate of a run's memory beside what its steps really hold: every tensor counted, and the process measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nb_lightning import adapters
+from nb_lightning.config import AdapterConfig, Config, OptimConfig, StageConfig, TrainerConfig
+from nb_lightning.losses import cross_entropy
+from nb_lightning.memory import memory_per_device
+from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.optim import build_optimizer
+from nb_lightning.strategies import build_model
+from nb_lightning.weights import Stored, Weights
+from tests.harness import ROOT
+from tests.test_model import ids
+
+GIB = 2**30
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that are made and still there, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.known:
+                storage = leaf.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.live -= size
+
+
+class Random(Weights):
+    """Weights of any size, made when they are read."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        with torch.device("meta"):
+            names = {name: tuple(p.shape) for name, p in Transformer(shape).named_parameters()}
+        super().__init__("random", {name: Stored(name, dims) for name, dims in names.items()}, torch.bfloat16)
+
+    def read(self, name: str) -> Tensor:
+        return torch.randn(self.stored[name].shape, dtype=torch.bfloat16) * 0.02
+
+
+def config(adapter: str, precision: str, checkpointing: bool, optimizer: str = "adamw", chunk: int = 128) -> Config:
+    stage = StageConfig("pretrain", adapter=AdapterConfig(adapter, rank=8), head_chunk=chunk)
+    stage.optim = OptimConfig(optimizer)
+    return Config(
+        stage=stage, trainer=TrainerConfig("cpu", precision=precision, activation_checkpointing=checkpointing)
+    )
+
+
+def build(cfg: Config, shape: ModelShape) -> Transformer:
+    adapter, precision = cfg.stage.adapter, cfg.trainer.precision
+    adapted = adapter.name != "none"
+    attach = partial(adapters.attach, cfg=adapter, precision=precision) if adapted else None
+    model = build_model(shape, cfg.trainer, "sdpa", torch.device("cpu"), None, None if adapted else 0, attach)
+    if adapted:
+        adapters.fill(model, Random(shape), seed=0)
+    return model
+
+
+def step(model: Transformer, cfg: Config, tokens: int) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """One optimizer step of two micro-batches, so that the second runs while all gradients are there."""
+    optimizer = build_optimizer(model, cfg.stage.optim.name, (0.9, 0.95), 1e-8, 0.1)
+    x = ids(1, tokens, model.shape.vocab_size)
+    mixed = cfg.trainer.precision == "bf16-mixed"
+
+    def run() -> None:
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
+                head = partial(cross_entropy, labels=x.roll(-1, 1), chunk=cfg.stage.head_chunk)
+                loss = model(x, head=head)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run, optimizer
+
+
+@pytest.mark.parametrize(
+    "adapter, precision, checkpointing",
+    [
+        ("none", "32-true", False),
+        ("none", "bf16-mixed", True),
+        ("none", "bf16-true", False),
+        ("lora", "32-true", True),
+        ("lora", "bf16-mixed", False),
+        ("qlora", "bf16-mixed", True),
+    ],
+)
+def test_the_estimate_is_what_a_step_holds(adapter: str, precision: str, checkpointing: bool) -> None:
+    shape, tokens = ModelShape(384, 128, 3, 4, 2, 32, 384), 768
+    cfg = config(adapter, precision, checkpointing)
+    estimate = memory_per_device(cfg, shape, tokens)
+    weights = sum(estimate.pop(key, 0.0) for key in ("weights", "frozen weights", "adapters"))
+    model = build(cfg, shape)
+    found = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    if adapter == "qlora":  # the scales of the blocks are not parameters
+        states = [p.quant_state for p in model.parameters() if p.dtype == torch.uint8]
+        found += sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    assert weights == pytest.approx(found, rel=1e-3)
+    run, optimizer = step(model, cfg, tokens)
+    run()  # the first one makes the optimizer's state
+    state = sum(leaf.nbytes for leaf in tree_leaves(optimizer.state_dict()["state"]) if isinstance(leaf, Tensor))
+    assert estimate.pop("optimizer") == pytest.approx(state, rel=1e-2)
+    with Peak() as peak:
+        run()
+    assert 0.88 < sum(estimate.values()) / peak.peak < 1.2  # what comes and goes
+    assert 0.9 < (sum(estimate.values()) + weights + state) / (peak.peak + found + state) < 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [("none", "32-true", False), ("none", "bf16-mixed", True), ("qlora", "bf16-mixed", True)]
+)
+def test_the_estimate_is_what_the_process_takes(options: tuple[Any, ...]) -> None:
+    """Peak resident memory of a process that trains, beyond that of one that has imported all."""
+    code = f"""
+import resource, torch, peft, bitsandbytes
+from tests.test_memory import *
+torch.set_num_threads(1)
+shape, cfg = ModelShape(8192, 512, 4, 8, 2, 64, 1536), config(*{options!r}, chunk=512)
+run, _ = step(build(cfg, ModelShape(64, 64, 1, 2, 1, 32, 64)), cfg, 64)
+run()  # imports what is imported late
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run, _ = step(build(cfg, shape), cfg, 2048)
+run(), run()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024, sum(memory_per_device(cfg, shape, 2048).values()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, estimate = map(float, done.stdout.split())
+    assert 0.8 < estimate / found < 1.25
