@@ -22,6 +22,7 @@ from nb_lightning.messages import ChatError
 from nb_lightning.source import TRAINED, Source, SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 from tests.data.test_prepare import content
+from tests.data.test_source import s3_server
 from tests.harness import ROOT
 
 ASK, ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2", "reasoning_content": "Add."}
@@ -322,3 +323,16 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"train/samples.npy is missing or damaged"):
         Source(f"{tmp_path}/out/train").samples()
+
+
+@pytest.mark.slow
+def test_streamed_from_s3(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [dialogue(i) for i in range(60)])
+    prepare([tmp_path / "a.jsonl"], str(tmp_path / "here"), BYTES, progress=False)
+    with s3_server(tmp_path / "cache") as client:
+        client.create_bucket(Bucket="chats")
+        prepare([tmp_path / "a.jsonl"], "s3://chats/maths", BYTES, staging=tmp_path / "staging", progress=False)
+        there = Source("s3://chats/maths/train")
+        assert there.manifest == SourceManifest.read(f"{tmp_path}/here/train")
+        assert np.array_equal(there.samples(), Source(f"{tmp_path}/here/train").samples())
+        assert np.array_equal(there.read_on(0, there.tokens), np.concatenate(stored(tmp_path / "here")))
