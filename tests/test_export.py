@@ -166,7 +166,7 @@ def test_a_failure_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "nothing to write: give --to, --gguf or both"),
+        ([], "nothing to write: give --to, --gguf or --adapter"),
         (["--to", "x", "--shard-size", "4"], "--shard-size is '4'; give a whole number with KB, MB or GB"),
         (["--gguf", "x.bin"], "--gguf x.bin does not end in .gguf"),
         (["--to", "x", "--chat-template", "nowhere"], "--chat-template nowhere cannot be read"),
