@@ -108,15 +108,15 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     return make(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite)
 
 
-def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], dict[str, str]]:
-    """All tasks, and the SHA-256 of each file."""
+def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tuple[str, str]]]:
+    """All tasks, and name and SHA-256 of each file."""
     tasks: dict[str, Task] = {}
     for path in paths:
         for task in read_tasks(path)[:limit]:
             if key_of(task) in tasks:
                 raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
             tasks[key_of(task)] = task
-    return list(tasks.values()), {str(path): sha256(Path(path)) for path in paths}
+    return list(tasks.values()), [(Path(path).name, sha256(Path(path))) for path in paths]
 
 
 def _samplers(a: argparse.Namespace) -> tuple[Sampler, LocalSampler]:

@@ -46,7 +46,9 @@ Done = Callable[[Task, list[Response]], None]  # called from any thread
 
 
 class Sampler(Protocol):
-    """Answers tasks."""
+    """Answers tasks, each `k` times."""
+
+    k: int
 
     def about(self) -> dict[str, Any]:
         """What identifies it, for the pairs' provenance."""
