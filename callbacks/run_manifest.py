@@ -63,6 +63,7 @@ class RunManifest(pl.Callback):
             stage=module.cfg.stage.name,
             init_from=module.cfg.init_from,
             parameters=module.shape.parameters(),
+            trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             plan=[plain(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
             data={

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +128,6 @@ def trained_parameters(shape: ModelShape, cfg: AdapterConfig) -> int:
     whole = {"head": "embedding"} if shape.tie_embeddings else {}
     names = {whole.get(name, name) for name in cfg.also_train}
     return sum(adapters) + sum(torch.Size(shapes[f"{name}.weight"]).numel() for name in names)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone inside the block: the reference policy of DPD without weights of its own."""
-    layers = [module for module in model.modules() if hasattr(module, "enable_adapters")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 # Identity of the base -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nb_lightning.adapters import trained_parameters
 from nb_lightning.config import Config, plain, plan_of
 from nb_lightning.memory import memory_per_device
 from nb_lightning.model import ModelShape, Transformer
@@ -19,15 +20,17 @@ def describe(cfg: Config) -> str:
         number = sum(p.numel() for p in Transformer(shape).parameters())
     embeddings = shape.vocab_size * shape.d_model * (1 if shape.tie_embeddings else 2)
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+    adapted, trained = cfg.stage.adapter.name != "none", trained_parameters(shape, cfg.stage.adapter)
     lines = [
         f"stage {cfg.stage.name}, {ranks} device(s), {cfg.trainer.strategy}, {cfg.trainer.precision}",
         f"model       {number:,} parameters ({number - embeddings:,} without embeddings)",
+        *([f"adapters    {trained:,} parameters train ({100 * trained / number:.2g} %)"] if adapted else []),
         "",
         f"{'phase':<28}{'tokens planned':>20}{'as run':>22}{'steps':>12}{'seq_len':>9}{'RoPE base':>12}{'lr':>22}",
     ]
     flops = 0.0
     for before, phase in zip(planned.phases, plan.phases):
-        flops += phase.tokens * shape.flops_per_token(phase.seq_len)
+        flops += phase.tokens * shape.flops_per_token(phase.seq_len, frozen=adapted)
         rate = f"{phase.lr.start:g}" if phase.lr.end is None else f"{phase.lr.start:g} to {phase.lr.end:g}"
         lines.append(
             f"{phase.name:<28}{before.tokens:>20,}{phase.tokens:>22,}{phase.steps:>12,}{phase.seq_len:>9}"
@@ -44,4 +47,8 @@ def describe(cfg: Config) -> str:
     memory = memory_per_device(cfg, shape, micro_tokens)
     lines += [f"  {name:<18}{size / GIB:>10.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'all':<18}{sum(memory.values()) / GIB:>10.2f} GiB")
+    if cfg.stage.optim.name.startswith("paged"):
+        lines.append(f"  and the optimizer's state, {2 * trained / GIB:.2f} GiB, in the host's memory (paged)")
+    if getattr(cfg.stage, "teacher", None):
+        lines.append("  and the weights of stage.teacher with a chunk of its logits: not counted")
     return "\n".join(lines)

@@ -85,22 +85,18 @@ class _Sizes:
         if self.adapted:
             kept += self.compute * adapter.rank * len(adapter.targets)
         passing = self.compute * ((3 if self.autocast else 2) * F + 2 * D)
-        # Autocast makes a narrow copy of a wide weight for each product; the backward of that product keeps it.
-        copies = 2 * self.linears if self.autocast and self.stored == 4 and not self.quantised else 0
-        if self.sharded:  # FSDP2 gathers in the narrow dtype
-            copies = 0
-        if self.quantised:
-            passing_weight = D * F * self.compute
-        else:
-            passing_weight = 0
+        # Autocast makes a narrow copy of a wide weight for each product, which the backward of that product keeps.
+        # FSDP2 gathers narrow ones; weights in 4 bits come back one at a time.
+        copies = 2 * self.linears if self.autocast and self.stored == 4 and not (self.quantised or self.sharded) else 0
+        restored = D * F * self.compute if self.quantised else 0
         if self.cfg.trainer.activation_checkpointing:
             return {
                 "layer inputs": tokens * s.n_layers * D * self.stored,
-                "layer in hand": tokens * (kept + passing) + copies + passing_weight,
+                "layer in hand": tokens * (kept + passing) + copies + restored,
             }
         return {
             "activations": s.n_layers * (tokens * kept + copies),
-            "layer in hand": tokens * passing + passing_weight,
+            "layer in hand": tokens * passing + restored,
         }
 
     def head(self, tokens: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.config import plain
+from nb_lightning.config import plain, plan_of
 from nb_lightning.dry_run import GIB, describe
 from nb_lightning.memory import memory_per_device
 from nb_lightning.model import ModelShape
@@ -48,3 +48,23 @@ def test_a_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     assert "memory per device" in done.stdout
     assert (tmp_path / "runs/pretrain/plan.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "runs/pretrain/checkpoints").exists()
+
+
+def test_qlora_of_the_3b_at_64k_fits_one_gpu() -> None:
+    cfg = composed("experiment=qlora_3b")
+    shape = ModelShape(**plain(cfg.model))
+    linears = 32 * (2560 * 128 * (2 * 20 + 2 * 4) + 3 * 2560 * 10496)
+    adapters = 32 * 32 * (2 * (2560 + 2560) + 2 * (2560 + 512) + 3 * (2560 + 10496))
+    memory = memory_per_device(cfg, shape, micro_tokens=65536)
+    assert memory["adapters"] == memory["gradients"] == adapters * 4
+    # 4 bits, an 8-bit scale for each 64 weights, and a float32 scale for each 256 of those; the rest in bfloat16
+    frozen = linears * (1 / 2 + 1 / 64 + 4 / 64 / 256) + (shape.parameters() - linears) * 2
+    assert memory["frozen weights"] == pytest.approx(frozen)
+    assert memory["optimizer"] == 0  # paged
+    assert memory["layer inputs"] == 65536 * 32 * 2560 * 2
+    assert 25 * GIB < sum(memory.values()) < 30 * GIB
+    text = describe(cfg)
+    assert f"{adapters:,} parameters train" in text and "host's memory" in text
+    phases = plan_of(cfg.stage).in_whole_steps().phases
+    frozen, full = (sum(p.tokens * shape.flops_per_token(p.seq_len, frozen=x) for p in phases) for x in (True, False))
+    assert f"{frozen:.3g} FLOP" in text and frozen < 0.85 * full
