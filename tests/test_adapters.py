@@ -435,7 +435,8 @@ def cut(run: Path, root: Path, steps: str = "step-00000010") -> Path:
     for path in (root / "runs" / run.name / "checkpoints").iterdir():
         if path.name > steps:
             shutil.rmtree(path)
-    (root / "runs" / run.name / "trace.jsonl").unlink()
+    for trace in (root / "runs" / run.name).glob("trace.jsonl*"):
+        trace.unlink()
     return root / "runs" / run.name
 
 
