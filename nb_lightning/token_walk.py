@@ -96,9 +96,7 @@ class Walk:
         found = [torch.zeros(N, dtype=sums, device=device) if x else None for x in present]
         grad_hidden = torch.zeros_like(hidden) if upstream and needed[0] else None
         grad_weight = torch.zeros_like(weight, dtype=sums) if upstream and needed[1] else None
-        factors = [
-            x if x is None else x.to(sums).unsqueeze(1) for x in upstream or ()
-        ]  # views where the dtype is right
+        factors = [x if x is None else x.to(sums).unsqueeze(1) for x in upstream or ()]  # what `weigh` fills: a view
         with torch.autocast(device.type, enabled=False):
             for part, n in zip(self.parts, lengths):
                 h, label = hidden[part], self.labels[part].unsqueeze(1)

@@ -205,13 +205,14 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", losses.DPO_VARIANTS)
-def test_at_step_0_the_margin_is_exactly_0(dtype: torch.dtype, variant: str) -> None:
+@pytest.mark.parametrize("chunk", [16, 70, 512])  # pairs longer than a chunk, one a chunk, all in one
+def test_at_step_0_the_margin_is_exactly_0(dtype: torch.dtype, variant: str, chunk: int) -> None:
     batch = PreferenceBatch.from_pairs(random_pairs([(3, 40, 25), (5, 9, 61), (2, 0, 1)]))
     hidden, weight, teacher = states(batch)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.no_grad():
-        batch.ref_logprobs = losses.response_logprobs(hidden, weight, batch, chunk=16)
-    _, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant, chunk=16)
+        batch.ref_logprobs = losses.response_logprobs(hidden, weight, batch, chunk=chunk)
+    _, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant, chunk=chunk)
     assert sums["margin"] == sums["chosen_reward"] == sums["rejected_reward"] == sums["accuracy"] == 0
 
 
