@@ -7,11 +7,12 @@ step: one optimizer step of 8 pairs (prompt 64, responses 32 to 192 tokens) with
 the same shape, beside assemblies of TRL's pieces over transformers' Llama in the same bare loop. The loss is checked to
 be the same. `--layers 0` leaves the loss alone. Needs trl.
 
-    ours          packed rows, losses.dpd_loss
-    ours-cached   the same with the reference's log-probabilities computed beforehand
-    trl-logits    padded rows, whole logits, selective_log_softmax and GKDTrainer.generalized_jsd_loss
-    trl-compact   the same with logits of response tokens only
-    trl-kernels   TRL's chunked kernels on the hidden states of response tokens
+    ours                packed rows, losses.dpd_loss
+    ours-cached         the same with the reference's log-probabilities computed beforehand
+    trl-logits          padded rows, whole logits, selective_log_softmax and GKDTrainer.generalized_jsd_loss
+    trl-compact         the same with logits of response tokens only
+    trl-compact-cached  the same with the reference's log-probabilities computed beforehand
+    trl-kernels         TRL's chunked kernels on the hidden states of response tokens
 
 memory: of `losses.dpd_loss`, forward and backward, beyond weights, hidden states and their gradients, by tokens.
 """
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this f
 
 from benchmarks.common import MARK, Child, Shape, Turns, append_jsonl, environment, memory_mb, reset_peak, table
 
-KINDS = ("ours", "ours-cached", "trl-logits", "trl-compact", "trl-kernels")
+KINDS = ("ours", "ours-cached", "trl-logits", "trl-compact", "trl-compact-cached", "trl-kernels")
 PAIRS, BETA, LAMBDA, WARMUP = 8, 0.1, 0.5, 1
 Pair = tuple[list[int], list[int], list[int]]
 
@@ -176,7 +177,9 @@ def trl(a: argparse.Namespace, pieces: str) -> Callable[[int], Any]:
         kl = sum(jsd(student[side], of_teacher[side], labels=labels[side]) for side in sides)
         return dpo(response(student), of_reference) + LAMBDA * kl
 
-    def from_hidden(step: int) -> Any:
+    known: dict[int, Any] = {}  # the reference's log-probabilities by step
+
+    def from_hidden(step: int, only_reference: bool = False) -> Any:
         ids, mask, labels = padded(step)
         kept = labels != -100
         rows, target = kept.nonzero()[:, 0], labels[kept]
@@ -198,12 +201,16 @@ def trl(a: argparse.Namespace, pieces: str) -> Callable[[int], Any]:
             return distillation_trainer._chunked_divergence_loss(h[None], t[None], *arguments, beta=0.0)[0]
 
         with torch.no_grad():
-            h, t = hidden(reference), hidden(teacher)
-            if pieces == "kernels":
-                of_reference = response(kernel(h, reference))
-            else:
-                of_reference = response(selective_log_softmax(reference.lm_head(h), target))
-                of_teacher = teacher.lm_head(t)
+            if step not in known:
+                h = hidden(reference)
+                whole = pieces != "kernels"
+                known[step] = response(
+                    selective_log_softmax(reference.lm_head(h), target) if whole else kernel(h, reference)
+                )
+                if only_reference:
+                    return None
+            of_reference, t = known[step], hidden(teacher)
+            of_teacher = None if pieces == "kernels" else teacher.lm_head(t)
         h = hidden(policy)
         if pieces == "kernels":
             kl = sum(divergence(h[side], t[side]) for side in sides)
@@ -212,6 +219,10 @@ def trl(a: argparse.Namespace, pieces: str) -> Callable[[int], Any]:
         kl = sum(jsd(student[side], of_teacher[side], labels=target[side]) for side in sides)
         return dpo(response(selective_log_softmax(student, target)), of_reference) + LAMBDA * kl
 
+    if pieces == "compact-cached":
+        for step in range(a.steps + WARMUP):
+            from_hidden(step, only_reference=True)
+        del reference
     return (from_logits if pieces == "logits" else from_hidden), policy
 
 
@@ -255,17 +266,25 @@ def steps(a: argparse.Namespace) -> None:
     timed = [r for r in records if r["step"] >= WARMUP]
     cpu = {kind: statistics.median(r["cpu"] for r in timed if r["kind"] == kind) for kind in first}
     peak = {kind: max(r["peak_mb"] for r in records if r["kind"] == kind) for kind in first}
-    theirs = [kind for kind in first if kind.startswith("trl")]
-    fastest, smallest = (min(theirs, key=values.__getitem__, default="ours") for values in (cpu, peak))
+    smallest = min((peak[kind] for kind in first if kind.startswith("trl")), default=float("nan"))
     turns = {(r["kind"], r["round"], r["step"]): r["cpu"] for r in timed}
     rows = []
     for kind in first:  # a ratio is the median over single turns, which saw the same machine
-        ratios = [value / turns[fastest, *turn] for (name, *turn), value in turns.items() if name == kind]
-        rows.append([kind, cpu[kind], statistics.median(ratios), peak[kind], peak[kind] / peak[smallest]])
-    print(
-        f"\n{PAIRS} pairs, vocabulary {a.vocab:,}, {a.layers} layers, float32; loss of the first step {first['ours']}\n"
-    )
-    print(table(["one step", "CPU-s", "to TRL's fastest", "peak MiB beyond start", "to TRL's smallest"], rows))
+        ratios = []
+        for base in ("trl-compact", "trl-compact-cached"):
+            pairs = [v / turns[base, *turn] for (name, *turn), v in turns.items() if name == kind and base in first]
+            ratios.append(statistics.median(pairs) if pairs else None)
+        rows.append([kind, cpu[kind], *ratios, peak[kind], peak[kind] / smallest])
+    print(f"\n{PAIRS} pairs, vocabulary {a.vocab:,}, {a.layers} layers, float32; first loss {first}\n")
+    header = [
+        "one step",
+        "CPU-s",
+        "to trl-compact",
+        "to trl-compact-cached",
+        "peak MiB beyond start",
+        "to TRL's smallest",
+    ]
+    print(table(header, rows))
 
 
 # Memory of the head -------------------------------------------------------------------------------------------------
