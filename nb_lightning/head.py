@@ -12,7 +12,6 @@ tokens is. Tokens whose label is ignored are not projected at all.
 
 In a DPO loss a token's weight depends on all tokens of its pair. Pairs that fit in a chunk are kept whole
 (`whole_groups`); for longer ones a pass without gradients goes before the `weighted_sum`: one product more.
-
 """
 
 from __future__ import annotations

@@ -74,9 +74,8 @@ def dpo_loss(logratios: Tensor, beta: float, variant: str = "sigmoid", label_smo
         [P] losses.
     """
     margin = logratios[:, 0] - logratios[:, 1]
-    if (
-        variant == "sigmoid"
-    ):  # (1 - s) * -logsigmoid(x) + s * -logsigmoid(-x), where -logsigmoid(-x) = x - logsigmoid(x)
+    if variant == "sigmoid":
+        # With s the smoothing: -(1 - s) logsigmoid(x) - s logsigmoid(-x), and logsigmoid(-x) = logsigmoid(x) - x.
         return label_smoothing * beta * margin - F.logsigmoid(beta * margin)
     if variant == "hinge":
         return (1 - beta * margin).relu()
