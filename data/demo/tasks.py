@@ -3,6 +3,7 @@
     <folder>/chats/train/<family>.jsonl     {"messages": [...]}: what SFT trains on
              chats/val/<family>.jsonl       the same of held-out problems
              tasks/train/<family>.jsonl     `nb_lightning.tasks.Task`: prompts for preference pairs and RL
+             tasks/train/<family>_preference.jsonl    of `PREFERENCE`: the same prompts, for a reward model to judge
              tasks/val/<family>.jsonl       held-out tasks for evaluation
              tasks.json                     what was built
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -28,6 +30,9 @@ VERSION = 4  # of the problems: raise it when their text changes
 MANIFEST = "tasks.json"
 COUNTS = {"chats/train": 8000, "tasks/train": 1000, "val": 256}  # at most; a small family has fewer problems
 PARTS = {"chats/train": range(6, 32), "tasks/train": range(2, 6), "val": range(2)}  # of 32 parts by hash
+# Families that a reward model judges in RL (nb_lightning/rewards/preference.py). Held-out tasks stay with the exact
+# verifier: the reward model does not judge what it did itself.
+PREFERENCE = ("general_words",)
 EXHAUSTED = 2000  # draws in a row without a new problem end the search for more
 
 
@@ -66,6 +71,7 @@ def build_demo_tasks(
         if family not in FAMILIES:
             raise ValueError(f"the demo tasks have no family {family!r}; they have {', '.join(FAMILIES)}")
     made = {"version": VERSION, "seed": seed, "families": list(families), "counts": counts}
+    made["preference"] = list(PREFERENCE)
     with locked(folder.parent, wait=True):  # a second process waits here and then finds them built
         if folder.exists():
             if _made(folder) == made:
@@ -83,6 +89,10 @@ def build_demo_tasks(
             for split, name in (("train", "tasks/train"), ("val", "val")):
                 tasks = [_as_task(family, split, number, p) for number, p in enumerate(found[name])]
                 write_tasks(unfinished / "tasks" / split / f"{family}.jsonl", tasks)
+            if family in PREFERENCE:
+                name = f"{family}_preference"
+                tasks = [_preference_task(name, number, p) for number, p in enumerate(found["tasks/train"])]
+                write_tasks(unfinished / "tasks/train" / f"{name}.jsonl", tasks)
         write_json(unfinished / MANIFEST, made)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
@@ -103,3 +113,8 @@ def _write_chats(path: Path, found: list[Problem]) -> None:
 def _as_task(family: str, split: str, number: int, p: Problem) -> Task:
     asked = next(i for i, message in enumerate(p.messages) if message["role"] == "assistant")
     return Task(f"{family}/{split}/{number}", family, p.messages[:asked], p.verifier, p.reference)
+
+
+def _preference_task(name: str, number: int, p: Problem) -> Task:
+    """Without a reference: a completion is worth how often it is preferred to the others."""
+    return replace(_as_task(name, "train", number, p), verifier="preference", reference=None)

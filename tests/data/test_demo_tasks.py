@@ -200,6 +200,13 @@ def test_files(tmp_path: Path) -> None:
             assert len(found) == SMALL[name] and {task.source for task in found} == {family}
         val = [json.loads(line)["messages"] for line in (tmp_path / f"tasks/chats/val/{family}.jsonl").open()]
         assert [chat[: len(task.messages)] for chat, task in zip(val, found)] == [task.messages for task in found]
+    judged = [path.stem for path in (tmp_path / "tasks/tasks").rglob("*_preference.jsonl")]
+    assert sorted(judged) == [f"{family}_preference" for family in tasks.PREFERENCE]
+    for name in judged:  # the same prompts, and nothing of the answers
+        found = read_tasks(tmp_path / f"tasks/tasks/train/{name}.jsonl")
+        same = read_tasks(tmp_path / f"tasks/tasks/train/{name.removesuffix('_preference')}.jsonl")
+        assert [task.messages for task in found] == [task.messages for task in same]
+        assert {(task.source, task.verifier, task.reference) for task in found} == {(name, "preference", None)}
     before = digests(tmp_path)
     (tmp_path / "tasks/chats/val/maths_sort.jsonl").touch()
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
