@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from callbacks.progress import human
 from nb_lightning.phases import PhasePlan
+from nb_lightning.run_metrics import read_metrics
 
 COLORS = (
     "#4477aa",
@@ -42,26 +42,6 @@ class Plots(pl.Callback):
             logger.save()
         plot_plan(module.plan, run / "plan.png")
         plot_curves(module.plan, read_metrics(run), run / "curves.png")
-
-
-def read_metrics(run: Path) -> dict[str, np.ndarray]:
-    """All metrics of a run as {name: [n, 2] of (tokens_seen, value)}, over all its restarts.
-
-    Where a restart went over the same tokens again, the later value counts.
-    """
-    series: dict[str, dict[float, float]] = {}
-    versions = sorted((run / "metrics").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
-    for version in versions:
-        if not (version / "metrics.csv").is_file():
-            continue
-        with open(version / "metrics.csv", newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if not row.get("tokens_seen"):
-                    continue
-                for name, value in row.items():
-                    if value and name not in ("tokens_seen", "step", "epoch"):
-                        series.setdefault(name, {})[float(row["tokens_seen"])] = float(value)
-    return {name: np.array(sorted(points.items())) for name, points in series.items()}
 
 
 def plot_plan(plan: PhasePlan, path: Path) -> None:

@@ -65,7 +65,7 @@ class TaskAccuracy(PhaseCallback):
         stop_ids = (data.tokenizer.eos_id, ChatTokenizer(data.tokenizer, data.chat).end_id)
         model = Pretrained(module.model, data.tokenizer, data.chat, stop_ids, module.cfg.run_name)
         greedy = evaluate_tasks(model, self._tasks, self.greedy, 1, self.seed).summary()
-        sampled = evaluate_tasks(model, self._tasks, self.sampled, self.k, self.seed).summary()
+        report = evaluate_tasks(model, self._tasks, self.sampled, self.k, self.seed)
         if not trainer.is_global_zero:
             return
         found = {
@@ -75,8 +75,11 @@ class TaskAccuracy(PhaseCallback):
                 f"avg@{self.k}": numbers["mean"],
                 "interval": numbers["interval"],
                 "truncated": numbers["truncated"],
+                "each": [
+                    attempts.mean for attempts in report.by_source()[name]
+                ],  # task by task, for paired comparisons
             }
-            for name, numbers in sampled.items()
+            for name, numbers in report.summary().items()
         }
         path = Path(trainer.default_root_dir) / "accuracy.json"
         kept = _read(path) if when != BEFORE else {}

@@ -58,12 +58,16 @@ class Report:
     attempts: list[Attempts]
     k: int
 
+    def by_source(self) -> dict[str, list[Attempts]]:
+        """The attempts of each source, and "all"."""
+        found: dict[str, list[Attempts]] = {}
+        for attempts in self.attempts:
+            found.setdefault(attempts.task.source, []).append(attempts)
+        return {**found, "all": self.attempts}
+
     def summary(self) -> dict[str, dict[str, Any]]:
         """For each source, and "all": see `summarise`."""
-        by_source: dict[str, list[Attempts]] = {}
-        for attempts in self.attempts:
-            by_source.setdefault(attempts.task.source, []).append(attempts)
-        return {name: summarise(found, self.k) for name, found in {**by_source, "all": self.attempts}.items()}
+        return {name: summarise(found, self.k) for name, found in self.by_source().items()}
 
 
 def summarise(attempts: Sequence[Attempts], k: int) -> dict[str, Any]:

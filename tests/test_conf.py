@@ -49,6 +49,7 @@ def test_every_experiment_composes_is_short_and_passes(experiment: str) -> None:
 
 def test_every_yaml_is_reached_by_a_group() -> None:
     groups = {"stage", "model", "data", "plan", "callbacks", "trainer", "logger", "paths", "experiment"}
+    groups.add("ablation")  # read by nb_lightning.ablate, whose tests compose each arm
     for path in CONF.rglob("*.yaml"):
         assert path.name == "train.yaml" or path.relative_to(CONF).parts[0] in groups
 

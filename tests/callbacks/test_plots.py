@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from callbacks.plots import read_metrics
+from nb_lightning.run_metrics import read_metrics
 
 
 def test_metrics_of_a_restarted_run_are_one_curve(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ def test_measured_kept_logged_and_shown(tmp_path: Path) -> None:
     for entry in measured.values():
         assert {name: found["tasks"] for name, found in entry["sources"].items()} == {"one": 3, "two": 2, "all": 5}
         assert all(found["greedy"] == found["avg@8"] == 0 for found in entry["sources"].values())
+        assert {name: found["each"] for name, found in entry["sources"].items()} == {
+            "one": [0, 0, 0], "two": [0, 0], "all": [0, 0, 0, 0, 0],
+        }  # fmt: skip
     with open(run / "metrics/version_0/metrics.csv", newline="") as file:
         logged = [row for row in csv.DictReader(file) if row["val/avg@8/one"]]
     assert [float(row["tokens_seen"]) for row in logged] == [0, 6144, 12288]

@@ -1,0 +1,253 @@
+"""Ablations: `python -m nb_lightning.ablate NAME [--seeds 0 1 2] [--jobs 2] [--dry-run] [key=value ...]`.
+
+An ablation is a file conf/ablation/NAME.yaml: what its arms share, what sets them apart, and what is measured.
+
+    question: Does DPD beat its parts?
+    common: [stage=dpd, "init_from=${paths.root}/runs/sft"]     # overrides of train.py
+    arms:
+      dpd: []                                                   # the first: the others are held against it
+      no_negative: [stage.lambda_minus=0]
+    measure: {kind: accuracy, sources: [all, maths_sort]}       # or kind: perplexity
+
+Every arm is trained with every seed, in `paths.root`/runs/ablation/NAME/ARM-seedK, several at a time. A run that is
+finished is not run again, one that was broken off goes on. A run that fails is named and the others go on. At the end
+`paths.root`/ablation/NAME.md and .json hold the table. In these runs `paths.runs` is the ablation's own folder, so
+other runs are named by `${paths.root}/runs/...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nb_lightning.comparison import compare, measured, table
+from nb_lightning.source import write_json
+
+CHECKOUT = Path(__file__).parent.parent
+FOLDER = CHECKOUT / "conf" / "ablation"
+CLAIM = "ablation.json"  # in a run's folder: what it was begun with, and whether it is finished
+KINDS = ("accuracy", "perplexity")
+
+
+@dataclass
+class Measure:
+    kind: str  # accuracy: avg@k at the end of the last phase; perplexity: of held-out rows, at the end
+    sources: list[str]
+
+
+@dataclass
+class Ablation:
+    question: str
+    common: list[str]
+    arms: dict[str, list[str]]
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class Run:
+    arm: str
+    seed: int
+    folder: Path
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(CHECKOUT / "train.py"), *self.overrides, "resume=true"]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "ablation.log"
+
+    def claim(self) -> dict[str, Any]:
+        """What the folder says of the run; of one that is not begun, what it will say."""
+        if (self.folder / CLAIM).is_file():
+            return claim_of(self.folder)
+        return {"overrides": self.overrides, "finished": False, "seconds": 0.0}
+
+
+def claim_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    a = parser().parse_intermixed_args(arguments)  # overrides after flags, as before them
+    try:
+        failed = ablate(a.name, a.seeds, a.jobs, a.overrides, a.dry_run)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+    sys.exit(1 if failed else 0)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.ablate", description=__doc__.partition("\n")[0])
+    p.add_argument("name", help=f"one of {', '.join(shipped())}, or the path of a .yaml file")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K", help="(default: 0 1 2)")
+    p.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one thread each (default: 2)")
+    p.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="further overrides of train.py, for every arm")
+    return p
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read(name: str) -> Ablation:
+    """The ablation called `name`, or of the file at that path.
+
+    Raises:
+        ValueError: no such ablation, or a file that does not say what one is.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no ablation {name!r}; there are {', '.join(shipped())}, or give a .yaml file")
+    try:
+        loaded = OmegaConf.merge(OmegaConf.structured(Ablation), OmegaConf.load(path))
+        plain = OmegaConf.to_container(loaded, throw_on_missing=True)  # ${...} stays: it is for train.py
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error.full_key or ''} {str(error).splitlines()[0]}") from error
+    found = Ablation(**{**plain, "measure": Measure(**plain["measure"])})
+    if not found.arms:
+        raise ValueError(f"{path}: arms is empty")
+    if found.measure.kind not in KINDS:
+        raise ValueError(f"{path}: measure.kind is {found.measure.kind!r}; allowed: {', '.join(KINDS)}")
+    return found
+
+
+def runs_of(name: str, ablation: Ablation, seeds: Sequence[int], extra: Sequence[str], root: str) -> list[Run]:
+    """Seed by seed, so that stopped early the arms have as many runs each."""
+    folder = Path(root) / "runs" / "ablation" / Path(name).stem
+    shared = ["trainer.threads=1", "trainer.progress_bar=false", *ablation.common]
+    return [
+        Run(arm, seed, folder / f"{arm}-seed{seed}", [
+            *shared, *overrides, *extra, f"seed={seed}", f"paths.root={root}", f"paths.runs={folder}",
+            f"run_name={arm}-seed{seed}",
+        ])
+        for seed in seeds
+        for arm, overrides in ablation.arms.items()
+    ]  # fmt: skip
+
+
+def ablate(name: str, seeds: Sequence[int], jobs: int, extra: Sequence[str], dry_run: bool = False) -> list[str]:
+    """Run what is not finished and write the table; returns the names of the runs that failed.
+
+    Raises:
+        ValueError: see `read`; or a run is there that was begun with other overrides.
+    """
+    ablation = read(name)
+    root = next((word.partition("=")[2] for word in reversed(extra) if word.startswith("paths.root=")), None)
+    root = root or os.environ.get("NB_ROOT", "outputs")
+    runs = runs_of(name, ablation, seeds, extra, root)
+    if dry_run:
+        print("\n".join(shlex.join(run.command) for run in runs))
+        return []
+    for run in runs:
+        if run.claim()["overrides"] != run.overrides:
+            raise ValueError(f"{run.folder} was begun with other overrides ({CLAIM} has them): remove or rename it")
+    failed = train_all(runs, jobs)
+    whole = [arm for arm in ablation.arms if not any(run.arm == arm and run.name in failed for run in runs)]
+    if not whole:
+        raise ValueError(f"every arm failed; the logs are {runs[0].folder.parent}/*/{runs[0].log.name}")
+    write_report(Path(root) / "ablation" / Path(name).stem, ablation, [r for r in runs if r.arm in whole], failed)
+    return list(failed)
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> dict[str, str]:
+    """Train what is not finished, `jobs` at a time; {name: last line of its log} of those that failed."""
+    left = [run for run in runs if not run.claim()["finished"]]
+    print(f"{len(runs)} runs, {len(runs) - len(left)} finished before", flush=True)
+    failed: dict[str, str] = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(train, run): run for run in left}
+        for done, future in enumerate(as_completed(futures), 1):
+            run, problem = futures[future], future.result()
+            if problem:
+                failed[run.name] = problem
+            print(f"{done}/{len(left)} {run.name}: {problem or 'finished'}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def train(run: Run) -> str | None:
+    """Begin a run or go on with it; None, or the last line of what it said if it failed."""
+    claim, began = run.claim(), time.monotonic()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.log, "ab") as log:
+        try:  # the run inherits the lock: it holds as long as either of us lives
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another process is training it: {run.log} is locked"
+        write_json(run.folder / CLAIM, claim)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(run.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env).returncode
+    claim["seconds"] += time.monotonic() - began
+    write_json(run.folder / CLAIM, {**claim, "finished": code == 0})
+    if code == 0:
+        return None
+    lines = run.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), f"exit status {code}")
+
+
+def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: dict[str, str]) -> None:
+    """`path`.md and `path`.json, of the arms whose runs are all finished."""
+    folders: dict[str, list[Path]] = {}
+    for run in runs:
+        folders.setdefault(run.arm, []).append(run.folder)
+    compared, tables = {}, []
+    for source in ablation.measure.sources:
+        read_one = partial(measured, kind=ablation.measure.kind, source=source)
+        found = {arm: [read_one(folder) for folder in of_arm] for arm, of_arm in folders.items()}
+        after = {arm: np.stack([values for values, _ in of_arm]) for arm, of_arm in found.items()}
+        if ablation.measure.kind == "accuracy":
+            before = {arm: np.stack([values for _, values in of_arm]) for arm, of_arm in found.items()}
+            compared[source] = compare(after, before)
+            tables.append(f"**{source}**\n\n{table(compared[source], 'avg in %', scale=100)}")
+        else:
+            compared[source] = compare(after)
+            tables.append(f"**{source}**\n\n{table(compared[source], 'perplexity', digits=3)}")
+    start = json.loads((runs[0].folder / "manifest.json").read_text(encoding="utf-8"))["starts"][-1]
+    about = {
+        "question": ablation.question,
+        "command": f"python -m nb_lightning.ablate {shlex.join(sys.argv[1:])}",
+        "seeds": list(dict.fromkeys(run.seed for run in runs)),
+        "minutes": {arm: [round(claim_of(folder)["seconds"] / 60, 1) for folder in folders[arm]] for arm in folders},
+        "cores": os.cpu_count(),
+        "versions": start["versions"],
+        "git": start["git"],
+        "failed": failed,
+    }
+    notes = [f"{key}: {json.dumps(about[key])}" for key in ("command", "seeds", "minutes", "cores", "versions", "git")]
+    notes += [f"failed: {name}: {problem}" for name, problem in failed.items()]
+    text = "\n\n".join([ablation.question, *tables, "\n".join(f"* {note}" for note in notes)]) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_json(path.with_suffix(".json"), {**about, "measured": compared})
+    print(f"\n{text}\n{path}.md, {path}.json")
+
+
+if __name__ == "__main__":
+    main()
