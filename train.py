@@ -123,7 +123,12 @@ def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
         from nb_lightning.stages.dpd import DPDStage
 
         return DPDStage(cfg, plan), PreferenceData(cfg, plan)
-    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft, dpd")
+    if cfg.stage.name == "rl":
+        from data.prompts import PromptData
+        from nb_lightning.stages.rl import RLStage
+
+        return RLStage(cfg, plan), PromptData(cfg, plan)
+    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft, dpd, rl")
 
 
 def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:
@@ -224,6 +229,7 @@ def quieten() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*`isinstance.treespec, LeafSpec.`.*",
+        ".*have no `validation_step`.*",  # RL measures on held-out tasks
         ".*Checkpoint directory.*",
         ".*buffer is not writable.*",
         ".*It is recommended to use `self.log.*",  # what is logged here has been summed over the ranks

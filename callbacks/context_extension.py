@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nb_lightning.batch import StepBatch
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 
@@ -18,5 +19,6 @@ class ContextExtension(PhaseCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, module, batch, batch_idx)
-        seq_len = batch.micro_batches[0].input_ids.shape[1]
-        assert seq_len == module.phase.seq_len, f"rows of {seq_len} tokens in a phase of {module.phase.seq_len}"
+        if isinstance(batch, StepBatch):  # the rows of RL are not made yet
+            seq_len = batch.micro_batches[0].input_ids.shape[1]
+            assert seq_len == module.phase.seq_len, f"rows of {seq_len} tokens in a phase of {module.phase.seq_len}"

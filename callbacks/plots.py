@@ -46,7 +46,7 @@ class Plots(pl.Callback):
 
 def plot_plan(plan: PhasePlan, path: Path) -> None:
     """Learning rate over tokens, above the stacked mixture; phases, context and RoPE base are written in."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(10, 5.6), sharex=True, height_ratios=(3, 2), constrained_layout=True
     )
@@ -78,7 +78,7 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
     """Training loss and gradient norm, realised mixture shares, and of each source what is held out: perplexity, of
     preference pairs the reward margin."""
     pairs = any(name.startswith("val/margin/") for name in metrics)
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
     (loss, held_out), (shares, norm) = axes
     loss.set_title("training loss" if pairs else "training loss (nats per token)", fontsize=10, loc="left")
@@ -145,7 +145,7 @@ def _token_axis(axis: Any) -> None:
     axis.set_xlim(left=0)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -42,6 +42,7 @@ class PhaseProgressBar(TQDMProgressBar):
         for label, key, form in (
             ("lr", "optim/lr", ".2e"),
             ("loss", "train/loss", ".3f"),
+            ("reward", "rl/reward", ".3f"),
             ("tok/s", "perf/tokens_per_sec", None),
         ):
             if key in seen:

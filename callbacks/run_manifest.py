@@ -66,14 +66,7 @@ class RunManifest(pl.Callback):
             trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             plan=[plain(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
-            data={
-                name: {
-                    "tokens": source.tokens,
-                    "documents": source.manifest.documents,
-                    "sha256": source.manifest.digest,
-                }
-                for name, source in data.train.items()
-            },
+            data=data.described(),
             tokenizer=data.tokenizer.digest,
             finished=False,
         )

@@ -9,10 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nb_lightning.accuracy import evaluate_tasks
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
-from nb_lightning.pretrained import Pretrained
+from nb_lightning.pretrained import in_training
 from nb_lightning.sampling import Sampling
 from nb_lightning.source import write_json
 from nb_lightning.tasks import Task, read_tasks
@@ -62,8 +61,7 @@ class TaskAccuracy(PhaseCallback):
         if not self._tasks:
             return
         data = trainer.datamodule
-        stop_ids = (data.tokenizer.eos_id, ChatTokenizer(data.tokenizer, data.chat).end_id)
-        model = Pretrained(module.model, data.tokenizer, data.chat, stop_ids, module.cfg.run_name)
+        model = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
         greedy = evaluate_tasks(model, self._tasks, self.greedy, 1, self.seed).summary()
         report = evaluate_tasks(model, self._tasks, self.sampled, self.k, self.seed)
         if not trainer.is_global_zero:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -67,14 +67,14 @@ class _StepsFrom(Sampler[int]):
         return self.total
 
 
-class StepLoader(DataLoader[StepBatch]):
-    """A DataLoader over `StepDataset` from `start` on.
+class StepLoader(DataLoader[Any]):
+    """A DataLoader over optimizer steps from `start` on.
 
     It is resumable by construction: its place is the clock's (`tokens_seen`), which the stage restores. The empty
     state tells Lightning so.
     """
 
-    def __init__(self, dataset: StepDataset, start: int, **kwargs: Any) -> None:
+    def __init__(self, dataset: Any, start: int, **kwargs: Any) -> None:
         super().__init__(dataset, batch_size=None, sampler=_StepsFrom(start, len(dataset)), **kwargs)
 
     def __iter__(self) -> Any:
@@ -199,7 +199,15 @@ class PlannedData(pl.LightningDataModule):
         """Hash of the training data of each source."""
         return {name: source.manifest.digest for name, source in self.train.items()}
 
-    def steps(self, rank: int = 0, world_size: int = 1) -> StepDataset:
+    def described(self) -> Mapping[str, Any]:
+        """Of each source, what a run's manifest says of it."""
+        return {
+            name: {"tokens": source.tokens, "documents": source.manifest.documents, "sha256": source.manifest.digest}
+            for name, source in self.train.items()
+        }
+
+    def steps(self, rank: int = 0, world_size: int = 1) -> Dataset[Any]:
+        """Item s is what this rank does in optimizer step s."""
         return StepDataset(self.order, self.rows, rank, world_size)
 
     def train_dataloader(self) -> StepLoader:

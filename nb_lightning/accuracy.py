@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import comb
@@ -39,6 +39,7 @@ class Attempts:
     tokens: list[int] = field(default_factory=list)  # with it
     finish_reasons: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)  # what `attempt` keeps for training; else empty
 
     @property
     def mean(self) -> float:
@@ -123,6 +124,7 @@ def evaluate_tasks(
     seed: int = 0,
     max_batch: int = MAX_BATCH,
     on_scored: Callable[[Attempts], None] = lambda attempts: None,
+    verifiers: Mapping[str, Verifier] | None = None,
 ) -> Report:
     """Sample and score k completions of every task.
 
@@ -132,6 +134,7 @@ def evaluate_tasks(
     Args:
         sampling: the stop tokens of `pretrained` are added.
         on_scored: called for each task of this process, in the order in which they are done.
+        verifiers: by name; those of `verifiers_of(tasks)` if not given.
 
     Raises:
         ValueError: no task, no chat template, messages that it refuses, an unknown verifier, or a reference that it
@@ -141,27 +144,75 @@ def evaluate_tasks(
         raise ValueError("no task to evaluate")
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    verifiers = {name: get_verifier(name) for name in sorted({task.verifier for task in tasks})}
+    verifiers = verifiers_of(tasks) if verifiers is None else verifiers
+    rank, ranks = _place()
+    prompts = encode(pretrained, tasks)  # all on every rank: one that fails alone leaves the others waiting
+    seeds = [[seed, zlib.crc32(f"{task.source}\n{task.id}".encode())] for task in tasks]
+    share = slice(rank, None, ranks)
+    attempts = attempt(
+        pretrained, tasks[share], prompts[share], verifiers, sampling, k, seeds[share], max_batch, on_scored
+    )
+    return Report(_in_order(attempts, len(tasks)), k)
+
+
+def verifiers_of(tasks: Iterable[Task], known: Mapping[str, Verifier] | None = None) -> dict[str, Verifier]:
+    """The verifiers that tasks name, with every reference checked.
+
+    Args:
+        known: verifiers that are there already, by name.
+
+    Raises:
+        ValueError: an unknown verifier, or a reference that it does not read, by the task's id.
+    """
+    verifiers: dict[str, Any] = dict(known or {})
     for task in tasks:
+        if task.verifier not in verifiers:
+            verifiers[task.verifier] = get_verifier(task.verifier)
         try:
             verifiers[task.verifier].check(task.reference)
         except ValueError as error:
             raise ValueError(f"task {task.id!r}: {error}") from error
-    rank, ranks = _place()
-    prompts = encode(pretrained, tasks)[
-        rank::ranks
-    ]  # all on every rank: one that fails alone leaves the others waiting
-    share = list(tasks[rank::ranks])
+    return verifiers
+
+
+def attempt(
+    pretrained: Pretrained,
+    tasks: Sequence[Task],
+    prompts: Sequence[Sequence[int]],
+    verifiers: Mapping[str, Verifier],
+    sampling: Sampling,
+    k: int,
+    seeds: Sequence[Sequence[int]],
+    max_batch: int = MAX_BATCH,
+    on_scored: Callable[[Attempts], None] = lambda attempts: None,
+    on_sampled: Callable[[], None] = lambda: None,
+    keep: bool = False,
+) -> list[Attempts]:
+    """Sample and score k completions of each task, in this process alone; scoring goes on while others are sampled.
+
+    Args:
+        prompts: of each task, see `encode`.
+        sampling: the stop tokens of `pretrained` are added.
+        seeds: of each task, its own; completion j is drawn from [*seed, j].
+        on_scored: called for each task, in the order in which they are done.
+        on_sampled: called when the last completion is there and only scores are waited for.
+        keep: keep `Attempts.completions`.
+    """
     sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *pretrained.stop_ids))
-    attempts = [Attempts(task) for task in share]
+    requests = (Request((i, j), prompts[i], sampling, [*seeds[i], j]) for i in range(len(tasks)) for j in range(k))
+    attempts = [Attempts(task) for task in tasks]
+    done: dict[int, dict[int, Completion]] = {}
     with ThreadPoolExecutor(SCORERS) as scorers:
         scoring: list[Future[None]] = []
-        for i, completions in _complete(pretrained, share, prompts, sampling, k, seed, max_batch):
-            _record(attempts[i], completions, pretrained)
-            scoring.append(scorers.submit(_score, verifiers[share[i].verifier], attempts[i], on_scored))
+        for (i, j), completion in stream(pretrained.model, requests, max_batch):  # type: ignore[misc]
+            done.setdefault(i, {})[j] = completion
+            if len(done[i]) == k:
+                _record(attempts[i], [completion for _, completion in sorted(done.pop(i).items())], pretrained, keep)
+                scoring.append(scorers.submit(_score, verifiers[tasks[i].verifier], attempts[i], on_scored))
+        on_sampled()
         for future in scoring:
             future.result()  # raises what it raised
-    return Report(_in_order(attempts, len(tasks)), k)
+    return attempts
 
 
 def encode(pretrained: Pretrained, tasks: Iterable[Task]) -> list[list[int]]:
@@ -182,34 +233,13 @@ def encode(pretrained: Pretrained, tasks: Iterable[Task]) -> list[list[int]]:
     return [encoding.ids for encoding in batch]
 
 
-def _complete(
-    pretrained: Pretrained,
-    tasks: Sequence[Task],
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    k: int,
-    seed: int,
-    max_batch: int,
-) -> Iterable[tuple[int, list[Completion]]]:
-    """(place, its k completions) of each task, as they are done."""
-    requests = (
-        Request((i, j), prompts[i], sampling, [seed, zlib.crc32(f"{task.source}\n{task.id}".encode()), j])
-        for i, task in enumerate(tasks)
-        for j in range(k)
-    )
-    done: dict[int, dict[int, Completion]] = {}
-    for (i, j), completion in stream(pretrained.model, requests, max_batch):  # type: ignore[misc]
-        done.setdefault(i, {})[j] = completion
-        if len(done[i]) == k:
-            yield i, [completion for _, completion in sorted(done.pop(i).items())]
-
-
-def _record(attempts: Attempts, completions: Iterable[Completion], pretrained: Pretrained) -> None:
+def _record(attempts: Attempts, completions: Sequence[Completion], pretrained: Pretrained, keep: bool) -> None:
     for completion in completions:
         ids = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
         attempts.texts.append(pretrained.tokenizer.decode(ids))
         attempts.tokens.append(len(completion.ids))
         attempts.finish_reasons.append(completion.finish_reason)
+    attempts.completions = list(completions) if keep else []
 
 
 def _score(verifier: Verifier, attempts: Attempts, on_scored: Callable[[Attempts], None]) -> None:

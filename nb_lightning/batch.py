@@ -183,6 +183,34 @@ class RolloutBatch(PackedBatch):
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
+    @classmethod
+    def from_completions(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        advantages: Tensor,
+        logprobs: Sequence[Sequence[float]],
+        masked: Sequence[bool],
+    ) -> RolloutBatch:
+        """Pack prompts and completions, token ids, into one row, see `pack`.
+
+        Args:
+            advantages: [C] float32.
+            logprobs: the sampler's, of each completion's tokens.
+            masked: completions that are read and not trained.
+        """
+        packed, index = pack(prompts, completions)
+        rollout_logprobs = torch.zeros(index.shape)
+        rollout_logprobs[index >= 0] = torch.tensor([value for row in logprobs for value in row])
+        hidden = torch.tensor([*masked, False])[index]  # -1, of prompts, is the last
+        packed["labels"] = packed["labels"].masked_fill(hidden, IGNORE)
+        return cls(
+            **packed,
+            completion_index=index.masked_fill(hidden, -1),
+            advantages=advantages,
+            rollout_logprobs=rollout_logprobs,
+        )
+
     @property
     def counts(self) -> dict[str, Tensor]:
         """`tokens` that are trained, and `completions` that have any; 0-d int64 tensors."""
@@ -192,6 +220,9 @@ class RolloutBatch(PackedBatch):
             "tokens": torch.tensor(index.numel(), device=index.device),
             "completions": torch.tensor(index.unique().numel(), device=index.device),
         }
+
+    def silenced(self) -> RolloutBatch:
+        return replace(super().silenced(), completion_index=torch.full_like(self.completion_index, -1))
 
 
 @dataclass
@@ -207,3 +238,17 @@ class StepBatch(_Movable):
     micro_batches: list[PackedBatch]
     tokens: int
     sample_ids: Tensor
+
+
+@dataclass
+class RolloutStep(_Movable):
+    """What the loader of RL hands out: the number of an optimizer step. Prompts are looked up when it begins, as they
+    depend on what the policy can do by then.
+
+    Attributes:
+        number: of the step, from 0.
+        tokens: the clock moves by this.
+    """
+
+    number: int
+    tokens: int

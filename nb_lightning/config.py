@@ -30,16 +30,30 @@ class LearningRateConfig:
 
 
 @dataclass
-class PhaseConfig:
-    """One phase. `null` takes the value of the stage; without a `rope_theta` the model's holds."""
+class AnyPhaseConfig:
+    """What every phase has. `null` takes the value of the stage; without a `rope_theta` the model's holds."""
 
-    tokens: int = MISSING  # over all ranks; what counts is the proportion when stage.total_tokens is set
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     mixture: dict[str, float] = MISSING  # source -> probability; sums to 1
     seq_len: int = MISSING  # tokens per row
     rope_theta: float = II("model.rope_theta")  # RoPE base frequency
-    global_batch_tokens: int | None = None
     micro_batch_size: int | None = None
+
+
+@dataclass
+class PhaseConfig(AnyPhaseConfig):
+    """A phase of a stage that trains on tokens of its sources."""
+
+    tokens: int = MISSING  # over all ranks; what counts is the proportion when stage.total_tokens is set
+    global_batch_tokens: int | None = None
+
+
+@dataclass
+class RLPhaseConfig(AnyPhaseConfig):
+    """A phase of RL. On the clock a step counts as many tokens as it can hold: prompts x group_size x seq_len."""
+
+    steps: int = MISSING  # rollouts
+    prompts: int = MISSING  # of a step, over all ranks
 
 
 @dataclass
@@ -72,8 +86,6 @@ class StageConfig:
 
     name: str = MISSING
     total_tokens: int | None = None  # scales the whole plan in proportion; null keeps it as written
-    phases: dict[str, PhaseConfig] = field(default_factory=dict)
-    global_batch_tokens: int = MISSING  # tokens per optimizer step over all ranks
     micro_batch_size: int = MISSING  # rows per rank per forward
     optim: OptimConfig = field(default_factory=OptimConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -81,17 +93,25 @@ class StageConfig:
 
 
 @dataclass
-class PretrainConfig(StageConfig):
+class TokensConfig(StageConfig):
+    """A stage that trains on tokens of its sources."""
+
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    global_batch_tokens: int = MISSING  # tokens per optimizer step over all ranks
+
+
+@dataclass
+class PretrainConfig(TokensConfig):
     """FG-WSD pretraining."""
 
 
 @dataclass
-class SFTConfig(StageConfig):
+class SFTConfig(TokensConfig):
     """Supervised fine-tuning on conversations: a cold start, then all."""
 
 
 @dataclass
-class DPDConfig(StageConfig):
+class DPDConfig(TokensConfig):
     """Dual-level preference distillation; what the numbers do is in `nb_lightning.losses.dpd_loss`."""
 
     teacher: str | None = None  # frozen, same tokenizer: a run, a checkpoint, a Hugging Face folder or a .gguf file
@@ -105,6 +125,25 @@ class DPDConfig(StageConfig):
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
     jsd_beta: float = 0.5  # of jsd: the teacher's share in the mixture
     temperature: float = 1.0  # divides both logits in the divergence
+
+
+@dataclass
+class RLConfig(StageConfig):
+    """On-policy GRPO; what the numbers do is in `nb_lightning.losses.grpo_loss`."""
+
+    phases: dict[str, RLPhaseConfig] = field(default_factory=dict)
+    group_size: int = 8  # completions of each prompt
+    max_new_tokens: int = MISSING  # of a completion; one that has not ended by then is truncated
+    max_batch: int = 64  # completions that are sampled at the same time
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normalisation: str = "token"  # token (DAPO) | sequence (GRPO) | constant (Dr.GRPO)
+    scale_advantages: bool = True  # by the standard deviation of the group's rewards; Dr.GRPO does not
+    mask_truncated: bool = True  # truncated completions are not trained; their rewards count in the group
+    updates_per_rollout: int = 1  # optimizer steps on the same completions, with importance ratios
+    extra_rounds: int = 0  # of new prompts for groups without signal, as often as needed up to this
+    kl_weight: float = 0.0  # of KL(policy || the weights at init_from)
+    reward_model: str | None = None  # judge of tasks with the verifier "preference": a run of stage=reward_model
 
 
 @dataclass
@@ -160,6 +199,13 @@ class PreferenceDataConfig(ChatDataConfig):
     """Sources of pairs, made by data.prepare --pairs. Pairs that a row cannot hold are left out."""
 
     cached_teacher: bool = False  # the teacher's most likely tokens are beside the samples (data.teacher_logprobs)
+
+
+@dataclass
+class PromptDataConfig(ChatDataConfig):
+    """Sources of prompts: .jsonl files of tasks (`nb_lightning.tasks.Task`)."""
+
+    demo_tasks: bool = False  # build the embedded demo tasks where they are missing
 
 
 @dataclass
@@ -224,26 +270,37 @@ def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> 
     store.store(group="data", name="sft_schema", node=SFTDataConfig)
     store.store(group="stage", name="dpd_schema", node=DPDConfig)
     store.store(group="data", name="dpd_schema", node=PreferenceDataConfig)
+    store.store(group="stage", name="rl_schema", node=RLConfig)
+    store.store(group="data", name="rl_schema", node=PromptDataConfig)
 
 
 def plan_of(stage: StageConfig) -> PhasePlan:
     """The phases of a stage as written, or scaled to `stage.total_tokens`."""
     phases = []
     for name, p in stage.phases.items():
+        tokens, step_tokens = _lengths(stage, p)
         phases.append(
             Phase(
                 name=str(name),
-                tokens=p.tokens,
+                tokens=tokens,
                 lr=LearningRate(p.lr.start, p.lr.end, p.lr.shape),
                 mixture=dict(p.mixture),
                 seq_len=p.seq_len,
                 rope_theta=p.rope_theta,
-                global_batch_tokens=_first_given(p.global_batch_tokens, stage.global_batch_tokens),
+                global_batch_tokens=step_tokens,
                 micro_batch_size=_first_given(p.micro_batch_size, stage.micro_batch_size),
             )
         )
     plan = PhasePlan(tuple(phases))
     return plan.scaled(stage.total_tokens) if stage.total_tokens else plan
+
+
+def _lengths(stage: Any, phase: Any) -> tuple[int, int]:
+    """Tokens of a phase and of one of its steps."""
+    if "prompts" in phase:
+        step = phase.prompts * stage.group_size * phase.seq_len
+        return phase.steps * step, step
+    return phase.tokens, _first_given(phase.global_batch_tokens, stage.global_batch_tokens)
 
 
 def _first_given(own: int | None, of_the_stage: int) -> int:

@@ -20,6 +20,7 @@ TRUSTED_TARGETS = ("callbacks.", "nb_lightning.", "lightning.pytorch.callbacks."
 # As in nb_lightning/losses.py and divergence.py, which import torch.
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+NORMALISATIONS = ("token", "sequence", "constant")
 
 
 def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
@@ -63,6 +64,8 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
     _check_adapter(cfg)
     if cfg.stage.name == "dpd":
         _check_dpd(cfg)
+    if cfg.stage.name == "rl":
+        _check_rl(cfg, ranks)
     if cfg.ckpt_path and cfg.init_from and cfg.stage.adapter.name == "none":
         raise ValueError(
             "ckpt_path and init_from are both set: ckpt_path (or resume=true) continues this very run with its "
@@ -147,6 +150,39 @@ def _check_dpd(cfg: Config) -> None:
             "stage=dpd needs init_from: the model it begins with, after SFT, is its reference (resume=true continues a "
             "run without it)"
         )
+
+
+def _check_rl(cfg: Config, ranks: int) -> None:
+    s: Any = cfg.stage
+    for key in ("group_size", "max_new_tokens", "max_batch", "updates_per_rollout"):
+        _positive(f"stage.{key}", getattr(s, key))
+    if s.group_size < 2:
+        raise ValueError(
+            "stage.group_size is 1; a reward is compared with those of the group, so it must be at least 2"
+        )
+    for key in ("clip_low", "clip_high", "kl_weight", "extra_rounds"):
+        if not 0 <= getattr(s, key) < math.inf:
+            raise ValueError(f"stage.{key} is {getattr(s, key)}; it must be finite and not negative")
+    if s.clip_low >= 1:
+        raise ValueError(f"stage.clip_low is {s.clip_low}; a ratio is positive, so it must be below 1")
+    _one_of("stage.normalisation", s.normalisation, NORMALISATIONS)
+    for name, phase in s.phases.items():
+        for key in ("steps", "prompts"):
+            _positive(f"stage.phases.{name}.{key}", getattr(phase, key))
+        if phase.prompts % ranks:
+            raise ValueError(
+                f"stage.phases.{name}.prompts is {phase.prompts}; a prompt's group stays on one rank, so it must be a "
+                f"multiple of {ranks} data-parallel rank(s)"
+            )
+        if phase.seq_len <= s.max_new_tokens:
+            raise ValueError(
+                f"stage.phases.{name}.seq_len is {phase.seq_len}: with stage.max_new_tokens={s.max_new_tokens} it "
+                "leaves no room for a prompt"
+            )
+    if not (cfg.init_from or cfg.resume or cfg.ckpt_path or cfg.dry_run):
+        raise ValueError("stage=rl needs init_from: the model it begins with, after SFT or DPD")
+    if s.kl_weight and not (cfg.init_from or cfg.dry_run):
+        raise ValueError("stage.kl_weight needs init_from, with resume=true too: the weights there are its reference")
 
 
 def check_targets(nodes: Any, trusted_packages: Iterable[str] = (), path: str = "") -> None:

@@ -13,6 +13,7 @@ import torch
 
 from nb_lightning import adapters, checkpoints, hf_config, weights
 from nb_lightning.chat import ChatTemplate
+from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.gguf_file import GGUFWeights
 from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.model import ModelShape, Transformer
@@ -36,6 +37,12 @@ class Pretrained:
     chat: ChatTemplate | None
     stop_ids: tuple[int, ...]
     name: str
+
+
+def in_training(model: Transformer, tokenizer: TextTokenizer, chat: ChatTemplate, name: str) -> Pretrained:
+    """A model that a run is training, to generate with between two steps."""
+    stop_ids = (tokenizer.eos_id, ChatTokenizer(tokenizer, chat).end_id)
+    return Pretrained(model, tokenizer, chat, stop_ids, name)
 
 
 @dataclass(frozen=True)

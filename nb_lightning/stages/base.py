@@ -8,7 +8,7 @@ under any accumulation, packing or world size, and no checkpoint falls inside an
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nb_lightning import adapters
 from nb_lightning.attention import resolve_backend
-from nb_lightning.batch import StepBatch
+from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.config import Config, plain
 from nb_lightning.errors import RunStopped
 from nb_lightning.model import ModelShape, Transformer
@@ -135,13 +135,20 @@ class BaseStage(pl.LightningModule):
         return self.plan.phase_at(self.tokens_seen)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
+        metrics = self.update(batch.micro_batches)
+        self.tokens_seen += batch.tokens
+        self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
+        return metrics
+
+    def update(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
+        """One optimizer step on the micro-batches of all ranks, as many on each; returns what is to be logged."""
         optimizer = self.optimizers()
         if self.model.draws:  # from the clock, so that a resumed run draws the same
             torch.manual_seed(zlib.crc32(f"{self.cfg.seed} {self.tokens_seen} {self.global_rank}".encode()))
-        counts = self._global_counts(batch)
+        counts = self._global_counts(micro_batches)
         totals = dict.fromkeys(("loss", *self.per), torch.zeros((), device=self.device))
-        for micro in batch.micro_batches:
-            with self._synchronise(micro is batch.micro_batches[-1]):
+        for micro in micro_batches:
+            with self._synchronise(micro is micro_batches[-1]):
                 loss, sums = self.loss(micro, counts)
                 # DDP and FSDP2 average gradients over ranks; times the world size makes that the sum the loss is.
                 self.manual_backward(loss * self.trainer.world_size)
@@ -155,16 +162,13 @@ class BaseStage(pl.LightningModule):
         else:
             self._skip_step(float(loss), float(grad_norm))
         optimizer.zero_grad()
-        self.tokens_seen += batch.tokens
         metrics = {"train/loss": loss, "optim/grad_norm": grad_norm}
         metrics |= {f"train/{name}": total / counts[self.per[name]] for name, total in totals.items()}
-        metrics |= {f"train/{name}": count.float() for name, count in counts.items()}
-        self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
-        return metrics
+        return metrics | {f"train/{name}": count.float() for name, count in counts.items()}
 
-    def _global_counts(self, batch: StepBatch) -> dict[str, Tensor]:
+    def _global_counts(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
         """What the sums of this step are divided by, over all micro-batches and ranks; at least 1."""
-        own = [micro.counts for micro in batch.micro_batches]
+        own = [micro.counts for micro in micro_batches]
         totals = {name: torch.stack([counts[name] for counts in own]).sum() for name in own[0]}
         return {name: total.clamp(min=1) for name, total in self._sum_over_ranks(totals).items()}
 

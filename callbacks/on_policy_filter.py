@@ -1,0 +1,142 @@
+"""On-policy filtering (report, section on RL): before each phase the current weights answer every prompt 16 times; a
+prompt stays only if it is neither too easy nor too hard for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+from callbacks.plots import COLORS, pyplot
+from nb_lightning.accuracy import evaluate_tasks
+from nb_lightning.errors import RunStopped
+from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phases import Phase
+from nb_lightning.pretrained import in_training
+from nb_lightning.source import write_json
+
+KEPT = "on_policy_filter.json"
+
+
+class OnPolicyFilter(PhaseCallback):
+    """Sets `datamodule.kept` at the start of every phase, and draws a histogram of how often each prompt was solved.
+
+    What was kept is in the checkpoint: a run that resumes inside a phase does not filter again. One that was stopped
+    before the phase's first checkpoint does, with the same weights and seeds.
+
+    Args:
+        samples: completions of each prompt.
+        low, high: a prompt stays if its mean reward lies between them, both excluded.
+        candidates: at most so many prompts of each source, the first in its file; null takes all.
+        min_prompts: fewer kept of a source stop the run.
+    """
+
+    def __init__(
+        self,
+        samples: int = 16,
+        low: float = 0.1,
+        high: float = 0.9,
+        candidates: int | None = None,
+        min_prompts: int = 8,
+    ) -> None:
+        if samples < 1 or not 0 <= low < high <= 1:
+            raise ValueError(
+                f"callbacks.on_policy_filter: samples {samples}, low {low}, high {high}; samples must be positive and "
+                "low below high, both from 0 to 1"
+            )
+        self.samples, self.low, self.high = samples, low, high
+        self.candidates, self.min_prompts = candidates, min_prompts
+        self.kept: dict[str, dict[str, list[str]]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = state_dict["kept"]
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.datamodule.kept = self.kept
+
+    def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+        if phase.name in self.kept:
+            return
+        data = trainer.datamodule
+        fitting = {name: ids[: self.candidates] for name, ids in data.fitting[phase.name].items()}
+        tasks = [data.tasks[name][id] for name, ids in fitting.items() for id in ids]
+        model = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
+        share = -(-len(tasks) // trainer.world_size)
+        with tqdm(total=share, desc=f"on-policy filter for {phase.name}", disable=not self._shown(trainer)) as bar:
+            attempts = iter(
+                evaluate_tasks(
+                    model,
+                    tasks,
+                    module.sampling,
+                    self.samples,
+                    module.cfg.seed,
+                    module.cfg.stage.max_batch,
+                    lambda attempts: bar.update() and None,
+                    module.verifiers,
+                ).attempts
+            )
+        means = {name: {id: next(attempts).mean for id in ids} for name, ids in fitting.items()}
+        kept = {name: [id for id, mean in of.items() if self.low < mean < self.high] for name, of in means.items()}
+        report = {
+            name: {"counts": self._counts(list(of.values())), "kept": len(kept[name]), "of": len(of)}
+            for name, of in means.items()
+        }
+        if trainer.is_global_zero:
+            self._write(Path(trainer.default_root_dir), phase.name, report)
+        for name, numbers in report.items():
+            module.print(
+                f"phase {phase.name}: {numbers['kept']} of {numbers['of']} prompts of {name} are solved in more than "
+                f"{self.low:.0%} and fewer than {self.high:.0%} of {self.samples} attempts"
+            )
+            if numbers["kept"] < self.min_prompts:
+                self._stop(phase.name, name, list(means[name].values()))
+        self.kept[phase.name] = kept
+
+    def _shown(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+    def _counts(self, means: list[float]) -> list[int]:
+        """Prompts by how many of the samples were right, rewards in between rounded."""
+        right = [round(mean * self.samples) for mean in means]
+        return [right.count(n) for n in range(self.samples + 1)]
+
+    def _stop(self, phase: str, source: str, means: list[float]) -> None:
+        easy, hard = sum(mean >= self.high for mean in means), sum(mean <= self.low for mean in means)
+        raise RunStopped(
+            f"on-policy filter before phase {phase}: {len(means) - easy - hard} of {len(means)} prompts of {source} "
+            f"stay ({easy} are too easy, {hard} too hard), fewer than callbacks.on_policy_filter.min_prompts="
+            f"{self.min_prompts}; give it {'harder' if easy > hard else 'easier'} prompts or another starting model, "
+            "or take the source out of the phase's mixture"
+        )
+
+    def _write(self, run: Path, phase: str, report: dict[str, Any]) -> None:
+        path = run / KEPT
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_json(path, {**before, phase: report})
+        plot_filter(phase, report, self.samples, (self.low, self.high), run / f"on_policy_filter_{phase}.png")
+
+
+def plot_filter(phase: str, report: dict[str, Any], samples: int, kept: tuple[float, float], path: Path) -> None:
+    """Prompts by how many of the samples were right, one panel a source; what is kept is coloured."""
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(report), figsize=(4.5 * len(report) + 0.5, 3.2), squeeze=False, constrained_layout=True
+    )
+    for axis, (name, numbers) in zip(axes[0], report.items()):
+        inside = [kept[0] < n / samples < kept[1] for n in range(samples + 1)]
+        colors = [COLORS[0] if x else COLORS[6] for x in inside]
+        axis.bar(range(samples + 1), numbers["counts"], color=colors, width=0.85)
+        axis.set_title(f"{name}: {numbers['kept']} of {numbers['of']} kept", fontsize=10, loc="left")
+        axis.set_xlabel(f"right, of {samples}")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(f"prompts before {phase}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

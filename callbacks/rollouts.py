@@ -1,0 +1,72 @@
+"""What the policy writes in RL: completions with their rewards, in `rollouts.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nb_lightning.rollouts import Group
+
+ROLLOUTS = "rollouts.jsonl"
+
+
+class RolloutSamples(pl.Callback):
+    """Keeps the first groups of every so-manieth step, of rank 0.
+
+    Args:
+        every_n_steps: optimizer steps between two.
+        groups: prompts of each.
+        completions: of each prompt.
+    """
+
+    def __init__(self, every_n_steps: int = 10, groups: int = 2, completions: int = 4) -> None:
+        self.every_n_steps, self.groups, self.completions = every_n_steps, groups, completions
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """What a resumed run does again is not kept twice."""
+        path = Path(trainer.default_root_dir) / ROLLOUTS
+        if trainer.is_global_zero and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["clock"] < module.tokens_seen]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero or batch.number % self.every_n_steps:
+            return
+        clock = module.tokens_seen - batch.tokens
+        lines = [line for group in module.groups[: self.groups] for line in self._lines(group, clock, batch.number)]
+        with open(Path(trainer.default_root_dir) / ROLLOUTS, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_text("rollouts", "\n\n".join(map(_markdown, lines)), batch.number)
+
+    def _lines(self, group: Group, clock: int, step: int) -> list[dict[str, Any]]:
+        attempts = group.attempts
+        return [
+            {
+                "clock": clock,
+                "step": step,
+                "source": attempts.task.source,
+                "task": attempts.task.id,
+                "prompt": str(attempts.task.messages[-1].get("content", "")),
+                "completion": text,
+                "reward": score.reward,
+                "status": score.info["status"],
+                "finish_reason": reason,
+            }
+            for text, score, reason in zip(attempts.texts, attempts.scores, attempts.finish_reasons)
+        ][: self.completions]
+
+
+def _markdown(line: dict[str, Any]) -> str:
+    def quoted(text: str) -> str:
+        return "\n".join(f"    {row}" for row in text.splitlines())
+
+    head = f"**{line['task']}**, reward {line['reward']:g} ({line['status']})"
+    return "\n\n".join((head, quoted(line["prompt"]), quoted(line["completion"])))
