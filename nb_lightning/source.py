@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,8 @@ from typing import Any
 import numpy as np
 from litdata import StreamingDataset, TokensLoader
 from litdata.streaming.fs_provider import _get_fs_provider
+
+from nb_lightning.files import write_json
 
 PAGE = 1024
 MANIFEST = "source.json"
@@ -205,13 +206,3 @@ def _local(folder: str, name: str) -> Iterator[Path]:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a temporary file in the same folder, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,0 +1,233 @@
+"""The runner, over steps that take no time: what runs again, what goes on, and that kills change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nb_lightning.recipe.child import Screen
+from nb_lightning.recipe.steps import read_recipe
+from tests.harness import ROOT
+
+# A step in small: one line a unit, each made of the one before and of what the step before ended with. Begun in a
+# folder that is there it refuses, as train.py does; with resume=true it goes on after the last whole line.
+WORK = """
+import hashlib, sys, time
+from pathlib import Path
+name, units, before, *words = sys.argv[1:]
+out = Path("out") / name
+if "resume=true" not in words:
+    out.mkdir(parents=True)
+out.mkdir(parents=True, exist_ok=True)
+file = out / "lines"
+text = file.read_text() if file.exists() else ""
+lines = text.splitlines()[: text.count(chr(10))]
+file.write_text("".join(line + chr(10) for line in lines))
+start = Path("out", before, "lines").read_text() if before != "-" else ""
+print("begins at", len(lines), flush=True)
+with open(file, "a") as log:
+    for unit in range(len(lines), int(units)):
+        time.sleep(0.01)
+        lines.append(hashlib.sha256(repr((name, words[-1:] == ["other"], start, lines[-1:])).encode()).hexdigest())
+        print(lines[-1], file=log, flush=True)
+        print(f"unit {unit}", end=chr(13), flush=True)
+if "fail" in words:
+    sys.exit("error: as it was told")
+print("done")
+"""
+YAML = """
+out: out
+steps:
+  first: {run: [python, work.py, first, 20, "-"], makes: ["${out}/first"], resume: [resume=true]}
+  second: {run: [python, work.py, second, 15, first], makes: ["${out}/second"], resume: [resume=true]}
+  third: {run: [python, work.py, third, 15, second], makes: ["${out}/third"], resume: [resume=true]}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "conf/recipe").mkdir(parents=True)
+    (tmp_path / "conf/recipe/fake.yaml").write_text(YAML)
+    (tmp_path / "work.py").write_text(WORK)
+    return tmp_path
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "nb_lightning.recipe", "model=fake", *words]
+
+
+def environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "NB_ROOT": str(place)}
+
+
+def recipe(place: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run(command(*words), cwd=place, env=environment(place), capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def started(place: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command(), cwd=place, env=environment(place), stdout=subprocess.DEVNULL)
+
+
+def results(place: Path) -> dict[str, str]:
+    return {path.parent.name: path.read_text() for path in sorted((place / "out").glob("*/lines"))}
+
+
+def log(place: Path, step: str) -> list[str]:
+    return (place / f"recipe/{step}.log").read_text().splitlines()
+
+
+def begun(place: Path, step: str) -> list[int]:
+    """Where each start of a step began."""
+    return [int(line.split()[-1]) for line in log(place, step) if line.startswith("begins at")]
+
+
+def wait_for(place: Path, step: str, lines: int, process: subprocess.Popen[bytes]) -> None:
+    file = place / "out" / step / "lines"
+    while not file.exists() or file.read_text().count("\n") < lines:
+        assert process.poll() is None
+        time.sleep(0.002)
+
+
+def test_runs_all_once(place: Path) -> None:
+    said = recipe(place)
+    assert list(results(place)) == ["first", "second", "third"]
+    assert "[2/3] second: python work.py second 15 first" in said
+    assert log(place, "first")[0].startswith("$ python work.py first 20 -")
+    assert log(place, "first")[1:] == ["begins at 0", "done"]  # the bar is written over
+    before = results(place)
+    said = recipe(place)
+    assert said.count("finished before") == 3 and results(place) == before
+    assert begun(place, "first") == begun(place, "third") == [0]
+
+
+def test_another_command_runs_again_and_all_after_it(place: Path) -> None:
+    recipe(place)
+    before = results(place)
+    said = recipe(place, "second:other")
+    after = results(place)
+    assert after["first"] == before["first"] and begun(place, "first") == [0]
+    assert after["second"] != before["second"] and after["third"] != before["third"]
+    assert begun(place, "second") == begun(place, "third") == [0, 0]
+    assert (place / "recipe/replaced/second.1/lines").read_text() == before["second"]  # nothing is lost
+    assert "moved to" in said
+
+
+def test_what_follows_a_changed_step_is_not_taken_for_finished_after_a_kill(place: Path) -> None:
+    """Killed right after the changed step: the later ones had been finished with the same commands."""
+    recipe(place)
+    recipe(place, "--only", "second", "second:other")
+    recipe(place, "second:other")
+    assert begun(place, "first") == [0] and begun(place, "third") == [0, 0]
+    unbroken = results(place)
+    recipe(place, "--again", "first", "second:other")
+    assert results(place) == unbroken and begun(place, "first") == [0, 0]
+
+
+def test_a_failing_step_is_one_line_and_goes_on(place: Path) -> None:
+    said = recipe(place, "second:fail", code=1)
+    assert said.splitlines()[-1] == (
+        f"error: step second failed with exit status 1; {place}/recipe/second.log ends with: error: as it was told"
+    )
+    assert begun(place, "second") == [0] and not (place / "out/third").exists()
+    recipe(place, "second:fail", code=1)
+    assert begun(place, "second") == [0, 15]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on(place: Path, number: signal.Signals) -> None:
+    process = started(place)
+    wait_for(place, "second", 3, process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    recipe(place)
+    broken = results(place)
+    assert begun(place, "first") == [0] and begun(place, "second")[1] >= 3
+    recipe(place, "--again", "first")
+    assert results(place) == broken
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_twice_at_random(place: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(2):
+        process = started(place)
+        step = rng.choice(["first", "second"])
+        while process.poll() is None and not (place / "out" / step).exists():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    recipe(place)
+    assert all(entry["state"] == "finished" for entry in json.loads((place / "recipe/state.json").read_text()).values())
+    broken = results(place)
+    assert [text.count("\n") for text in broken.values()] == [20, 15, 15]
+    recipe(place, "--again", "first")
+    assert results(place) == broken
+
+
+def test_a_killed_recipe_leaves_no_command_behind(place: Path) -> None:
+    """Else two processes would write into one run."""
+    process = started(place)
+    wait_for(place, "first", 2, process)
+    process.kill()
+    process.wait()
+    time.sleep(0.2)
+    lines = (place / "out/first/lines").read_text()
+    time.sleep(0.2)
+    assert (place / "out/first/lines").read_text() == lines and lines.count("\n") < 20
+
+
+def test_only_and_from(place: Path) -> None:
+    recipe(place, "--only", "first")
+    assert list(results(place)) == ["first"]
+    recipe(place, "--from", "second")
+    assert list(results(place)) == ["first", "second", "third"]
+    assert "there is no step 'fourth'; the steps are first, second, third" in recipe(place, "--only", "fourth", code=1)
+
+
+def test_dry_run_runs_nothing(place: Path) -> None:
+    said = recipe(place, "--dry-run", "third:other")
+    assert "# 3/3 third\npython work.py third 15 second other" in said
+    assert not (place / "out").exists() and not (place / "recipe").exists()
+
+
+def test_words_and_launcher(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "conf/recipe/two.yaml").write_text(
+        "steps: {a: {run: [python, train.py, stage=sft]}, b: {run: [python, -m, x, [1, [2]]]}}"
+    )
+    monkeypatch.chdir(place)
+    a, b = read_recipe("two", ["seed=1", "a:stage.total_tokens=5", "b:--k"], ["torchrun", "--nproc-per-node=8"])
+    assert a.command == "torchrun --nproc-per-node=8 train.py stage=sft seed=1 stage.total_tokens=5".split()
+    assert b.command == ["python", "-m", "x", "1", "2", "--k"]
+    (moved,) = read_recipe("two", ["seed=1", "a:stage.total_tokens=5", "trainer=fsdp", "trainer.devices=8"])[:1]
+    assert moved.identity == a.identity  # where it runs does not make it another run
+    for yaml, message in (
+        ("steps: {a: {command: [x]}}", "steps.a has command; it takes run, makes, resume, and needs run"),
+        ("steps: {a: {run: ['${nothing}']}}", "nothing"),
+    ):
+        (place / "conf/recipe/bad.yaml").write_text(yaml)
+        with pytest.raises(ValueError, match=message):
+            read_recipe("bad")
+    with pytest.raises(ValueError, match="there is no recipe model=none; conf/recipe has: bad, fake, two"):
+        read_recipe("none")
+
+
+def test_the_log_has_what_a_bar_ended_with() -> None:
+    written: list[str] = []
+    screen = Screen(written.append)
+    for piece in ("\x1b[1mstart\x1b[0m\r", "\n 10%|", "█".encode()[:1], "█".encode()[1:] + b" |\r 20%|", " x |\r"):
+        screen.feed(piece if isinstance(piece, bytes) else piece.encode())
+    assert written == ["start\n"] and screen.now == " 20%| x |"
+    screen.feed(b" 30%| x |\r\nend")
+    screen.close()
+    assert written == ["start\n", " 30%| x |\n", "end\n"]
