@@ -49,7 +49,10 @@ def test_every_experiment_composes_is_short_and_passes(experiment: str) -> None:
 
 def test_every_yaml_is_reached_by_a_group() -> None:
     groups = {"stage", "model", "data", "plan", "callbacks", "trainer", "logger", "paths", "experiment"}
-    groups.add("ablation")  # read by nb_lightning.ablate, whose tests compose each arm
+    groups |= {
+        "ablation",
+        "recipe",
+    }  # commands of their own, whose tests compose them
     for path in CONF.rglob("*.yaml"):
         assert path.name == "train.yaml" or path.relative_to(CONF).parts[0] in groups
 

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from nb_lightning.config import run_dir
+from nb_lightning.config_checks import check
 from nb_lightning.recipe.child import Screen
 from nb_lightning.recipe.steps import read_recipe
 from tests.harness import ROOT
+from tests.test_conf import composed
+
+STARTS = ("--model", "--from", "--teacher", "--student")  # flags that name what a step begins from
 
 # A step in small: one line a unit, each made of the one before and of what the step before ended with. Begun in a
 # folder that is there it refuses, as train.py does; with resume=true it goes on after the last whole line.
@@ -231,3 +236,22 @@ def test_the_log_has_what_a_bar_ended_with() -> None:
     screen.feed(b" 30%| x |\r\nend")
     screen.close()
     assert written == ["start\n", " 30%| x |\n", "end\n"]
+
+
+@pytest.mark.parametrize("model", ["demo"])
+def test_shipped_recipes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage composes and passes its checks; what a step reads, one before it made."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("NB_ROOT", raising=False)
+    made: set[str] = set()
+    for step in read_recipe(model):
+        if step.trains:
+            cfg = composed(*step.command[step.command.index("train.py") + 1 :])
+            check(cfg)
+            assert step.makes == [run_dir(cfg)] and step.resume == ["resume=true"]
+            starts = [cfg.init_from, getattr(cfg.stage, "teacher", None)]
+        else:
+            starts = [step.command[i + 1] for i, word in enumerate(step.command) if word in STARTS]
+        for start in filter(None, starts):
+            assert start in made, f"{step.name} begins from {start}, which is not there yet"
+        made |= {str(place) for place in step.makes}
