@@ -73,7 +73,8 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
         )
     if not cfg.run_name or os.sep in cfg.run_name or cfg.run_name.startswith("."):
         raise ValueError(f"run_name is {cfg.run_name!r}; it names a folder below paths.runs, without '{os.sep}'")
-    plan_of(cfg.stage).validate("stage.phases", cfg.data.sources, ranks)
+    packed = cfg.stage.name == "rl"  # completions, as they come
+    plan_of(cfg.stage).validate("stage.phases", cfg.data.sources, ranks, whole_rows=not packed)
     check_targets({"callbacks": cfg.callbacks, "logger": cfg.logger}, trusted_packages)
 
 

@@ -199,12 +199,18 @@ class PhasePlan:
                     )
             start += old["tokens"]
 
-    def validate(self, path: str, sources: Mapping[str, object], world_size: int = 1) -> None:
-        """Raise `ValueError` naming the YAML key below `path` for a plan that cannot run."""
+    def validate(self, path: str, sources: Mapping[str, object], world_size: int = 1, whole_rows: bool = True) -> None:
+        """Raise `ValueError` naming the YAML key below `path` for a plan that cannot run.
+
+        Args:
+            whole_rows: a step is a whole number of micro-batches on each rank.
+        """
         if not self.phases:
             raise ValueError(f"{path} is empty: a stage needs at least one phase")
         for phase in self.phases:
-            _validate_phase(phase, f"{path}.{phase.name}", sources, world_size)
+            _validate_phase(phase, f"{path}.{phase.name}", sources)
+            if whole_rows:
+                _validate_rows(phase, f"{path}.{phase.name}", world_size)
 
 
 def exact(weight: float) -> Fraction:
@@ -212,12 +218,15 @@ def exact(weight: float) -> Fraction:
     return Fraction(repr(float(weight)))
 
 
-def _validate_phase(phase: Phase, path: str, sources: Mapping[str, object], world_size: int) -> None:
+def _validate_phase(phase: Phase, path: str, sources: Mapping[str, object]) -> None:
     for key in ("tokens", "seq_len", "global_batch_tokens", "micro_batch_size", "rope_theta"):
         if not 0 < getattr(phase, key) < math.inf:
             raise ValueError(f"{path}.{key} is {getattr(phase, key)}; it must be positive and finite")
     _validate_lr(phase.lr, f"{path}.lr")
     _validate_mixture(phase.mixture, f"{path}.mixture", sources)
+
+
+def _validate_rows(phase: Phase, path: str, world_size: int) -> None:
     rows = phase.micro_batch_size * world_size
     if phase.global_batch_tokens % (phase.seq_len * rows):
         per_rank = (
