@@ -7,13 +7,17 @@ so that a wrong key fails before anything heavy is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import II, MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 
@@ -272,6 +276,20 @@ def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> 
     store.store(group="data", name="dpd_schema", node=PreferenceDataConfig)
     store.store(group="stage", name="rl_schema", node=RLConfig)
     store.store(group="data", name="rl_schema", node=PromptDataConfig)
+
+
+def compose(conf: Path, overrides: Sequence[str]) -> Config:
+    """What `python train.py *overrides` would run with, without running it; `register` comes first.
+
+    Raises:
+        ValueError: an override that does not fit, in Hydra's words.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+            return hydra.compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def plan_of(stage: StageConfig) -> PhasePlan:

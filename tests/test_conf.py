@@ -7,12 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from nb_lightning.config import Config, register
+from nb_lightning.config import Config, compose, register
 from nb_lightning.config_checks import check, check_targets
 from tests.harness import ROOT, Train
 
@@ -21,9 +19,7 @@ CONF = ROOT / "conf"
 
 def composed(*overrides: str) -> Config:
     register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+    return compose(CONF, overrides)
 
 
 def options(group: str) -> list[str]:
