@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ COLORS = (
     "#bbbbbb",
     "#994455",
 )  # Tol, colour-blind safe
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the upper two pictures show: a metric of all, and one of each source by its prefix."""
+
+    of_all: str
+    title: str
+    of_source: str
+    title_of_source: str
+    mark: str = "o"
+
+
+KINDS = (
+    _Kind("train/loss", "training loss (nats per token)", "val/perplexity/", "held-out perplexity"),
+    _Kind("train/loss", "training loss", "val/margin/", "held-out reward margin"),
+    _Kind("rl/reward", "mean reward of a step's completions", "rl/reward/", "mean reward of each source", mark=""),
+)
 
 
 class Plots(pl.Callback):
@@ -76,32 +95,32 @@ def plot_plan(plan: PhasePlan, path: Path) -> None:
 
 def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> None:
     """Training loss and gradient norm, realised mixture shares, and of each source what is held out: perplexity, of
-    preference pairs the reward margin."""
-    pairs = any(name.startswith("val/margin/") for name in metrics)
+    preference pairs the reward margin. Of RL the rewards, of all and of each source."""
+    kind = next((kind for kind in KINDS if any(name.startswith(kind.of_source) for name in metrics)), KINDS[0])
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
     (loss, held_out), (shares, norm) = axes
-    loss.set_title("training loss" if pairs else "training loss (nats per token)", fontsize=10, loc="left")
-    held_out.set_title("held-out reward margin" if pairs else "held-out perplexity", fontsize=10, loc="left")
+    loss.set_title(kind.title, fontsize=10, loc="left")
+    held_out.set_title(kind.title_of_source, fontsize=10, loc="left")
     shares.set_title("share of each source in the steps since the point before", fontsize=10, loc="left")
     norm.set_title("gradient norm before clipping", fontsize=10, loc="left")
-    for axis, name in ((loss, "train/loss"), (norm, "optim/grad_norm")):
+    for axis, name in ((loss, kind.of_all), (norm, "optim/grad_norm")):
         if name in metrics:
             x, y = metrics[name].T
             axis.plot(x, y, color=COLORS[0], alpha=0.35, linewidth=1)
             axis.plot(x, _smooth(y), color=COLORS[0], linewidth=1.8)
-    if "train/loss" in metrics and len(metrics["train/loss"]) > 20:
+    if kind.of_all == "train/loss" and len(metrics.get("train/loss", ())) > 20:
         loss.set_ylim(top=np.quantile(metrics["train/loss"][:, 1], 0.98) * 1.1)
     norm.set_yscale("log")
-    measured = "val/margin/" if pairs else "val/perplexity/"
-    for axis, prefix, mark in ((held_out, measured, "o"), (shares, "data/share/", "")):
+    for axis, prefix, mark in ((held_out, kind.of_source, kind.mark), (shares, "data/share/", "")):
         for i, name in enumerate(_sources(plan)):
             if f"{prefix}{name}" in metrics:
                 x, y = metrics[f"{prefix}{name}"].T
+                y = y if mark or axis is shares else _smooth(y)
                 axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
-    if held_out.lines and not pairs:
+    if held_out.lines and kind is KINDS[0]:
         held_out.set_yscale("log")
     _mark_phases(plan, axes.flat, labelled=None)
     for axis in axes[1]:

@@ -49,6 +49,20 @@ def describe(cfg: Config) -> str:
     lines.append(f"  {'all':<18}{sum(memory.values()) / GIB:>10.2f} GiB")
     if cfg.stage.optim.name.startswith("paged"):
         lines.append(f"  and the optimizer's state, {2 * trained / GIB:.2f} GiB, in the host's memory (paged)")
+    if cfg.stage.name == "rl":
+        lines.insert(
+            -len(memory) - 2, "            at most: completions as long as they may be; sampling them comes on top"
+        )
+        lines.append(
+            f"  and keys and values of the completions being sampled, at most {_cache(cfg, shape) / GIB:.2f} GiB"
+        )
     if getattr(cfg.stage, "teacher", None):
         lines.append("  and the weights of stage.teacher with a chunk of its logits: not counted")
     return "\n".join(lines)
+
+
+def _cache(cfg: Config, shape: ModelShape) -> float:
+    """Bytes of the KV cache with `stage.max_batch` rows of the longest phase."""
+    longest = max(phase.seq_len for phase in cfg.stage.phases.values())
+    width = 4 if cfg.trainer.precision == "32-true" else 2
+    return 2 * width * cfg.stage.max_batch * longest * shape.n_layers * shape.n_kv_heads * shape.head_dim
