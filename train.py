@@ -190,11 +190,17 @@ def starting_point(cfg: Config, folder: Path) -> Path | None:
 
 
 def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
-    """Refuse to continue a checkpoint with another model, past, seed or data than made it."""
+    """Refuse to continue a checkpoint with another layout, model, past, seed or data than made it."""
     from nb_lightning import checkpoints
     from nb_lightning.config import plain
 
     saved = checkpoints.read_info(checkpoint)
+    sharded, strategy = (checkpoint / checkpoints.STATE).is_dir(), module.cfg.trainer.strategy
+    if sharded != (strategy == "fsdp"):
+        raise ValueError(
+            f"trainer.strategy is {strategy}, but {checkpoint} was saved by {'fsdp' if sharded else 'single or ddp'}: "
+            "continue it with that, on any number of devices, or begin a new run from its weights with init_from="
+        )
     module.plan.require_same_past(saved["plan"], saved["tokens_seen"])
     for key, value in plain(module.shape).items():
         if key != "rope_theta" and saved["model"][key] != value:

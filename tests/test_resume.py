@@ -143,3 +143,11 @@ def test_a_second_start_without_resume_is_refused(train: Train) -> None:
     again = train(check=False)
     assert again.returncode == 1
     assert "holds a run already: continue it with resume=true, or choose another run_name" in again.stderr
+
+
+@pytest.mark.parametrize("before, after", [("single", "fsdp"), ("fsdp", "ddp")])
+def test_shards_and_whole_files_are_not_mixed(train: Train, before: str, after: str) -> None:
+    train(f"trainer.strategy={before}", "stage.total_tokens=2048")
+    error = train(f"trainer.strategy={after}", "resume=true", check=False).stderr
+    assert f"error: trainer.strategy is {after}, but " in error and f"was saved by {before}" in error
+    assert "Traceback" not in error
