@@ -1,4 +1,4 @@
-"""Train: `python train.py stage=pretrain|sft|dpd|rl model=... trainer=... key=value`.
+"""Train: `python train.py stage=pretrain|sft|dpd|reward_model|rl model=... trainer=... key=value`.
 
 The one composition root: check the config, build stage, data, callbacks and trainer, and fit.
 """
@@ -128,7 +128,12 @@ def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
         from nb_lightning.stages.rl import RLStage
 
         return RLStage(cfg, plan), PromptData(cfg, plan)
-    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft, dpd, rl")
+    if cfg.stage.name == "reward_model":
+        from data.reward import RewardData
+        from nb_lightning.stages.reward_model import RewardModelStage
+
+        return RewardModelStage(cfg, plan), RewardData(cfg, plan)
+    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft, dpd, rl, reward_model")
 
 
 def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:

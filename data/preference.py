@@ -80,9 +80,7 @@ class PreferenceData(PackedData):
         self.assemble = partial(preferences, pad_id=self.tokenizer.eos_id)
 
     def check(self, key: str, source: Source, split: str) -> None:
-        if not source.manifest.pairs:
-            kind = "conversations" if source.manifest.is_chat else "documents"
-            raise ValueError(f"{key}: {source.folder} holds {kind}; data.prepare --pairs makes preference pairs")
+        require_pairs(key, source)
         super().check(key, source, split)
 
     def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> PairSource:
@@ -146,6 +144,13 @@ class PreferenceData(PackedData):
         for name, source in self.packed_val.items():
             found += [numbers(source, row, seq_len) for row in range(self.held_out(name).rows)]
         return np.concatenate(found)
+
+
+def require_pairs(key: str, source: Source) -> None:
+    """Raise `ValueError` beginning with `key` unless the source is one of pairs."""
+    if not source.manifest.pairs:
+        kind = "conversations" if source.manifest.is_chat else "documents"
+        raise ValueError(f"{key}: {source.folder} holds {kind}; data.prepare --pairs makes preference pairs")
 
 
 def numbers(source: PairSource, nth: int, seq_len: int) -> np.ndarray:

@@ -151,6 +151,13 @@ class RLConfig(StageConfig):
 
 
 @dataclass
+class RewardModelConfig(TokensConfig):
+    """A model that says which of two responses is better."""
+
+    loss: str = "bradley_terry"  # bradley_terry | cross_entropy; see `nb_lightning.losses.pairwise_reward_loss`
+
+
+@dataclass
 class ModelConfig:
     """The backbone's shape; see `nb_lightning.model.ModelShape` for the letters."""
 
@@ -274,6 +281,8 @@ def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> 
     store.store(group="data", name="sft_schema", node=SFTDataConfig)
     store.store(group="stage", name="dpd_schema", node=DPDConfig)
     store.store(group="data", name="dpd_schema", node=PreferenceDataConfig)
+    store.store(group="stage", name="reward_model_schema", node=RewardModelConfig)
+    store.store(group="data", name="reward_model_schema", node=ChatDataConfig)
     store.store(group="stage", name="rl_schema", node=RLConfig)
     store.store(group="data", name="rl_schema", node=PromptDataConfig)
 

@@ -21,6 +21,7 @@ TRUSTED_TARGETS = ("callbacks.", "nb_lightning.", "lightning.pytorch.callbacks."
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 NORMALISATIONS = ("token", "sequence", "constant")
+REWARD_LOSSES = ("bradley_terry", "cross_entropy")
 
 
 def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
@@ -66,6 +67,8 @@ def check(cfg: Config, trusted_packages: Iterable[str] = ()) -> None:
         _check_dpd(cfg)
     if cfg.stage.name == "rl":
         _check_rl(cfg, ranks)
+    if cfg.stage.name == "reward_model":
+        _check_reward_model(cfg)
     if cfg.ckpt_path and cfg.init_from and cfg.stage.adapter.name == "none":
         raise ValueError(
             "ckpt_path and init_from are both set: ckpt_path (or resume=true) continues this very run with its "
@@ -184,6 +187,13 @@ def _check_rl(cfg: Config, ranks: int) -> None:
         raise ValueError("stage=rl needs init_from: the model it begins with, after SFT or DPD")
     if s.kl_weight and not (cfg.init_from or cfg.dry_run):
         raise ValueError("stage.kl_weight needs init_from, with resume=true too: the weights there are its reference")
+
+
+def _check_reward_model(cfg: Config) -> None:
+    stage: Any = cfg.stage
+    _one_of("stage.loss", stage.loss, REWARD_LOSSES)
+    if getattr(cfg.data, "tasks", None):
+        raise ValueError("data.tasks are answered, and a reward model only compares answers; set data.tasks=[]")
 
 
 def check_targets(nodes: Any, trusted_packages: Iterable[str] = (), path: str = "") -> None:

@@ -295,6 +295,13 @@ def _share_of_tokens(index: Tensor, completions: int, normalisation: str, max_to
 # Reward model -------------------------------------------------------------------------------------------------------
 
 
+def answer_logits(hidden: Tensor, weight: Tensor, labels: Tensor, answers: tuple[int, int]) -> Tensor:
+    """[n, 2] logits of the two tokens `answers` at the n positions that have a label. Arguments as below."""
+    dtype = wide(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden[labels != IGNORE].to(dtype) @ weight[list(answers)].to(dtype).T
+
+
 def pairwise_reward_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -324,9 +331,7 @@ def pairwise_reward_loss(
     right = labels[asked]
     second = right == answers[1]
     assert bool((second | (right == answers[0])).all())
-    dtype = wide(hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden[asked].to(dtype) @ weight[list(answers)].to(dtype).T
+    logits = answer_logits(hidden, weight, labels, answers)
     margin = torch.where(second, -1, 1) * (logits[:, 0] - logits[:, 1])
     if kind == "bradley_terry":
         loss = -F.logsigmoid(margin).sum()

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.pairs.judge import EndpointJudge
+from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import describe, make
 from data.pairs.rule import BY, Rule
 from data.pairs.samples import EndpointSampler, LocalSampler, Sampler, key_of
@@ -69,8 +69,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--margin", type=float, default=1.0, metavar="X",
                    help="the rejected one's is at least so much lower (default: %(default)s)")  # fmt: skip
     g.add_argument("--pairs-per-prompt", type=int, default=1, metavar="N", help="at most (default: %(default)s)")
-    g.add_argument("--judge", metavar="URL", help="endpoint of a judge, for --by judge or both")
-    g.add_argument("--judge-model", metavar="NAME")
+    g.add_argument("--judge", metavar="MODEL", help="for --by judge or both: a run of stage=reward_model, or the "
+                   "address of an endpoint (with --judge-model)")  # fmt: skip
+    g.add_argument("--judge-model", metavar="NAME", help="what the endpoint calls the judge")
     g.add_argument("--preference", type=float, default=0.75, metavar="X", help="of the judge, at least (default: both "
                    "ways round it prefers the teacher's, or one way with the other undecided)")  # fmt: skip
     return p
@@ -85,9 +86,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     rule = Rule(a.by, a.chosen_reward, a.margin, a.preference, a.pairs_per_prompt)
     judge = None
     if rule.by != "verifier":
-        if not (a.judge and a.judge_model):
-            raise ValueError(f"--by {rule.by} needs --judge and --judge-model")
-        judge = EndpointJudge(a.judge, a.judge_model, a.concurrency)
+        judge = _judge(a)
     tasks, files = _tasks(a.tasks, a.limit)
     teacher, student = _samplers(a)
     claim = {
@@ -106,6 +105,14 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         "seed": a.seed,
     }
     return make(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite)
+
+
+def _judge(a: argparse.Namespace) -> Judge:
+    if a.judge and "://" not in a.judge:
+        return RewardModelJudge(a.judge, a.device, a.dtype)
+    if not (a.judge and a.judge_model):
+        raise ValueError(f"--by {a.by} needs --judge: a run of stage=reward_model, or an endpoint with --judge-model")
+    return EndpointJudge(a.judge, a.judge_model, a.concurrency)
 
 
 def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tuple[str, str]]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data.pairs.endpoint import asking, client
+from nb_lightning.pretrained import find
+from nb_lightning.rewards.preference import load_reward_model
 
 QUESTION = """Two answers to the same conversation follow. Which one is better: more correct, more helpful, clearer?
 
@@ -44,6 +46,29 @@ class Judge(Protocol):
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
         """Of each, how likely the first is the better one, from 0 to 1."""
+
+
+@dataclass
+class RewardModelJudge:
+    """A pairwise reward model on this machine. What is too long for it to compare is undecided, 0.5."""
+
+    path: str
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.model = load_reward_model(self.path, self.device, self.dtype)
+
+    def about(self) -> dict[str, Any]:
+        return {"name": self.model.name, "digest": find(self.path).digest()}
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
+        return [self._first(c) for c in comparisons]
+
+    def _first(self, c: Comparison) -> float:
+        if sum(len(self.model.read(c.messages, text)) for text in (c.first, c.second)) > self.model.context:
+            return 0.5
+        return self.model.compare(c.messages, [(c.first, c.second)])[0]
 
 
 @dataclass

@@ -122,13 +122,14 @@ def _judged(
     tasks: Sequence[Task], found: dict[str, list[Chosen] | str], judge: Judge, rule: Rule, path: Path
 ) -> dict[str, list[float]]:
     """Take out of `found` what the judge does not prefer; returns how much it prefers what is left."""
-    journal = Journal(path)
+    journal, about = Journal(path), judge.about()
     preferences: dict[str, list[float]] = {}
     for task in tqdm(tasks, desc="judge", unit="prompt", disable=None):
         pairs, key = found[key_of(task)], key_of(task)
         if isinstance(pairs, str):
             continue
-        names = [hashlib.sha256(json.dumps([key, c.text, r.text]).encode()).hexdigest() for c, r in pairs]
+        asked = [json.dumps([about, key, chosen.text, rejected.text]) for chosen, rejected in pairs]
+        names = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         new = [(name, pair) for name, pair in zip(names, pairs) if name not in journal.entries]
         comparisons = [Comparison(task.messages, chosen.text, rejected.text) for _, (chosen, rejected) in new]
         for (name, _), preference in zip(new, judge.compare(comparisons) if new else []):

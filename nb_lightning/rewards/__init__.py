@@ -25,6 +25,7 @@ BUILT_IN = {
     "reasoning_gym": "nb_lightning.rewards.reasoning_gym:ReasoningGym",
     "tool_call": "nb_lightning.rewards.tool_call:ToolCall",
     "ifeval": "nb_lightning.rewards.ifeval:IFEval",
+    "preference": "nb_lightning.rewards.preference:unnamed",
 }
 
 
@@ -33,7 +34,8 @@ class Score:
     """The worth of one completion.
 
     `info` says at least "status": "correct", "wrong", "no_answer", "timeout", "memory", "flood", "crash" or
-    "verifier_error", and whatever else helps to see why. Its values are plain data.
+    "verifier_error"; of "preference" also "compared", "alone" or "too_long". And whatever else helps to see why. Its
+    values are plain data.
     """
 
     reward: float  # in [0, 1]
@@ -91,7 +93,8 @@ def get_verifier(name: str) -> Guarded:
     """The verifier of that name: built in, or from an installed package's entry points (`GROUP`).
 
     Raises:
-        ValueError: no verifier of this name, or its package cannot be imported. The message lists the names.
+        ValueError: no verifier of this name, or its package cannot be imported. The message lists the names. Or
+            "preference", which needs a reward model: `Guarded("preference", Preference(model))`.
     """
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")

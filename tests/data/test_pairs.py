@@ -183,7 +183,10 @@ def test_mistakes_are_one_line(models: Path, made: Path, tmp_path: Path) -> None
         ),
         (command(models, tmp_path / "else"), "holds something else (notes.txt); name another folder"),
         (command(models, tmp_path / "x", "--student", str(models / "teacher")), no_reason),
-        (command(models, tmp_path / "y", "--by", "both"), "--by both needs --judge and --judge-model"),
+        (
+            command(models, tmp_path / "y", "--by", "both"),
+            "--by both needs --judge: a run of stage=reward_model, or an endpoint",
+        ),
         (command(models, tmp_path / "y", "--teacher", "http://x/v1"), "name its model with --teacher-model"),
         (command(models, tmp_path / "y", "--student", "http://x/v1"), "--student is an endpoint; it must be a local"),
         (command(models, tmp_path / "y", "--teacher", "nowhere"), "no checkpoint at 'nowhere'"),

@@ -1,0 +1,67 @@
+"""Data of the reward model: each pair of a source of preference pairs (data.prepare --pairs) as two comparisons.
+
+The chosen response is first in one and second in the other, so that a place says nothing. The right answer is all that
+is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from data.packed import PackedData, PackedSource
+from data.packing import Packing, pack
+from data.preference import require_pairs
+from data.sft import conversations
+from nb_lightning.chat_tokens import ChatTokenizer
+from nb_lightning.config import Config
+from nb_lightning.pairwise import ComparisonForm, comparison
+from nb_lightning.phases import PhasePlan
+from nb_lightning.source import TRAINED, Source
+
+
+class ComparisonSource(PackedSource):
+    """The comparisons of a source of pairs: number 2 p has the chosen response of pair p first, 2 p + 1 second."""
+
+    unit = "comparisons"
+
+    def __init__(self, name: str, source: Source, seq_lens: Sequence[int], seed: int, answers: tuple[int, int]) -> None:
+        super().__init__(name, source, seq_lens, "drop", seed)
+        self.answers = answers
+
+    def _pack(self, samples: np.ndarray, seq_len: int, over_long: str) -> Packing:
+        tokens = samples[:, 0].reshape(-1, 2).sum(1).repeat(2)
+        return pack(np.stack([tokens + 1, tokens], axis=1), seq_len, over_long, self.seed)
+
+    def row(self, nth: int, seq_len: int) -> list[np.ndarray]:
+        """The words of that row's comparisons."""
+        numbers = self.packings[seq_len].pieces.sample[self.pieces(nth, seq_len)]
+        return [self.comparison(int(number)) for number in numbers]
+
+    def comparison(self, number: int) -> np.ndarray:
+        """The words of a comparison: two responses, each with its prompt, and the answer."""
+        pair, right = divmod(number, 2)
+        first, second = (self.read(2 * pair + side) % TRAINED for side in (right, 1 - right))
+        return np.array([*comparison(first, second), self.answers[right] | TRAINED])
+
+
+class RewardData(PackedData):
+    """Sources of pairs, as comparisons.
+
+    Attributes:
+        form: how they are written.
+    """
+
+    def __init__(self, cfg: Config, plan: PhasePlan) -> None:
+        super().__init__(cfg, plan)
+        self.form = ComparisonForm.of(ChatTokenizer(self.tokenizer, self.chat))
+        self.assemble = partial(conversations, pad_id=self.tokenizer.eos_id)
+
+    def check(self, key: str, source: Source, split: str) -> None:
+        require_pairs(key, source)
+        super().check(key, source, split)
+
+    def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> ComparisonSource:
+        return ComparisonSource(name, source, seq_lens, self.cfg.seed, self.form.answers)
