@@ -71,7 +71,7 @@ RULES = [
     Rule("one place for OpenAI's client", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("openai",), but=("data/pairs/endpoint.py",)),
     Rule("one place for Jinja", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("jinja2",), but=library("chat_worker")),
+         never=("jinja2",), but=library("chat_worker", "report/__main__")),
     Rule("the chat worker: stdlib and Jinja", library("chat_worker"), only=("jinja2",)),
     Rule("one place for gguf", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
          never=("gguf",), but=library("gguf_file")),
