@@ -68,7 +68,10 @@ def make(root: Path) -> Path:
 
 
 def overrides(made: Path, root: Path, *more: str) -> list[str]:
-    sources = [f"+data.sources.{name}={made}/{name}.jsonl" for name in ("words", "digits")]
+    sources = [
+        "~stage.phases.preference",
+        *(f"+data.sources.{name}={made}/{name}.jsonl" for name in ("words", "digits")),
+    ]
     paths = [f"paths.root={root}", f"paths.data_root={made}", f"init_from={made}/policy"]
     return [*RL, *PHASES, *sources, *paths, *more]
 

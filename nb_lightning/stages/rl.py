@@ -29,10 +29,12 @@ from nb_lightning.losses import GRPO_PER, grpo_loss
 from nb_lightning.model import Transformer
 from nb_lightning.phases import PhasePlan
 from nb_lightning.pretrained import find, in_training
-from nb_lightning.rewards import Verifier
+from nb_lightning.rewards import Guarded, Verifier
+from nb_lightning.rewards.preference import Preference, load_reward_model
 from nb_lightning.rollouts import Group, batches, gathered, statistics
 from nb_lightning.sampling import Sampling
 from nb_lightning.stages.base import BaseStage
+from nb_lightning.tasks import Task
 from nb_lightning.teacher import FrozenTeacher
 
 
@@ -71,11 +73,22 @@ class RLStage(BaseStage):
             return
         super().configure_model()
         strategy, trainer = self.trainer.strategy, self.cfg.trainer
-        self.verifiers = verifiers_of(self.trainer.datamodule.all_tasks())
+        self.verifiers = self._verifiers(list(self.trainer.datamodule.all_tasks()))
         if self.cfg.stage.kl_weight:
             mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
             backend = resolve_backend(trainer.attention, strategy.root_device, self.cfg.data.mask_documents)
             self.reference = FrozenTeacher(find(self.cfg.init_from), trainer, backend, strategy.root_device, mesh)
+
+    def _verifiers(self, tasks: Sequence[Task]) -> dict[str, Verifier]:
+        path, judged, known = self.cfg.stage.reward_model, "preference", {}
+        if path and any(task.verifier == judged for task in tasks):
+            try:
+                known[judged] = Guarded(
+                    judged, Preference(load_reward_model(path, str(self.trainer.strategy.root_device)))
+                )
+            except ValueError as error:
+                raise ValueError(f"stage.reward_model={path}: {error}") from error
+        return verifiers_of(tasks, known)
 
     # Training -------------------------------------------------------------------------------------------------------
 
