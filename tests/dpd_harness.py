@@ -31,7 +31,7 @@ DPD = (
     "stage=dpd model=demo trainer=cpu data.tasks=[] trainer.threads=1 trainer.progress_bar=false "
     "model.d_model=32 model.n_layers=2 model.n_heads=2 model.n_kv_heads=1 model.head_dim=16 model.d_mlp=64 "
     "model.rope_theta=100000 stage.phases.distillation.tokens=4096 stage.phases.distillation.seq_len=128 "
-    "stage.phases.distillation.mixture.maths_sort=0.5 +stage.phases.distillation.mixture.words=0.5 "
+    "stage.phases.distillation.mixture.tasks=0.5 +stage.phases.distillation.mixture.words=0.5 "
     "stage.global_batch_tokens=512 "
     "stage.micro_batch_size=2 data.val_rows=3 stage.phases.distillation.lr.start=0.01 "
     "callbacks.plots=null trainer.log_every_n_steps=1 trainer.val_every_n_steps=100 trainer.save_every_n_steps=3"
@@ -79,7 +79,7 @@ def write_pairs(path: Path, name: str, pairs: int) -> None:
 def make(root: Path) -> Path:
     """`paths.data_root` with the sources, beside `policy/` and `teacher/`."""
     settings = Settings("bytes", val_fraction=0.2, chunk_tokens=2048, chat=ChatSettings(), pairs=True)
-    for name, pairs, folder in (("maths_sort", 50, "demo_pairs/maths_sort/source"), ("words", 20, "words")):
+    for name, pairs, folder in (("tasks", 50, "demo_pairs/tasks/source"), ("words", 20, "words")):
         write_pairs(root / f"{name}.jsonl", name, pairs)
         prepare([root / f"{name}.jsonl"], str(root / folder), settings, progress=False)
     save_model(random_model(POLICY, 1), root / "policy")

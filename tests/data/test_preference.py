@@ -55,7 +55,7 @@ def responses_of(batch: PreferenceBatch, data: PreferenceData) -> dict[int, tupl
 
 def test_a_batch_holds_the_pairs_that_were_written(made: Path, data: PreferenceData) -> None:
     written = {}
-    for name in ("maths_sort", "words"):
+    for name in ("tasks", "words"):
         for line in (made / f"{name}.jsonl").read_text().splitlines():
             pair = json.loads(line)
             end = "" if pair.get("rejected_finish") else "<|im_end|>"
@@ -147,7 +147,7 @@ def test_a_row_of_pairs_is_not_for_sft_nor_others_for_dpd(made: Path, corpus: Pa
         ),
         (f"data.sources.words={corpus}/demo/docs", "words: .* holds documents; data.prepare --pairs makes pref"),
         (f"data.template={__file__}", "was prepared with another chat template than .*test_preference.py"),
-        ("stage.phases.distillation.seq_len=32", "maths_sort: .* has no pair for a row of 32 tokens; raise seq_len$"),
+        ("stage.phases.distillation.seq_len=32", "tasks: .* has no pair for a row of 32 tokens; raise seq_len$"),
         ("data.mask_documents=false", "data.mask_documents=false: .*; stage=dpd needs true"),
     ):
         with pytest.raises(ValueError, match=error):

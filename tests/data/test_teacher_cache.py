@@ -18,7 +18,7 @@ from nb_lightning.source import TRAINED, Source
 from tests.dpd_harness import TEACHER, TRACE, make, opened, random_model, run_here, save_model
 from tests.stages.test_dpd import curve, loss_curve
 
-SOURCES = ("demo_pairs/maths_sort/source", "words")
+SOURCES = ("demo_pairs/tasks/source", "words")
 CACHED = ("stage.teacher=null", "data.cached_teacher=true")
 
 
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_named(pairs: Path, whole: Path, tmp_path: Path) ->
         (
             pairs,
             CACHED,
-            "data.sources.maths_sort .data.cached_teacher=true.: .* has no teacher.json; make it with python",
+            "data.sources.tasks .data.cached_teacher=true.: .* has no teacher.json; make it with python",
         ),
         (
             whole,

@@ -119,7 +119,7 @@ def test_the_first_and_a_later_loss_and_the_validation_equal_naive_ones(made: Pa
     last = CheckpointWeights(run / "checkpoints/step-00000008-end-of-distillation")
     for name, p in policy.named_parameters():
         p.data.copy_(last.read(name))
-    for name in ("maths_sort", "words"):
+    for name in ("tasks", "words"):
         held_out = data.held_out(name)
         dpo, margins, (plus, minus) = naive(policy, start, teacher, [held_out[i] for i in range(len(held_out))])
         expected = {"dpo": dpo, "margin": margins.mean(), "accuracy": (margins > 0).double().mean()}
@@ -235,7 +235,7 @@ def torchrun(made: Path, root: Path, *more: str) -> Path:
 def test_two_processes(made: Path, tmp_path: Path, unbroken: Path, strategy: str) -> None:
     run = torchrun(made, tmp_path, f"trainer.strategy={strategy}")
     assert loss_curve(run, 0) == loss_curve(run, 1) == pytest.approx(loss_curve(unbroken), rel=1e-4)
-    for name in ("train/margin", "val/margin/maths_sort", "val/accuracy/words", "val/chosen_divergence/words"):
+    for name in ("train/margin", "val/margin/tasks", "val/accuracy/words", "val/chosen_divergence/words"):
         assert curve(run, name) == pytest.approx(curve(unbroken, name), rel=1e-3, abs=1e-5), name
     assert curve(run, "train/margin")[0] == 0.0
 
