@@ -43,6 +43,7 @@ CHECKOUT = Path(__file__).parent.parent
 FOLDER = CHECKOUT / "conf" / "ablation"
 CLAIM = "ablation.json"  # in a run's folder: what it was begun with, and whether it is finished
 KINDS = ("accuracy", "perplexity")
+HINT = "Set the environment variable HYDRA_FULL_ERROR"
 
 
 @dataclass
@@ -208,8 +209,13 @@ def train(run: Run) -> str | None:
     write_json(run.folder / CLAIM, {**claim, "finished": code == 0})
     if code == 0:
         return None
-    lines = run.log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), f"exit status {code}")
+    return last_line(run.log.read_text(encoding="utf-8", errors="replace")) or f"exit status {code}"
+
+
+def last_line(log: str) -> str:
+    """The last that says something: Hydra's hint and what is indented do not."""
+    lines = [line for line in log.splitlines() if line.strip() and not line.startswith((" ", HINT))]
+    return lines[-1] if lines else ""
 
 
 def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: dict[str, str]) -> None:

@@ -105,6 +105,12 @@ def test_a_file_that_is_no_ablation(text: str, message: str, tmp_path: Path) -> 
         ablate.read(str(tmp_path / "x.yaml"))
 
 
+def test_the_last_line_of_a_log() -> None:
+    hydra = f"Could not override 'a.b'.\nKey 'b' is not in struct\n    full_key: a.b\n\n{ablate.HINT}=1 for ..."
+    assert ablate.last_line(hydra) == "Key 'b' is not in struct"
+    assert ablate.last_line("phase x\nerror: no room\n\n") == "error: no room" and ablate.last_line("") == ""
+
+
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(ValueError, match=r"no ablation 'dqd'; there are .*fg_wsd"):
         ablate.read("dqd")
