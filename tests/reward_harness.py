@@ -16,7 +16,8 @@ from tests.test_conf import composed
 REWARD = (
     "stage=reward_model model=demo trainer=cpu trainer.threads=1 trainer.progress_bar=false "
     "model.d_model=32 model.n_layers=2 model.n_heads=2 model.n_kv_heads=1 model.head_dim=16 model.d_mlp=64 "
-    "model.rope_theta=100000 stage.phases.comparisons.tokens=6144 stage.phases.comparisons.seq_len=192 "
+    "model.rope_theta=100000 ~stage.phases.warmup stage.phases.comparisons.tokens=6144 "
+    "stage.phases.comparisons.seq_len=192 "
     "stage.phases.comparisons.mixture.general_words=0 +stage.phases.comparisons.mixture.maths_sort=0.5 "
     "+stage.phases.comparisons.mixture.words=0.5 stage.phases.comparisons.lr.start=0.003 "
     "stage.global_batch_tokens=768 stage.micro_batch_size=2 data.val_rows=64 "

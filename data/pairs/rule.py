@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 from data.pairs.samples import Response
 
@@ -28,7 +29,7 @@ class Rule:
         least: reward of a chosen response at least.
         margin: by how much the rejected one's is lower.
         preference: of the judge at least.
-        pairs: of a prompt at most; no response is in two.
+        pairs: of a prompt at most. No rejected response is in two, and a chosen one only where there are fewer.
     """
 
     by: str = "verifier"
@@ -72,7 +73,7 @@ class Rule:
         random.Random(f"rejected {seed}").shuffle(bad)
         found: list[tuple[Response, Response]] = []
         equal = False
-        for chosen in good[: self.pairs]:
+        for chosen in islice(cycle(good), self.pairs):
             worse = [r for r in bad if not self.rewards_count or r.reward <= chosen.reward - self.margin]
             other = [r for r in worse if r.text != chosen.text]
             equal |= len(other) < len(worse)

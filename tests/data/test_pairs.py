@@ -59,7 +59,8 @@ def test_the_rule(rule: Rule, teacher: list[Response], student: list[Response], 
     assert (found if isinstance(found, str) else [(c.text, d.text) for c, d in found]) == expected
 
 
-def test_several_pairs_of_a_prompt_share_no_response() -> None:
+def test_several_pairs_of_a_prompt() -> None:
+    """They share no response, unless there are too few to choose."""
     teacher = [r(f"t{i % 4}") for i in range(8)] + [r("bad", 0.0)]
     student = [r(f"s{i % 3}", 0.0) for i in range(6)] + [r("good")]
     pairs = Rule(pairs=5).candidates(teacher, student, "x")
@@ -68,6 +69,10 @@ def test_several_pairs_of_a_prompt_share_no_response() -> None:
     assert pairs == Rule(pairs=5).candidates(teacher, student, "x")
     drawn = {Rule().candidates(teacher, student, str(seed))[0][0].text for seed in range(40)}
     assert drawn == {"t0", "t1", "t2", "t3"}
+    for chosen in (["t"], ["t", "u"]):
+        pairs = Rule(pairs=5).candidates([r(text) for text in chosen], student, "x")
+        assert sorted(d.text for _, d in pairs) == ["s0", "s1", "s2"] and {c.text for c, _ in pairs} == set(chosen)
+        assert len(Rule(pairs=2).candidates([r("t")], student, "x")) == 2
 
 
 @pytest.mark.parametrize("wrong", [{"by": "luck"}, {"margin": 0}, {"least": 2}, {"preference": 0}, {"pairs": 0}])
