@@ -18,7 +18,7 @@ REWARD = (
     "model.d_model=32 model.n_layers=2 model.n_heads=2 model.n_kv_heads=1 model.head_dim=16 model.d_mlp=64 "
     "model.rope_theta=100000 ~stage.phases.warmup stage.phases.comparisons.tokens=6144 "
     "stage.phases.comparisons.seq_len=192 "
-    "stage.phases.comparisons.mixture.general_words=0 +stage.phases.comparisons.mixture.maths_sort=0.5 "
+    "stage.phases.comparisons.mixture.general_words=0 +stage.phases.comparisons.mixture.tasks=0.5 "
     "+stage.phases.comparisons.mixture.words=0.5 stage.phases.comparisons.lr.start=0.003 "
     "stage.global_batch_tokens=768 stage.micro_batch_size=2 data.val_rows=64 "
     "callbacks.plots=null trainer.log_every_n_steps=1 trainer.val_every_n_steps=100 trainer.save_every_n_steps=3"
@@ -28,7 +28,7 @@ TRACE = ("callbacks=[reward_model,trace]", "hydra.searchpath=[pkg://nb_trace.con
 
 def overrides(made: Path, root: Path, *more: str) -> list[str]:
     sources = (
-        f"+data.sources.maths_sort={made}/demo_pairs/maths_sort/source",
+        f"+data.sources.tasks={made}/demo_pairs/tasks/source",
         f"+data.sources.words={made}/words",
     )
     paths = (f"paths.root={root}", f"paths.data_root={made}", f"init_from={made}/policy")

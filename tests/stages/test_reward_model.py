@@ -70,7 +70,7 @@ def test_both_orders_of_every_pair_and_only_the_answer_is_trained(made: Path, da
     chat = ChatTokenizer(data.tokenizer, data.chat)
     a, b = (chat.tokenizer.tokenizer.token_to_id(answer) for answer in "AB")
     written: dict[tuple[int, ...], int] = {}
-    for line in (made / "maths_sort.jsonl").read_text().splitlines():
+    for line in (made / "tasks.jsonl").read_text().splitlines():
         pair = json.loads(line)
         messages = [{"role": "user", "content": pair["prompt"]}]
         ended = "rejected_finish" not in pair
@@ -80,7 +80,7 @@ def test_both_orders_of_every_pair_and_only_the_answer_is_trained(made: Path, da
         )
         written |= {(*chosen, *rejected): a, (*rejected, *chosen): b}
     seen: dict[tuple[int, ...], int] = {}
-    for source in (data.packed["maths_sort"], data.packed_val["maths_sort"]):
+    for source in (data.packed["tasks"], data.packed_val["tasks"]):
         for nth in range(source.packings[192].rows):
             found = comparisons(data.assemble([(source, nth)], 192))
             assert found
@@ -107,7 +107,7 @@ def test_the_first_loss_and_the_validation_equal_naive_ones(made: Path, data: Re
     assert losses_of(unbroken)[0] == pytest.approx(loss.item(), rel=1e-4)
     assert curve(unbroken, "train/accuracy")[0] == pytest.approx(accuracy.item())
     model = load_pretrained(str(unbroken)).model
-    for name in ("maths_sort", "words"):
+    for name in ("tasks", "words"):
         held_out = data.held_out(name)
         loss, accuracy = naive(model, [held_out[i] for i in range(len(held_out))], answers)
         assert curve(unbroken, f"val/loss/{name}")[-1] == pytest.approx(loss.item(), rel=1e-3)
@@ -119,7 +119,7 @@ def test_it_learns_an_easy_rule(made: Path, tmp_path: Path, loss: str) -> None:
     """Every rejected response ends in "!": known of prompts that it never saw."""
     more = ("stage.phases.comparisons.tokens=76800", f"stage.loss={loss}", "trainer.val_every_n_steps=1000")
     run = run_here(made, tmp_path, *more)
-    assert curve(run, "val/accuracy/maths_sort")[-1] > 0.95 and curve(run, "val/accuracy/words")[-1] > 0.95
+    assert curve(run, "val/accuracy/tasks")[-1] > 0.95 and curve(run, "val/accuracy/words")[-1] > 0.95
     assert curve(run, "train/loss")[-1] < 0.2 * curve(run, "train/loss")[0]
 
 
@@ -149,7 +149,7 @@ def test_two_processes(made: Path, tmp_path: Path, unbroken: Path, strategy: str
         port = s.getsockname()[1]
     run = run_two(made, tmp_path, strategy, port)
     assert losses_of(run, 0) == losses_of(run, 1) == pytest.approx(losses_of(unbroken), rel=1e-4)
-    for name in ("train/accuracy", "val/loss/maths_sort", "val/accuracy/words"):
+    for name in ("train/accuracy", "val/loss/tasks", "val/accuracy/words"):
         assert curve(run, name) == pytest.approx(curve(unbroken, name), rel=1e-3, abs=1e-5), name
 
 
@@ -170,7 +170,7 @@ def test_the_config_knows_what_the_losses_know() -> None:
             ["data.tasks=[x.jsonl]"],
             "data.tasks are answered, and a reward model only compares answers; set data.tasks=[]",
         ),
-        (["stage.phases.comparisons.seq_len=24"], "data.sources.maths_sort: "),
+        (["stage.phases.comparisons.seq_len=24"], "data.sources.tasks: "),
     ],
 )
 def test_mistakes_are_named(made: Path, tmp_path: Path, more: list[str], error: str) -> None:
