@@ -34,8 +34,8 @@ class Score:
     """The worth of one completion.
 
     `info` says at least "status": "correct", "wrong", "no_answer", "timeout", "memory", "flood", "crash" or
-    "verifier_error"; of "preference" also "compared", "alone" or "too_long". And whatever else helps to see why. Its
-    values are plain data.
+    "verifier_error"; of "preference" also "compared", "alone", "too_long" or "unreadable". And whatever else helps to
+    see why. Its values are plain data.
     """
 
     reward: float  # in [0, 1]

@@ -23,7 +23,7 @@ from nb_lightning import checkpoints
 from nb_lightning.batch import pack
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.losses import answer_logits
-from nb_lightning.messages import Message
+from nb_lightning.messages import ChatError, Message
 from nb_lightning.model import Transformer
 from nb_lightning.pairwise import ComparisonForm, comparison
 from nb_lightning.pretrained import CheckpointOrigin, find, load_pretrained
@@ -60,8 +60,9 @@ class RewardModel:
             ValueError: a comparison has more tokens than `context`.
             ChatError: see `read`.
         """
-        read = {text: self.read(messages, text) for pair in pairs for text in pair}
-        asked = {order for pair in pairs if pair[0] != pair[1] for order in (pair, pair[::-1])}
+        read = {text: self.read(messages, text) for text in dict.fromkeys(text for pair in pairs for text in pair)}
+        # Each once, and in an order of their own: in a set's, the last bits would differ from process to process.
+        asked = dict.fromkeys(order for pair in pairs if pair[0] != pair[1] for order in (pair, pair[::-1]))
         orders = sorted(asked, key=lambda order: len(read[order[0]]) + len(read[order[1]]))
         rows = [comparison(read[first], read[second]) for first, second in orders]
         if rows and len(rows[-1]) > self.context:
@@ -78,6 +79,7 @@ class RewardModel:
             return [answer for some in _forwards(rows) for answer in self._forward(some)]
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
+        """`_answers` of rows that go into one forward, packed."""
         answers = self.form.answers
         packed, _ = pack(rows, [[answers[0]]] * len(rows))  # either answer: what counts is that there is a label
         packed = {name: tensor.to(self.model.head.weight.device) for name, tensor in packed.items()}
@@ -136,12 +138,11 @@ class Preference:
 
     A completion that is too long to be compared is worth 0, status "too_long": with a reference, where both together
     have more tokens than the model's context; without one, where the completion and another like it would. It is
-    nobody's rival then. Where a completion has no rival left it is worth 0.5, status "alone".
+    nobody's rival then; as one that the tokenizer cannot write, status "unreadable". Where a completion has no rival
+    left it is worth 0.5, status "alone".
 
     Reference: a text, or null.
     """
-
-    in_process = True  # the model is here, on the GPU where there is one
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model
@@ -152,10 +153,10 @@ class Preference:
 
     def score(self, prompt: str, completions: Sequence[str], reference: str | None) -> list[Score]:
         messages = [{"role": "user", "content": prompt}]
-        length = {text: len(self.model.read(messages, text)) for text in {*completions, reference} - {None}}
         room = self.model.context
-        longest = room // 2 if reference is None else room - length[reference]
-        fit = [i for i, text in enumerate(completions) if length[text] <= longest]
+        longest = room // 2 if reference is None else room - len(self.model.read(messages, reference))
+        unfit = {text: self._unfit(messages, text, longest) for text in dict.fromkeys(completions)}
+        fit = [i for i, text in enumerate(completions) if unfit[text] is None]
         wins: dict[int, list[float]] = {i: [] for i in fit}
         if reference is None:
             rivals = list(combinations(fit, 2))
@@ -166,12 +167,19 @@ class Preference:
         else:
             won = self.model.compare(messages, [(completions[i], reference) for i in fit])
             wins = {i: [p] for i, p in zip(fit, won)}
-        return [_score(wins.get(i)) for i in range(len(completions))]
+        return [
+            _score(wins[i]) if i in wins else Score(0.0, {"status": unfit[text]}) for i, text in enumerate(completions)
+        ]
+
+    def _unfit(self, messages: Sequence[Message], text: str, longest: int) -> str | None:
+        """Why a completion cannot be compared."""
+        try:
+            return "too_long" if len(self.model.read(messages, text)) > longest else None
+        except ChatError:
+            return "unreadable"
 
 
-def _score(wins: list[float] | None) -> Score:
-    if wins is None:
-        return Score(0.0, {"status": "too_long"})
+def _score(wins: list[float]) -> Score:
     if not wins:
         return Score(0.5, {"status": "alone"})
     return Score(fsum(wins) / len(wins), {"status": "compared", "rivals": len(wins)})

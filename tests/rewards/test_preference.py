@@ -171,6 +171,7 @@ def test_what_is_too_long_is_worth_nothing_and_nobodys_rival() -> None:
     scores = score(["a" * 35, "b" * 36], "c" * 5)  # 45 + 15 tokens
     assert [s.info["status"] for s in scores] == ["compared", "too_long"]
     assert [s.info["status"] for s in score(["a"], "c" * 40)] == ["too_long"]
+    assert [s.info["status"] for s in score(["a", "unreadable", "b"])] == ["compared", "unreadable", "compared"]
 
 
 def test_by_name_and_guarded(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
