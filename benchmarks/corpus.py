@@ -56,13 +56,10 @@ def overrides(
 
 def composed(words: Sequence[str]):
     """The config that `python train.py WORDS` gets, checked as it checks it."""
-    from hydra import compose, initialize_config_dir
-
-    from nb_lightning.config import register
+    from nb_lightning.config import compose, register
     from nb_lightning.config_checks import check
 
     register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=list(words))
+    cfg = compose(ROOT / "conf", words)
     check(cfg)
     return cfg
