@@ -32,6 +32,7 @@ RL = (
 ).split()
 PHASES = (
     "stage.phases.stem.steps=4 stage.phases.stem.prompts=4 stage.phases.stem.lr.start=0.005 "
+    "stage.phases.stem.lr.end=null stage.phases.code.lr.end=null "
     "stage.phases.stem.seq_len=96 "
     "stage.phases.code.steps=3 stage.phases.code.prompts=6 stage.phases.code.lr.start=0.005 "
     "stage.phases.code.seq_len=128 stage.phases.code.rope_theta=2e5 "
