@@ -105,7 +105,8 @@ def _ask(step: Step, *more: str) -> str:
     words = [sys.executable, *step.command[step.command.index("train.py") :], *more]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{step.name}: {shlex.join(['python', *words[1:]])}\n{done.stderr.strip()}")
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise ValueError(f"{step.name}: {shlex.join(['python', *words[1:]])}\n{said}")
     return done.stdout
 
 
