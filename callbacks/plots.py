@@ -108,15 +108,16 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
         if name in metrics:
             x, y = metrics[name].T
             axis.plot(x, y, color=COLORS[0], alpha=0.35, linewidth=1)
-            axis.plot(x, _smooth(y), color=COLORS[0], linewidth=1.8)
+            axis.plot(x, _smooth(x, y, plan), color=COLORS[0], linewidth=1.8)
     if kind.of_all == "train/loss" and len(metrics.get("train/loss", ())) > 20:
         loss.set_ylim(top=np.quantile(metrics["train/loss"][:, 1], 0.98) * 1.1)
     norm.set_yscale("log")
+    shares.set_ylim(-0.03, 1.03)
     for axis, prefix, mark in ((held_out, kind.of_source, kind.mark), (shares, "data/share/", "")):
         for i, name in enumerate(_sources(plan)):
             if f"{prefix}{name}" in metrics:
                 x, y = metrics[f"{prefix}{name}"].T
-                y = y if mark or axis is shares else _smooth(y)
+                y = y if mark or axis is shares else _smooth(x, y, plan)
                 axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
@@ -134,12 +135,15 @@ def _sources(plan: PhasePlan) -> list[str]:
     return list(dict.fromkeys(name for phase in plan.phases for name in phase.mixture))
 
 
-def _smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
-    """Mean over a centred window, shortened at the ends."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    i = np.arange(len(values))
-    low, high = np.maximum(i - window // 2, 0), np.minimum(i + window // 2 + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+def _smooth(x: np.ndarray, y: np.ndarray, plan: PhasePlan, window: int = 9) -> np.ndarray:
+    """Mean over a centred window of points, shortened at the ends of each phase: what jumps there is not smoothed."""
+    smooth = []
+    for values in np.split(y, np.searchsorted(x, plan.ends[:-1], side="right")):
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        i = np.arange(len(values))
+        low, high = np.maximum(i - window // 2, 0), np.minimum(i + window // 2 + 1, len(values))
+        smooth.append((total[high] - total[low]) / (high - low))
+    return np.concatenate(smooth)
 
 
 def _mark_phases(plan: PhasePlan, axes: Any, labelled: Any) -> None:
