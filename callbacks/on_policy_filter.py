@@ -16,6 +16,7 @@ from nb_lightning.errors import RunStopped
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 from nb_lightning.pretrained import in_training
+from nb_lightning.rollouts import judged_in_group
 from nb_lightning.source import write_json
 
 KEPT = "on_policy_filter.json"
@@ -24,8 +25,9 @@ KEPT = "on_policy_filter.json"
 class OnPolicyFilter(PhaseCallback):
     """Sets `datamodule.kept` at the start of every phase, and draws a histogram of how often each prompt was solved.
 
-    What was kept is in the checkpoint: a run that resumes inside a phase does not filter again. One that was stopped
-    before the phase's first checkpoint does, with the same weights and seeds.
+    A source that is judged inside its groups keeps all its prompts. What was kept is in the checkpoint: a run that
+    resumes inside a phase does not filter again. One that was stopped before the phase's first checkpoint does, with
+    the same weights and seeds.
 
     Args:
         samples: completions of each prompt.
@@ -64,7 +66,19 @@ class OnPolicyFilter(PhaseCallback):
         if phase.name in self.kept:
             return
         data = trainer.datamodule
-        fitting = {name: ids[: self.candidates] for name, ids in data.fitting[phase.name].items()}
+        fitting, kept = {}, {}
+        for name, ids in data.fitting[phase.name].items():
+            if all(judged_in_group(data.tasks[name][id]) for id in ids):
+                kept[name] = ids  # a group's mean says nothing of how well it did
+            else:
+                fitting[name] = ids[: self.candidates]
+        self.kept[phase.name] = kept | (self._filtered(trainer, module, phase, fitting) if fitting else {})
+
+    def _filtered(
+        self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase, fitting: dict[str, list[str]]
+    ) -> dict[str, list[str]]:
+        """Of each source the ids that stay."""
+        data = trainer.datamodule
         tasks = [data.tasks[name][id] for name, ids in fitting.items() for id in ids]
         model = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
         share = -(-len(tasks) // trainer.world_size)
@@ -96,7 +110,7 @@ class OnPolicyFilter(PhaseCallback):
             )
             if numbers["kept"] < self.min_prompts:
                 self._stop(phase.name, name, list(means[name].values()))
-        self.kept[phase.name] = kept
+        return kept
 
     def _shown(self, trainer: pl.Trainer) -> bool:
         return trainer.is_global_zero and trainer.progress_bar_callback is not None

@@ -12,6 +12,7 @@ from nb_lightning.accuracy import Attempts
 from nb_lightning.batch import RolloutBatch
 from nb_lightning.losses import group_advantages
 from nb_lightning.rewards import statuses
+from nb_lightning.tasks import Task
 
 
 @dataclass
@@ -40,6 +41,11 @@ class Group:
     @property
     def truncated(self) -> list[bool]:
         return [reason == "length" for reason in self.attempts.finish_reasons]
+
+
+def judged_in_group(task: Task) -> bool:
+    """Its rewards are comparisons within the group, whose mean is always 0.5."""
+    return task.verifier == "preference" and task.reference is None
 
 
 def batches(groups: Sequence[Group], tokens: int, scale: bool, mask_truncated: bool) -> list[RolloutBatch]:

@@ -56,6 +56,13 @@ def test_rewards_are_what_the_judge_prefers(made: Path, judge: Path, tmp_path: P
     assert compared > 8 and len(set(curve(run, "rl/reward"))) > 1
 
 
+def test_what_is_judged_inside_the_group_is_not_filtered(made: Path, judge: Path, tmp_path: Path) -> None:
+    words = (f"stage.reward_model={judge}", "callbacks.on_policy_filter.min_prompts=0", *JUDGED[1:])
+    run = run_here(made, tmp_path, judged(made, tmp_path, None), *words)
+    found = json.loads((run / "on_policy_filter.json").read_text())
+    assert found["stem"].keys() == {"digits"} and found["code"].keys() == {"digits"}
+
+
 def test_no_reward_model_is_an_error_that_names_the_key(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs a reward model: name a run .* with stage\.reward_model="):
         run_here(made, tmp_path, *JUDGED, judged(made, tmp_path, None), "stage.reward_model=null")
