@@ -20,11 +20,11 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from nb_lightning import head
 from nb_lightning.accuracy import attempt, verifiers_of
 from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PackedBatch, RolloutBatch, RolloutStep
 from nb_lightning.config import Config
+from nb_lightning.head import token_logprobs
 from nb_lightning.losses import GRPO_PER, grpo_loss
 from nb_lightning.model import Transformer
 from nb_lightning.phases import PhasePlan
@@ -155,7 +155,7 @@ class RLStage(BaseStage):
         phase = self.phase
         found = batches(trained, phase.micro_batch_size * phase.seq_len, s.scale_advantages, s.mask_truncated)
         most = int(self.trainer.strategy.reduce(torch.tensor(len(found), device=self.device), reduce_op="max"))
-        found += [found[0].silenced()] * (most - len(found))
+        found += [found[0].silenced() for _ in range(most - len(found))]
         found = [self.trainer.strategy.batch_to_device(batch, self.device) for batch in found]
         if self.reference is not None:
             found = [replace(b, ref_logprobs=self._logprobs(b, self.reference.model)) for b in found]
@@ -168,7 +168,7 @@ class RLStage(BaseStage):
         """[B, T] float32 nats of the labels."""
 
         def labels(hidden: Tensor, weight: Tensor) -> Tensor:
-            found = head.token_logprobs(hidden.flatten(0, 1), weight, batch.labels.flatten(), self.cfg.stage.head_chunk)
+            found = token_logprobs(hidden.flatten(0, 1), weight, batch.labels.flatten(), self.cfg.stage.head_chunk)
             return found.view_as(batch.labels)
 
         return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=labels)
