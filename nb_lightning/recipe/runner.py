@@ -108,9 +108,9 @@ class Runner:
         Noted before it is begun: killed in between, the step begins afresh once more instead of going on with the old.
         """
         gone = {other.name for other in later} | {step.name}
-        for other in later:
-            if other.name in state:
-                self.tell(f"{other.name} is to be run again after {step.name}")
+        stale = [other.name for other in later if other.name in state]
+        if stale:
+            self.tell(f"to be run again after {step.name}: {', '.join(stale)}")
         write_json(self.state_file, {name: entry for name, entry in state.items() if name not in gone})
         self._note(step, CLEARING, 0.0)
         for place in step.makes:

@@ -65,8 +65,10 @@ class Run:
         """What the on-policy filter kept, by phase and source."""
         return read_json(self.folder / "on_policy_filter.json")
 
-    def pictures(self, pattern: str) -> list[Path]:
-        return sorted(self.folder.glob(pattern))
+    def pictures(self) -> list[Path]:
+        """Plan, curves, and the filter's histograms in the order of the phases."""
+        names = ["plan", "curves", *(f"on_policy_filter_{phase}" for phase in self.filtered)]
+        return [path for name in names if (path := self.folder / f"{name}.png").is_file()]
 
     @property
     def steps(self) -> int:
