@@ -33,6 +33,7 @@ for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
 done
 status=0
 for pid in "${pids[@]}"; do
+  wait "$pid"; got=$?
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; got=$?; done   # a trapped signal ends `wait` early
   [ "$got" -gt "$status" ] && status=$got
 done
@@ -95,7 +96,7 @@ def test_one_machine_goes_on_after_sigterm(corpus: Path, tmp_path: Path, single:
     process = start("torchrun.sh", *overrides(corpus, tmp_path, "ddp"), GPUS="2")
     wait_for_step(tmp_path, 6, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "stopped by SIGTERM" in output
     stopped_at = len(read_trace(tmp_path / "runs/pretrain", 0))
     assert 6 < stopped_at < 20
@@ -135,7 +136,7 @@ def test_one_machine_goes_on_where_two_stopped(corpus: Path, tmp_path: Path, sin
     wait_for_step(tmp_path, 6, *nodes)
     nodes[1].send_signal(signal.SIGTERM)  # one machine hears of it; both must stop after the same step
     for node in nodes:
-        node.communicate(timeout=60)
+        node.communicate(timeout=300)
         assert node.returncode != 0
     before = [read_trace(tmp_path / "runs/pretrain", rank) for rank in range(2)]
     assert before[0].keys() == before[1].keys() and 6 < len(before[0]) < 20
@@ -170,7 +171,7 @@ def test_slurm_requeues_a_job_that_was_stopped(
     wait_for_step(tmp_path, 6, process)
     (srun,) = children(process.pid)
     os.kill(srun, signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert (tmp_path / "scontrol").read_text().split() == ["requeue", "4711"]
     finish(slurm(*overrides(corpus, tmp_path, "fsdp")))
@@ -182,6 +183,6 @@ def test_slurm_does_not_requeue_a_mistake(
     corpus: Path, tmp_path: Path, slurm: Callable[..., subprocess.Popen[str]]
 ) -> None:
     process = slurm(*overrides(corpus, tmp_path, "fsdp"), "trainer.strategy=fdsp")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "trainer.strategy is 'fdsp'" in output
     assert not (tmp_path / "scontrol").exists()
