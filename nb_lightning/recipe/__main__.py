@@ -55,15 +55,16 @@ def run(a: argparse.Namespace) -> None:
             os.environ["NB_ROOT"] = value
         else:
             words.append(word)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does for itself: two threads beside a busy program
     steps = read_recipe(model, words, shlex.split(a.launch))
     chosen = _choose(steps, a)
     if a.dry_run:
         show_plans(steps, chosen)
         return
-    check_configurations(chosen)
     folder = root() / "recipe"
+    print(f"recipe {model}: {len(steps)} steps; state and logs are in {folder}", flush=True)
+    check_configurations(chosen)
     status = Status()
-    print(f"recipe {model}: {len(steps)} steps; state and logs are in {folder}")
     Runner(folder, status.tell, status.show).run(steps, chosen, a.again)
     print(f"all done. {chosen[-1].name}: {last_line(folder / f'{chosen[-1].name}.log')}")
 
