@@ -80,8 +80,9 @@ def _training(checkpoint: Path) -> list[str]:
         parts.append(f"It began with the weights of `{Path(manifest['init_from']).name}`.")
     data = manifest.get("data", {})
     if data:
-        rows = [(name, *(value[key] for key in ("tokens", "documents", "sha256"))) for name, value in data.items()]
-        parts.append(_table(("data", "tokens", "documents", "SHA-256"), rows))
+        facts = list(next(iter(data.values())))  # of text tokens and documents, of RL's prompts tasks
+        heads = ["data", *("SHA-256" if fact == "sha256" else fact for fact in facts)]
+        parts.append(_table(heads, [(name, *(value[fact] for fact in facts)) for name, value in data.items()]))
     metrics = manifest.get("metrics", {})
     if metrics and manifest.get("tokens_seen") == seen:
         parts.append(_table(("at the end", ""), [(key, f"{value:.4g}") for key, value in sorted(metrics.items())]))

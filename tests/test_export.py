@@ -89,6 +89,17 @@ def test_the_model_card_tells_the_run(run: Path, exported: Path) -> None:
     assert str(run.parent) not in "".join(path.read_text("utf-8", "replace") for path in exported.iterdir())
 
 
+def test_the_model_card_of_rl_counts_tasks(run: Path, tmp_path: Path) -> None:
+    """Its manifest describes prompts (data/prompts.py), not tokens."""
+    copy = shutil.copytree(run, tmp_path / "rl")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["data"] = {"maths_sort": {"tasks": 1000, "sha256": "ab12"}}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    export.main(["--from", str(copy), "--to", str(tmp_path / "exported")])
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "| data | tasks | SHA-256 |\n| --- | --- | --- |\n| maths_sort | 1000 | ab12 |" in card
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_is_the_same_to_the_last_bit(tmp_path: Path, tied: bool, dtype: str) -> None:
