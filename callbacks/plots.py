@@ -39,6 +39,7 @@ class _Kind:
 KINDS = (
     _Kind("train/loss", "training loss (nats per token)", "val/perplexity/", "held-out perplexity"),
     _Kind("train/loss", "training loss", "val/margin/", "held-out reward margin"),
+    _Kind("train/loss", "training loss", "val/accuracy/", "held-out comparisons judged rightly"),
     _Kind("rl/reward", "mean reward of a step's completions", "rl/reward/", "mean reward of each source", mark=""),
 )
 
@@ -95,7 +96,7 @@ def plot_plan(plan: PhasePlan, path: Path) -> None:
 
 def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> None:
     """Training loss and gradient norm, realised mixture shares, and of each source what is held out: perplexity, of
-    preference pairs the reward margin. Of RL the rewards, of all and of each source."""
+    preference pairs the reward margin or the accuracy. Of RL the rewards, of all and of each source."""
     kind = next((kind for kind in KINDS if any(name.startswith(kind.of_source) for name in metrics)), KINDS[0])
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
@@ -154,7 +155,7 @@ def _mark_phases(plan: PhasePlan, axes: Any, labelled: Any) -> None:
     if labelled is None:
         return
     for index, phase in enumerate(plan.phases):
-        if phase.tokens < 0.05 * plan.total_tokens:  # too narrow to write in
+        if phase.tokens < 0.12 * plan.total_tokens:  # too narrow to write in
             continue
         middle = plan.start_of(index) + phase.tokens / 2
         facts = f"{human(phase.tokens)} tokens\n{phase.seq_len} ctx · θ {phase.rope_theta:g}"
