@@ -119,6 +119,10 @@ def _read(terminal: int, screen: Screen, seconds: float) -> None:
 
 
 def _own_terminal() -> None:
-    """In the child: its output is the terminal that rules its session, and whose loss ends it."""
+    """In the child: its output is the terminal that rules its session, and whose loss ends it.
+
+    It hears signals that this process may have been started to ignore (nohup; SIGINT, in the background of a script).
+    """
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)

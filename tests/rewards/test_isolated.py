@@ -124,7 +124,7 @@ def test_in_this_process_where_it_asks_for_that(hostile: Guarded) -> None:
 
 
 def test_all_names_are_listed(hostile: Guarded) -> None:
-    with pytest.raises(ValueError, match="there are: code, exact, gone, hostile, ifeval, inside, math, reasoning_gym"):
+    with pytest.raises(ValueError, match="there are: code, exact, gone, hostile, ifeval, inside, math, preference, "):
         get_verifier("no_such_verifier")
     with pytest.raises(ValueError, match=r"verifier 'gone' \(nb_hostile:Gone\) cannot be loaded: .*Gone"):
         get_verifier("gone")
