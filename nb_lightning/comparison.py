@@ -105,7 +105,7 @@ def table(compared: Mapping[str, Any], what: str, scale: float = 1, digits: int 
     tasks = compared[names[0]]["after"]["over_tasks_and_seeds"] is not None
     head = ["arm", what, *(["95 %"] if tasks else []), "95 % over seeds", "each seed"]
     head += ["gain", "95 %"] if gains else []
-    head += [f"minus {names[0]}", *(["95 %"] if tasks else []), "95 % over seeds"]
+    head += [f"minus {names[0]}", *(["95 %"] if tasks else []), "95 % over seeds"] if names[1:] else []
 
     def number(x: float, sign: str = "") -> str:
         return f"{scale * x:{sign}.{digits}f}"
