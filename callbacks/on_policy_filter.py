@@ -3,7 +3,6 @@ prompt stays only if it is neither too easy nor too hard for them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from tqdm import tqdm
 from callbacks.plots import COLORS, pyplot
 from nb_lightning.accuracy import evaluate_tasks
 from nb_lightning.errors import RunStopped
+from nb_lightning.files import read_json, write_json
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 from nb_lightning.pretrained import in_training
 from nb_lightning.rollouts import judged_in_group
-from nb_lightning.source import write_json
 
 KEPT = "on_policy_filter.json"
 
@@ -131,8 +130,7 @@ class OnPolicyFilter(PhaseCallback):
 
     def _write(self, run: Path, phase: str, report: dict[str, Any]) -> None:
         path = run / KEPT
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        write_json(path, {**before, phase: report})
+        write_json(path, {**read_json(path), phase: report})
         plot_filter(phase, report, self.samples, (self.low, self.high), run / f"on_policy_filter_{phase}.png")
 
 

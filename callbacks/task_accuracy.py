@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from nb_lightning.accuracy import evaluate_tasks
+from nb_lightning.files import read_json, write_json
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 from nb_lightning.pretrained import in_training
 from nb_lightning.sampling import Sampling
-from nb_lightning.source import write_json
 from nb_lightning.tasks import Task, read_tasks
 
 BEFORE = "before"
@@ -54,7 +53,7 @@ class TaskAccuracy(PhaseCallback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # not `module.print`: the progress bar that would show it is closed by now
-            print(table(_read(Path(trainer.default_root_dir) / "accuracy.json")))
+            print(table(read_json(Path(trainer.default_root_dir) / "accuracy.json")))
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
         """Every rank takes its share of the tasks; all get the numbers."""
@@ -80,7 +79,7 @@ class TaskAccuracy(PhaseCallback):
             for name, numbers in report.summary().items()
         }
         path = Path(trainer.default_root_dir) / "accuracy.json"
-        kept = _read(path) if when != BEFORE else {}
+        kept = read_json(path) if when != BEFORE else {}
         write_json(path, {**kept, when: {"tokens_seen": module.tokens_seen, "k": self.k, "sources": found}})
         values: dict[str, Any] = {"tokens_seen": module.tokens_seen}
         for name, numbers in found.items():
@@ -100,7 +99,3 @@ def table(measured: dict[str, Any]) -> str:
         cells = (entry["sources"][name] for entry in measured.values())
         lines.append(f"{name:<28}" + "".join(f"{100 * c['greedy']:>12.1f}{100 * c[f'avg@{k}']:>12.1f}" for c in cells))
     return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a temporary file in the same folder, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")

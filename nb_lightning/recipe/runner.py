@@ -12,7 +12,6 @@ afresh, and all after it too.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nb_lightning.errors import RunStopped
-from nb_lightning.files import write_json
+from nb_lightning.files import read_json, write_json
 from nb_lightning.recipe import child
 from nb_lightning.recipe.steps import Step
 
@@ -96,7 +95,7 @@ class Runner:
                 time.sleep(0.1)
 
     def _state(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self.state_file.read_text()) if self.state_file.is_file() else {}
+        return read_json(self.state_file)
 
     def _note(self, step: Step, state: str, seconds: float) -> None:
         entry = {"state": state, "command": step.command, "identity": step.identity, "seconds": round(seconds, 1)}

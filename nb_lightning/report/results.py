@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from nb_lightning.comparison import estimate
-from nb_lightning.report.runs import RUNS, Run, read_json
+from nb_lightning.files import read_json
+from nb_lightning.report.runs import RUNS, Run
 
 ALL = "all"
 BEFORE = "before"  # callbacks/task_accuracy.py

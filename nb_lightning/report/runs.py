@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from nb_lightning import checkpoints
+from nb_lightning.files import read_json
 from nb_lightning.run_metrics import read_metrics
 
 # Run folders of the recipe, in its order.
@@ -24,11 +24,6 @@ RUNS = {
     "reward_model": "Reward model",
     "rl": "RL",
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from nb_lightning import adapters
 from nb_lightning.attention import resolve_backend
@@ -29,6 +30,7 @@ from nb_lightning.optim import build_optimizer, clip_grad_norm
 from nb_lightning.phases import Phase, PhasePlan
 from nb_lightning.pretrained import Origin
 from nb_lightning.strategies import build_model
+from nb_lightning.teacher import FrozenTeacher
 from nb_lightning.weights import fill
 
 
@@ -100,10 +102,7 @@ class BaseStage(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        strategy, trainer = self.trainer.strategy, self.cfg.trainer
-        device = strategy.root_device
-        mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
-        backend = resolve_backend(trainer.attention, device, self.cfg.data.mask_documents)
+        trainer, (backend, device, mesh) = self.cfg.trainer, self._layout()
         adapter, seed = self.cfg.stage.adapter, self.cfg.seed
         attach = partial(adapters.attach, cfg=adapter, precision=trainer.precision) if self.adapted else None
         self.model = build_model(self.shape, trainer, backend, device, mesh, None if self.origin else seed, attach)
@@ -117,6 +116,17 @@ class BaseStage(pl.LightningModule):
                     f"RoPE base {self.shape.rope_theta:g} from the first phase on; the weights of {self.origin.path} "
                     f"were made with {self.origin.shape.rope_theta:g}"
                 )
+
+    def frozen(self, origin: Origin, nf4: bool = False) -> FrozenTeacher:
+        """A model beside the one that trains, laid out like it."""
+        return FrozenTeacher(origin, self.cfg.trainer, *self._layout(), nf4)
+
+    def _layout(self) -> tuple[str, torch.device, DeviceMesh | None]:
+        """Attention's backend, the device, and where parameters are sharded the mesh."""
+        strategy = self.trainer.strategy
+        mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+        backend = resolve_backend(self.cfg.trainer.attention, strategy.root_device, self.cfg.data.mask_documents)
+        return backend, strategy.root_device, mesh
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.cfg.stage.optim

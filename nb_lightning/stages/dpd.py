@@ -16,25 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.config import Config, plain, run_dir
 from nb_lightning.divergence import Divergence, Teacher
 from nb_lightning.losses import DPD_PER, dpd_loss, response_logprobs
-from nb_lightning.metrics import Means
 from nb_lightning.phases import PhasePlan
 from nb_lightning.pretrained import Origin, find
 from nb_lightning.reference_cache import ReferenceKey, read_reference, write_reference
-from nb_lightning.stages.base import BaseStage
+from nb_lightning.stages.validated import ValidatedByMeans
 from nb_lightning.teacher import KEY, FrozenTeacher, require_same_vocabulary
 
 REFERENCE = "reference.safetensors"
 
 
-class DPDStage(BaseStage):
+class DPDStage(ValidatedByMeans):
     """Preference distillation on packed rows of pairs (data/preference.py).
 
     Attributes:
@@ -42,7 +39,7 @@ class DPDStage(BaseStage):
         reference: [pairs, 2] float32 nats by the number of the pair, on the device; -inf for pairs that are not drawn.
     """
 
-    per = DPD_PER
+    per = validated = DPD_PER
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
@@ -78,11 +75,7 @@ class DPDStage(BaseStage):
             return
         super().configure_model()
         if self._teacher_origin is not None:
-            strategy, trainer = self.trainer.strategy, self.cfg.trainer
-            mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
-            backend = resolve_backend(trainer.attention, strategy.root_device, self.cfg.data.mask_documents)
-            nf4 = self.cfg.stage.teacher_nf4
-            self.teacher = FrozenTeacher(self._teacher_origin, trainer, backend, strategy.root_device, mesh, nf4)
+            self.teacher = self.frozen(self._teacher_origin, self.cfg.stage.teacher_nf4)
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """With the teacher's forward, a third of forward and backward."""
@@ -164,24 +157,6 @@ class DPDStage(BaseStage):
         teacher: Teacher | None = self.teacher(batch) if self.teacher else None
         head = partial(self._loss, batch=batch, counts=counts, teacher=teacher)
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
-
-    # Validation -----------------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        names = self.trainer.datamodule.val_names
-        self._means = {name: Means(DPD_PER).to(self.device) for name in names}
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        _, sums = self.loss(batch, batch.counts)
-        self._means[self.trainer.datamodule.val_names[dataloader_idx]].update(sums, batch.counts)
-
-    def on_validation_epoch_end(self) -> None:
-        values = {
-            f"val/{key}/{name}": value.float()
-            for name, means in self._means.items()
-            for key, value in means.compute().items()
-        }
-        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config import plain
 from nb_lightning.losses import REWARD_PER, pairwise_reward_loss
-from nb_lightning.metrics import Means
 from nb_lightning.pairwise import ComparisonForm
-from nb_lightning.stages.base import BaseStage
-
-VALIDATED = {**REWARD_PER, "loss": "tokens"}
+from nb_lightning.stages.validated import ValidatedByMeans
 
 
-class RewardModelStage(BaseStage):
+class RewardModelStage(ValidatedByMeans):
     """Training on comparisons (data/reward.py); `train/tokens` counts them.
 
     Attributes:
@@ -30,6 +27,7 @@ class RewardModelStage(BaseStage):
     """
 
     per = REWARD_PER
+    validated: ClassVar[Mapping[str, str]] = {**REWARD_PER, "loss": "tokens"}
     form: ComparisonForm
 
     def check_data(self, data: Any) -> None:
@@ -47,24 +45,9 @@ class RewardModelStage(BaseStage):
         )
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
 
-    # Validation -----------------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        self._means = {name: Means(VALIDATED).to(self.device) for name in self.trainer.datamodule.val_names}
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        counts = batch.counts
+    def held_out(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         loss, sums = self.loss(batch, counts)
-        name = self.trainer.datamodule.val_names[dataloader_idx]
-        self._means[name].update({**sums, "loss": loss * counts["tokens"]}, counts)
-
-    def on_validation_epoch_end(self) -> None:
-        values = {
-            f"val/{key}/{name}": value.float()
-            for name, means in self._means.items()
-            for key, value in means.compute().items()
-        }
-        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+        return {**sums, "loss": loss * counts["tokens"]}
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from nb_lightning.accuracy import attempt, verifiers_of
-from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PackedBatch, RolloutBatch, RolloutStep
 from nb_lightning.config import Config
 from nb_lightning.head import token_logprobs
@@ -72,12 +70,9 @@ class RLStage(BaseStage):
         if self.model is not None:
             return
         super().configure_model()
-        strategy, trainer = self.trainer.strategy, self.cfg.trainer
         self.verifiers = self._verifiers(list(self.trainer.datamodule.all_tasks()))
         if self.cfg.stage.kl_weight:
-            mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
-            backend = resolve_backend(trainer.attention, strategy.root_device, self.cfg.data.mask_documents)
-            self.reference = FrozenTeacher(find(self.cfg.init_from), trainer, backend, strategy.root_device, mesh)
+            self.reference = self.frozen(find(self.cfg.init_from))
 
     def _verifiers(self, tasks: Sequence[Task]) -> dict[str, Verifier]:
         path, judged, known = self.cfg.stage.reward_model, "preference", {}
