@@ -100,24 +100,30 @@ def run_dpd(made: Path, root: Path, *more: str, check: bool = True) -> subproces
     return done
 
 
-def config(made: Path, root: Path, *more: str) -> Config:
-    cfg = composed(*overrides(made, root, *more))
+def checked(words: list[str]) -> Config:
+    """The config of `train.py WORDS`, its run's folder made."""
+    cfg = composed(*words)
     check(cfg, ["nb_trace"])
     run_dir(cfg).mkdir(parents=True, exist_ok=True)
     return cfg
 
 
-def run_here(made: Path, root: Path, *more: str) -> Path:
-    """As `run_dpd`, in this process; returns the run's folder."""
+def train_here(words: list[str]) -> Path:
+    """`train.py WORDS` in this process; returns the run's folder."""
     import train as command
 
-    cfg = config(made, root, *more)
+    cfg = checked(words)
     command.run(cfg)
     return run_dir(cfg)
 
 
+def run_here(made: Path, root: Path, *more: str) -> Path:
+    """As `run_dpd`, in this process."""
+    return train_here(overrides(made, root, *more))
+
+
 def opened(made: Path, root: Path, *more: str) -> PreferenceData:
-    cfg = config(made, root, *more)
+    cfg = checked(overrides(made, root, *more))
     data = PreferenceData(cfg, plan_of(cfg.stage).in_whole_steps())
     data.prepare()
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -62,3 +63,13 @@ def read_trace(run: Path, rank: int | None = None) -> dict[int, dict]:
     text = (run / ("trace.jsonl" if rank is None else f"trace.jsonl.{rank}")).read_text()
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     return {line["step"]: line for line in lines}
+
+
+def logged(run: Path, version: int = 0) -> list[dict[str, float]]:
+    """The metrics, a line a step or validation."""
+    with open(run / f"metrics/version_{version}/metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def curve(run: Path, name: str, version: int = 0) -> list[float]:
+    return [row[name] for row in logged(run, version) if name in row]

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from data.reward import RewardData
-from nb_lightning.config import Config, plan_of, run_dir
-from nb_lightning.config_checks import check
+from nb_lightning.config import plan_of
+from tests.dpd_harness import checked, train_here
 from tests.harness import ROOT, environment
-from tests.test_conf import composed
 
 # 8 steps of 4 rows with one to three comparisons each.
 REWARD = (
@@ -35,20 +34,9 @@ def overrides(made: Path, root: Path, *more: str) -> list[str]:
     return [*REWARD, *sources, *paths, *more]
 
 
-def config(made: Path, root: Path, *more: str) -> Config:
-    cfg = composed(*overrides(made, root, *more))
-    check(cfg, ["nb_trace"])
-    run_dir(cfg).mkdir(parents=True, exist_ok=True)
-    return cfg
-
-
 def run_here(made: Path, root: Path, *more: str) -> Path:
-    """Train in this process; returns the run's folder."""
-    import train as command
-
-    cfg = config(made, root, *more)
-    command.run(cfg)
-    return run_dir(cfg)
+    """`train.py stage=reward_model` in this process; returns the run's folder."""
+    return train_here(overrides(made, root, *more))
 
 
 def run_two(made: Path, root: Path, strategy: str, port: int, *more: str) -> Path:
@@ -62,7 +50,7 @@ def run_two(made: Path, root: Path, strategy: str, port: int, *more: str) -> Pat
 
 
 def opened(made: Path, root: Path, *more: str) -> RewardData:
-    cfg = config(made, root, *more)
+    cfg = checked(overrides(made, root, *more))
     data = RewardData(cfg, plan_of(cfg.stage).in_whole_steps())
     data.prepare()
     return data

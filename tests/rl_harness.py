@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from data.prompts import PromptData
-from nb_lightning.config import Config, plan_of, run_dir
-from nb_lightning.config_checks import check
+from nb_lightning.config import plan_of
 from nb_lightning.model import ModelShape
 from nb_lightning.tasks import Task, write_tasks
-from tests.dpd_harness import random_model, save_model
-from tests.harness import ROOT, environment
-from tests.test_conf import composed
+from tests.dpd_harness import checked, random_model, save_model, train_here
+from tests.harness import ROOT, environment, logged
 
 POLICY = ModelShape(260, 32, 2, 2, 1, 16, 64, rope_theta=1e5, init_std=0.3)
 HEAT = 0.35  # of the head: what it says is random enough to be rewarded now and then
@@ -77,20 +74,9 @@ def overrides(made: Path, root: Path, *more: str) -> list[str]:
     return [*RL, *PHASES, *sources, *paths, *more]
 
 
-def config(made: Path, root: Path, *more: str) -> Config:
-    cfg = composed(*overrides(made, root, *more))
-    check(cfg)
-    run_dir(cfg).mkdir(parents=True, exist_ok=True)
-    return cfg
-
-
 def run_here(made: Path, root: Path, *more: str) -> Path:
     """`train.py stage=rl` in this process; returns the run's folder."""
-    import train as command
-
-    cfg = config(made, root, *more)
-    command.run(cfg)
-    return run_dir(cfg)
+    return train_here(overrides(made, root, *more))
 
 
 def run_rl(made: Path, root: Path, *more: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -110,18 +96,12 @@ def run_rl(made: Path, root: Path, *more: str, ranks: int = 1, check: bool = Tru
 
 
 def opened(made: Path, root: Path, *more: str) -> PromptData:
-    cfg = config(made, root, *more)
+    cfg = checked(overrides(made, root, *more))
     data = PromptData(cfg, plan_of(cfg.stage).in_whole_steps())
     data.prepare()
     return data
 
 
-def logged(run: Path, version: int = 0) -> list[dict[str, float]]:
+def steps_logged(run: Path, version: int = 0) -> list[dict[str, float]]:
     """The metrics of each step."""
-    with open(run / f"metrics/version_{version}/metrics.csv", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if "train/loss" in row]
-
-
-def curve(run: Path, name: str, version: int = 0) -> list[float]:
-    return [row[name] for row in logged(run, version) if name in row]
+    return [row for row in logged(run, version) if "train/loss" in row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -42,7 +41,7 @@ from tests.dpd_harness import (
     run_here,
     save_model,
 )
-from tests.harness import ROOT, environment, read_trace
+from tests.harness import ROOT, curve, environment, logged, read_trace
 
 KD_AND_DPO = ("stage.lambda_plus=0.5", "stage.lambda_minus=0.25", "stage.dpo_weight=2", "stage.beta=0.3")
 
@@ -60,16 +59,6 @@ def unbroken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loss_curve(run: Path, rank: int | None = None) -> list[float]:
     trace = read_trace(run, rank)
     return [float.fromhex(trace[step]["loss"]) for step in sorted(trace)]
-
-
-def logged(run: Path) -> list[dict[str, float]]:
-    """The metrics, a line a step or validation."""
-    with open(run / "metrics/version_0/metrics.csv", newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def curve(run: Path, name: str) -> list[float]:
-    return [row[name] for row in logged(run) if name in row]
 
 
 # What is computed ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -24,7 +23,7 @@ from nb_lightning.config_checks import REWARD_LOSSES
 from nb_lightning.model import Transformer
 from nb_lightning.pretrained import load_pretrained
 from tests.dpd_harness import make, trained
-from tests.harness import read_trace
+from tests.harness import curve, read_trace
 from tests.reward_harness import TRACE, opened, run_here, run_two
 
 
@@ -41,11 +40,6 @@ def unbroken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(made: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardData:
     return opened(made, tmp_path_factory.mktemp("data"))
-
-
-def curve(run: Path, name: str) -> list[float]:
-    with open(run / "metrics/version_0/metrics.csv", newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def losses_of(run: Path, rank: int | None = None) -> list[float]:

@@ -17,7 +17,8 @@ from nb_lightning.rewards import ifeval
 from nb_lightning.rollouts import Group
 from nb_lightning.stages.rl import RLStage
 from tests.dpd_harness import random_model
-from tests.rl_harness import END, HEAT, POLICY, curve, logged, make, run_here, run_rl
+from tests.harness import curve
+from tests.rl_harness import END, HEAT, POLICY, make, run_here, run_rl, steps_logged
 
 STILL = ("stage.phases.stem.lr.start=0", "stage.phases.code.lr.start=0")
 ALL_PROMPTS = ("callbacks.on_policy_filter=null",)
@@ -167,7 +168,7 @@ def test_bf16_mixed_has_the_gradients_of_float32(made: Path, tmp_path: Path, unb
     run = run_here(made, tmp_path, "trainer.precision=bf16-mixed", "stage.mask_truncated=false", *STILL)
     exact = run_here(made, tmp_path / "exact", "stage.mask_truncated=false", *STILL)
     assert curve(run, "train/rollout_gap")[0] < 0.02
-    first, wanted = logged(run)[0], logged(exact)[0]
+    first, wanted = steps_logged(run)[0], steps_logged(exact)[0]
     if first["rl/sampled_tokens"] == wanted["rl/sampled_tokens"]:
         assert first["optim/grad_norm"] == pytest.approx(wanted["optim/grad_norm"], rel=0.05)
     assert min(curve(run, "optim/grad_norm")) > 0.1
@@ -227,7 +228,7 @@ def test_resumed_in_each_phase_to_the_last_bit(made: Path, tmp_path: Path, unbro
             shutil.rmtree(path)
     filtered = (run / "on_policy_filter.json").stat().st_mtime_ns
     run_here(made, tmp_path, "resume=true")
-    whole = logged(unbroken)[step:]
+    whole = steps_logged(unbroken)[step:]
     for name in (*SAME, "rl/reward_std", "train/entropy", "train/rollout_gap"):
         assert curve(run, name, version=1) == [row[name] for row in whole], name
     before, after = weights(unbroken), weights(run)
@@ -272,8 +273,8 @@ def test_a_failing_verifier_costs_rewards_and_a_counter(
     monkeypatch.setattr(ifeval.IFEval, "score", score)
     run = run_here(made, tmp_path, *ALL_PROMPTS)
     text = (run / "metrics/version_0/metrics.csv").read_text()
-    assert "rl/status/verifier_error" in text and len(logged(run)) == 7
-    assert all(row["rl/pass_rate"] < 0.6 for row in logged(run))
+    assert "rl/status/verifier_error" in text and len(steps_logged(run)) == 7
+    assert all(row["rl/pass_rate"] < 0.6 for row in steps_logged(run))
 
 
 def test_what_is_written(unbroken: Path) -> None:
@@ -283,7 +284,7 @@ def test_what_is_written(unbroken: Path) -> None:
     assert all(line["reward"] in (0, 1) and line["prompt"][0] in "wd" for line in lines)
     manifest = json.loads((unbroken / "manifest.json").read_text())
     assert manifest["finished"] and manifest["data"]["words"]["tasks"] == 12
-    steps = logged(unbroken)
+    steps = steps_logged(unbroken)
     assert all(row["perf/sampling_sec"] > 0 and row["perf/training_sec"] > 0 for row in steps)
     assert [row["tokens_seen"] for row in steps] == [1536, 3072, 4608, 6144, 9216, 12288, 15360]
 

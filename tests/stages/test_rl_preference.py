@@ -11,7 +11,8 @@ import pytest
 from nb_lightning.rewards.preference import Preference, load_reward_model
 from nb_lightning.tasks import read_tasks, write_tasks
 from tests import dpd_harness, reward_harness
-from tests.rl_harness import curve, make, run_here
+from tests.harness import curve
+from tests.rl_harness import make, run_here
 
 JUDGED = ("callbacks.on_policy_filter=null", "stage.phases.stem.steps=2", "stage.phases.code.steps=1")
 
