@@ -40,7 +40,8 @@ from data.pairs.form import Pairs
 from data.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
 from data.source import CHUNK_TOKENS
 from data.staging import CLAIM, clean_up, new_claim, require_room, take_up
-from nb_lightning.source import PAGE, SPLITS, SourceManifest, write_json
+from nb_lightning.files import write_json
+from nb_lightning.source import PAGE, SPLITS, SourceManifest
 
 DONE, DROPPED = "done.json", "dropped.jsonl"
 _GO_ON = "run the same command again to go on: finished parts are kept"

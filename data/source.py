@@ -23,7 +23,8 @@ from litdata.streaming.fs_provider import _get_fs_provider
 from litdata.streaming.writer import BinaryWriter
 from tqdm import tqdm
 
-from nb_lightning.source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256, write_json
+from nb_lightning.files import write_json
+from nb_lightning.source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256
 
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
 _OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy|teacher(-\d+\.npy|\.json)|\..*\.tmp")

@@ -11,7 +11,7 @@ from typing import Any
 from data import source
 from data.documents import Settings
 from data.records import ARCHIVES, Part
-from nb_lightning.source import write_json
+from nb_lightning.files import write_json
 
 CLAIM = "claim.json"
 

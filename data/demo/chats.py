@@ -11,7 +11,8 @@ from data.demo.tasks import build_demo_tasks
 from data.documents import ChatSettings, Settings
 from data.prepare import prepare
 from data.source import is_source, locked
-from nb_lightning.source import sha256, write_json
+from nb_lightning.files import write_json
+from nb_lightning.source import sha256
 
 MADE_OF = "demo.json"  # beside the splits: what the source was made of
 

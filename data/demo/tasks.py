@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data.demo.problems import FAMILIES, Problem
 from data.source import locked
-from nb_lightning.source import write_json
+from nb_lightning.files import write_json
 from nb_lightning.tasks import Task, write_tasks
 
 VERSION = 4  # of the problems: raise it when their text changes

@@ -15,7 +15,7 @@ from data.pairs.judge import Comparison, Judge
 from data.pairs.rule import NOT_PREFERRED, Rule
 from data.pairs.samples import Journal, Response, Sampler, key_of, sample_all
 from data.source import locked
-from nb_lightning.source import write_json
+from nb_lightning.files import write_json
 from nb_lightning.tasks import Task
 
 CLAIM, PAIRS, REPORT = "claim.json", "pairs.jsonl", "report.json"
