@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nb_lightning.config import plain, plan_of
-from nb_lightning.dry_run import GIB, describe
+from nb_lightning.dry_run import GIB, beside, describe, missing
+from nb_lightning.hf_config import config_from_shape
 from nb_lightning.memory import memory_per_device
 from nb_lightning.model import ModelShape
 from tests.harness import ROOT
@@ -48,6 +53,60 @@ def test_a_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     assert "memory per device" in done.stdout
     assert (tmp_path / "runs/pretrain/plan.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "runs/pretrain/checkpoints").exists()
+
+
+def test_a_teacher_is_counted(tmp_path: Path) -> None:
+    """As large as the model where it is not there; else by its own shape."""
+    words = ("stage=dpd", "model=nanbeige4_3b", "trainer=fsdp", f"paths.root={tmp_path}")
+    cfg = composed(*words)
+    shape = ModelShape(**plain(cfg.model))
+    embeddings = 2 * 166144 * 2560
+    assert beside(cfg, shape) == {"teacher": shape}
+    memory = memory_per_device(cfg, shape, 65536, beside(cfg, shape))
+    assert memory["teacher"] == 3933637120 * 2 / 8 + embeddings * 2  # what FSDP2's root has stays gathered
+    text = describe(cfg)
+    assert re.search(rf"stage.teacher +{tmp_path}/data/teacher, counted as large as the model\n", text)
+    assert re.search(rf"init_from +{tmp_path}/runs/sft\n", text) and "data.sources.agent" in text
+    tokens = plan_of(cfg.stage).in_whole_steps().total_tokens
+    assert f"{tokens * shape.flops_per_token(65536) * 4 / 3:.3g} FLOP" in text
+
+    small = replace(shape, n_layers=2)
+    (tmp_path / "data/teacher").mkdir(parents=True)
+    (tmp_path / "data/teacher/config.json").write_text(json.dumps(config_from_shape(small, torch.bfloat16)))
+    assert {**plain(beside(cfg, shape)["teacher"]), "init_std": 0} == {**plain(small), "init_std": 0}
+    assert "stage.teacher " not in describe(cfg)
+    for nf4, size in ((False, 2), (True, 1 / 2 + 1 / 64 + 4 / 64 / 256)):
+        one = composed(*words, "trainer.strategy=single", "trainer.devices=1", f"stage.teacher_nf4={nf4}")
+        linears = 2 * (2560 * 128 * (2 * 20 + 2 * 4) + 3 * 2560 * 10496)
+        whole = memory_per_device(one, shape, 65536, {"teacher": small})["teacher"]
+        assert whole == pytest.approx(linears * size + (small.parameters() - linears) * 2)
+
+
+def test_what_rl_holds_beside_the_policy_is_counted(tmp_path: Path) -> None:
+    words = ("stage=rl", "model=nanbeige4_3b", "trainer=fsdp", f"paths.root={tmp_path}")
+    cfg, parameters = composed(*words, "stage.kl_weight=0.1"), 3933637120
+    shape = ModelShape(**plain(cfg.model))
+    memory = memory_per_device(cfg, shape, 36864, beside(cfg, shape))
+    assert memory["reward model"] == parameters * 2  # whole on every device
+    assert memory["reference"] == parameters * 2 / 8 + 2 * 166144 * 2560 * 2
+    text = describe(composed(*words))
+    assert "\n  reward model " in text and "\n  reference " not in text
+    assert "\n  reward model " not in describe(composed(*words, "stage.reward_model=null"))
+
+
+def test_what_is_not_there_yet(tmp_path: Path) -> None:
+    """Only what the plan reads and does not make itself."""
+    demo = composed("stage=sft", f"paths.root={tmp_path}")
+    assert missing(demo) == {"init_from": f"{tmp_path}/runs/pretrain"}
+    (tmp_path / "runs/pretrain").mkdir(parents=True)  # a folder alone is no run
+    assert missing(demo) == {"init_from": f"{tmp_path}/runs/pretrain"}
+    words = ("stage=sft", "model=nanbeige4_3b", f"paths.root={tmp_path}", "data.tasks=[held_out.jsonl]")
+    cfg = composed(*words, "data.sources.code=s3://bucket/code", "stage.phases.overall.mixture.agent=0")
+    (tmp_path / "data/sft/maths").mkdir(parents=True)
+    assert sorted(missing(cfg)) == [
+        "data.sources.general", "data.sources.reasoning", "data.sources.science", "data.tasks[0]", "data.tokenizer",
+        "init_from",
+    ]  # fmt: skip
 
 
 def test_qlora_of_the_3b_at_64k_fits_one_gpu() -> None:

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +18,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nb_lightning import adapters
-from nb_lightning.config import AdapterConfig, Config, OptimConfig, StageConfig, TrainerConfig
-from nb_lightning.losses import cross_entropy
+from nb_lightning.batch import PreferenceBatch
+from nb_lightning.config import AdapterConfig, Config, DPDConfig, OptimConfig, StageConfig, TrainerConfig
+from nb_lightning.losses import cross_entropy, dpd_loss
 from nb_lightning.memory import memory_per_device
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer
+from nb_lightning.pretrained import GGUFOrigin
 from nb_lightning.strategies import build_model
+from nb_lightning.teacher import FrozenTeacher
 from nb_lightning.weights import Stored, Weights
 from tests.harness import ROOT
 from tests.test_model import ids
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of all storages that are made and still there, at most."""
+    """Bytes of all storages that are made and still there, at most; not of those that were there before, as weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +41,20 @@ class Peak(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see((args, kwargs), new=False)
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.known:
-                storage = leaf.untyped_storage()
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self._see(out, new=True)
         self.peak = max(self.peak, self.live)
         return out
+
+    def _see(self, values: Any, new: bool) -> None:
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.known:
+                storage = leaf.untyped_storage()
+                size = storage.nbytes() if new else 0
+                self.known.add(storage._cdata)
+                self.live += size
+                weakref.finalize(storage, self._gone, storage._cdata, size)
 
     def _gone(self, key: int, size: int) -> None:
         self.known.remove(key)
@@ -130,6 +139,34 @@ def test_the_estimate_is_what_a_step_holds(adapter: str, precision: str, checkpo
         run()
     assert 0.88 < sum(estimate.values()) / peak.peak < 1.2  # what comes and goes
     assert 0.9 < (sum(estimate.values()) + weights + state) / (peak.peak + found + state) < 1.15
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_teacher_of_another_shape_is_counted(precision: str) -> None:
+    shape, other, tokens = ModelShape(384, 128, 3, 4, 2, 32, 384), ModelShape(384, 192, 4, 4, 2, 32, 512), 768
+    cfg = config("none", precision, False)
+    cfg.stage = DPDConfig("dpd", head_chunk=128, teacher="somewhere")
+    estimate = memory_per_device(cfg, shape, tokens, {"teacher": other})
+    model = build(cfg, shape)
+    origin = GGUFOrigin(Path(), other, None, Random(other))  # any that opens these weights
+    teacher = FrozenTeacher(origin, cfg.trainer, "sdpa", torch.device("cpu"), None)
+    assert estimate["teacher"] == sum(p.untyped_storage().nbytes() for p in teacher.model.parameters())
+    responses = ids(1, tokens, shape.vocab_size).view(4, 2, 96).tolist()
+    batch = PreferenceBatch.from_pairs([([1], *pair) for pair in responses], ref_logprobs=torch.zeros(4, 2))
+    assert batch.input_ids.numel() == tokens
+    mixed = precision == "bf16-mixed"
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
+            known = teacher(batch)
+            head = partial(dpd_loss, batch=batch, counts=batch.counts, teacher=known, chunk=cfg.stage.head_chunk)
+            loss, _ = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
+        loss.backward()
+
+    with Peak() as peak:
+        run(), run()  # in the second all gradients are there
+    coming = sum(estimate[key] for key in ("gradients", "activations", "layer in hand", "head"))
+    assert 0.95 < coming / peak.peak < 1.1
 
 
 @pytest.mark.slow
