@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
+from nb_lightning.checkout import shape_at
 from nb_lightning.config import Config, plan_of, register, run_dir
 from nb_lightning.config_checks import check
 from nb_lightning.errors import RunStopped
@@ -28,13 +29,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 gc.disable()
 
 log = logging.getLogger("train")
-
-
-def shape_at(init_from: str | None) -> dict[str, Any]:
-    """What `model=from_hf` asks for; torch is loaded only if it does."""
-    from nb_lightning import pretrained
-
-    return pretrained.shape_at(init_from)
 
 
 register(shape_at)

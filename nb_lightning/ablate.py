@@ -36,14 +36,14 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nb_lightning.checkout import CHECKOUT
 from nb_lightning.comparison import compare, measured, table
-from nb_lightning.source import write_json
+from nb_lightning.files import read_json, write_json
+from nb_lightning.outcome import ended, last_line
 
-CHECKOUT = Path(__file__).parent.parent
 FOLDER = CHECKOUT / "conf" / "ablation"
 CLAIM = "ablation.json"  # in a run's folder: what it was begun with, and whether it is finished
 KINDS = ("accuracy", "perplexity")
-HINT = "Set the environment variable HYDRA_FULL_ERROR"
 
 
 @dataclass
@@ -81,13 +81,7 @@ class Run:
 
     def claim(self) -> dict[str, Any]:
         """What the folder says of the run; of one that is not begun, what it will say."""
-        if (self.folder / CLAIM).is_file():
-            return claim_of(self.folder)
-        return {"overrides": self.overrides, "finished": False, "seconds": 0.0}
-
-
-def claim_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+        return read_json(self.folder / CLAIM) or {"overrides": self.overrides, "finished": False, "seconds": 0.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -176,7 +170,7 @@ def ablate(name: str, seeds: Sequence[int], jobs: int, extra: Sequence[str], dry
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> dict[str, str]:
-    """Train what is not finished, `jobs` at a time; {name: last line of its log} of those that failed."""
+    """Train what is not finished, `jobs` at a time; {name: what was wrong} of those that failed."""
     left = [run for run in runs if not run.claim()["finished"]]
     print(f"{len(runs)} runs, {len(runs) - len(left)} finished before", flush=True)
     failed: dict[str, str] = {}
@@ -194,7 +188,7 @@ def train_all(runs: Sequence[Run], jobs: int) -> dict[str, str]:
 
 
 def train(run: Run) -> str | None:
-    """Begin a run or go on with it; None, or the last line of what it said if it failed."""
+    """Begin a run or go on with it; None, or if it failed how, and the last line of what it said."""
     claim, began = run.claim(), time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.log, "ab") as log:
@@ -203,19 +197,12 @@ def train(run: Run) -> str | None:
         except BlockingIOError:
             return f"another process is training it: {run.log} is locked"
         write_json(run.folder / CLAIM, claim)
+        start = log.tell()
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(run.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env).returncode
     claim["seconds"] += time.monotonic() - began
     write_json(run.folder / CLAIM, {**claim, "finished": code == 0})
-    if code == 0:
-        return None
-    return last_line(run.log.read_text(encoding="utf-8", errors="replace")) or f"exit status {code}"
-
-
-def last_line(log: str) -> str:
-    """The last that says something: Hydra's hint and what is indented do not."""
-    lines = [line for line in log.splitlines() if line.strip() and not line.startswith((" ", HINT))]
-    return lines[-1] if lines else ""
+    return None if code == 0 else f"{ended(code)}: {last_line(run.log, start) or 'it said nothing'}"
 
 
 def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: dict[str, str]) -> None:
@@ -235,12 +222,13 @@ def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: di
         else:
             compared[source] = compare(after)
             tables.append(f"**{source}**\n\n{table(compared[source], 'perplexity', digits=3)}")
-    start = json.loads((runs[0].folder / "manifest.json").read_text(encoding="utf-8"))["starts"][-1]
+    start = read_json(runs[0].folder / "manifest.json")["starts"][-1]
+    seconds = {arm: [read_json(folder / CLAIM)["seconds"] for folder in of_arm] for arm, of_arm in folders.items()}
     about = {
         "question": ablation.question,
         "command": f"python -m nb_lightning.ablate {shlex.join(sys.argv[1:])}",
         "seeds": list(dict.fromkeys(run.seed for run in runs)),
-        "minutes": {arm: [round(claim_of(folder)["seconds"] / 60, 1) for folder in folders[arm]] for arm in folders},
+        "minutes": {arm: [round(one / 60, 1) for one in of_arm] for arm, of_arm in seconds.items()},
         "cores": os.cpu_count(),
         "versions": start["versions"],
         "git": start["git"],

@@ -16,10 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nb_lightning.config import Config, compose, register
-from nb_lightning.config_checks import check
+from nb_lightning.checkout import CHECKOUT, check_as_train, composed
+from nb_lightning.config import Config
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 STUDIO_HOME = Path("/teamspace")  # what lies below has the same path on a job's machine
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 HIDDEN = "(hidden)"
@@ -157,8 +156,7 @@ def checked(a: argparse.Namespace, overrides: list[str]) -> Config:
     Raises:
         ValueError: as `config_checks.check`; or it does not fit the machines.
     """
-    register(_shape_at)
-    cfg = compose(CHECKOUT / "conf", overrides)
+    cfg = composed(overrides)
     has, t = gpus(a.machine), cfg.trainer
     if t.num_nodes != a.machines:
         raise ValueError(f"trainer.num_nodes is {t.num_nodes}, but --machines is {a.machines}; leave it out")
@@ -171,15 +169,8 @@ def checked(a: argparse.Namespace, overrides: list[str]) -> Config:
             f"paths.root is {cfg.paths.root!r}, a folder of one machine and one attempt; with --machines or --attempts "
             "it must be an absolute path that all of them see (paths.root=..., or --env NB_ROOT=...)"
         )
-    searchpath = [item for item in overrides if item.startswith("hydra.searchpath=")]
-    check(cfg, re.findall(r"pkg://(\w+)", " ".join(searchpath)))
+    check_as_train(cfg, overrides)
     return cfg
-
-
-def _shape_at(init_from: str | None) -> dict[str, Any]:
-    from nb_lightning import pretrained  # imports torch
-
-    return pretrained.shape_at(init_from)
 
 
 def load_sdk(machine: str) -> Any:

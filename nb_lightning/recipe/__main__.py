@@ -10,13 +10,14 @@ import argparse
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nb_lightning.errors import RunStopped
-from nb_lightning.recipe.runner import Progress, Runner, clock, last_line
+from nb_lightning.outcome import last_line
+from nb_lightning.recipe.plans import check_configurations, show_plans
+from nb_lightning.recipe.runner import Progress, Runner, clock
 from nb_lightning.recipe.steps import Step, read_recipe
 
 
@@ -81,34 +82,6 @@ def _choose(steps: list[Step], a: argparse.Namespace) -> list[Step]:
     if a.only:
         return [steps[names.index(a.only)]]
     return steps[names.index(a.start) if a.start else 0 :]
-
-
-def show_plans(steps: list[Step], chosen: list[Step]) -> None:
-    if "NB_ROOT" in os.environ:
-        print(f"export NB_ROOT={shlex.quote(os.environ['NB_ROOT'])}\n")
-    for number, step in enumerate(steps, 1):
-        if step in chosen:
-            print(f"# {number}/{len(steps)} {step.name}\n{shlex.join(step.command)}\n")
-    for step in chosen:
-        if step.trains:
-            print(f"---- {step.name} ----\n{_ask(step, 'dry_run=true')}")
-
-
-def check_configurations(chosen: list[Step]) -> None:
-    """A key that is wrong in the last stage is better known before the first."""
-    for step in chosen:
-        if step.trains:
-            _ask(step, "--cfg", "job", "--resolve")
-
-
-def _ask(step: Step, *more: str) -> str:
-    """What train.py says when it is not to train."""
-    words = [sys.executable, *step.command[step.command.index("train.py") :], *more]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise ValueError(f"{step.name}: {shlex.join(['python', *words[1:]])}\n{said}")
-    return done.stdout
 
 
 class Status:

@@ -23,6 +23,7 @@ from typing import Any
 
 from nb_lightning.errors import RunStopped
 from nb_lightning.files import read_json, write_json
+from nb_lightning.outcome import ended, last_line
 from nb_lightning.recipe import child
 from nb_lightning.recipe.steps import Step
 
@@ -130,6 +131,7 @@ class Runner:
         log = self.folder / f"{step.name}.log"
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(words)}    # {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            start = file.tell()
         self._note(step, RUNNING, before)
         saved = began
 
@@ -152,12 +154,8 @@ class Runner:
         if stopped:
             self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; the same command goes on from there")
             raise SystemExit(128 + stopped)
-        raise RunStopped(f"step {step.name} failed with exit status {code}; {log} ends with: {last_line(log)}")
-
-
-def last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return lines[-1].strip()
+        said = last_line(log, start) or "it said nothing"
+        raise RunStopped(f"step {step.name} failed: {ended(code)}; the end of {log}: {said}")
 
 
 def clock(seconds: float) -> str:

@@ -25,7 +25,7 @@ STARTS = ("--model", "--from", "--teacher", "--student")  # flags that name what
 # A step in small: one line a unit, each made of the one before and of what the step before ended with. Begun in a
 # folder that is there it refuses, as train.py does; with resume=true it goes on after the last whole line.
 WORK = """
-import hashlib, sys, time
+import hashlib, os, sys, time
 from pathlib import Path
 name, units, before, *words = sys.argv[1:]
 out = Path("out") / name
@@ -46,6 +46,8 @@ with open(file, "a") as log:
         print(f"unit {unit}", end=chr(13), flush=True)
 if "fail" in words:
     sys.exit("error: as it was told")
+if "killed" in words:
+    os.kill(os.getpid(), 9)
 print("done")
 """
 YAML = """
@@ -141,11 +143,18 @@ def test_what_follows_a_changed_step_is_not_taken_for_finished_after_a_kill(plac
 def test_a_failing_step_is_one_line_and_goes_on(place: Path) -> None:
     said = recipe(place, "second:fail", code=1)
     assert said.splitlines()[-1] == (
-        f"error: step second failed with exit status 1; {place}/recipe/second.log ends with: error: as it was told"
+        f"error: step second failed: exit status 1; the end of {place}/recipe/second.log: error: as it was told"
     )
     assert begun(place, "second") == [0] and not (place / "out/third").exists()
     recipe(place, "second:fail", code=1)
     assert begun(place, "second") == [0, 15]
+
+
+def test_a_step_that_is_killed_says_so_and_not_what_it_said_before(place: Path) -> None:
+    recipe(place, "second:fail", code=1)
+    said = recipe(place, "second:killed", code=1).splitlines()[-1]
+    assert "step second failed: killed by SIGKILL, perhaps for want of memory (exit status 137); the end of" in said
+    assert said.endswith("second.log: unit 14")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
