@@ -23,10 +23,9 @@ from nb_lightning.chat import ChatTemplate
 from nb_lightning.config import AdapterConfig
 from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.model_card import model_card
-from nb_lightning.pretrained import AdapterOrigin, Origin, find
+from nb_lightning.pretrained import EXPORT, AdapterOrigin, Origin, find
 from nb_lightning.tokenizer import TextTokenizer
 
-MANIFEST = "nb_lightning.json"  # in every folder that was exported: its files and where they are from
 DECODING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # report, section "Evaluation"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 DEFAULT_CONTEXT = 2048  # where nothing says what rows the model was made for: transformers' own
@@ -114,7 +113,9 @@ def export_hf(
         card = model_card(name, origin, kind, chat=tokenizer.chat_template is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         info = {"version": __version__, "from": origin.path.name, "dtype": kind}
-        checkpoints.commit(temporary, target, info, MANIFEST)
+        if origin.comparison():
+            info["comparison"] = {"digest": origin.comparison()}
+        checkpoints.commit(temporary, target, info, EXPORT)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error
     finally:
@@ -155,7 +156,7 @@ def export_adapter(origin: Origin, target: Path) -> None:
         temporary.mkdir(parents=True)
         trained, shape = checkpoints.CheckpointWeights(origin.path), origin.shape
         adapters.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
-        checkpoints.commit(temporary, target, {"version": __version__, "from": origin.path.name}, MANIFEST)
+        checkpoints.commit(temporary, target, {"version": __version__, "from": origin.path.name}, EXPORT)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error
     finally:
@@ -176,11 +177,11 @@ def _require_folder(target: Path, origin: Path) -> None:
     if target.resolve() in (origin.resolve(), *origin.resolve().parents):
         raise ValueError(f"--to {target} is where the weights come from")
     try:
-        known = checkpoints.read_info(target, MANIFEST)["files"]
+        known = checkpoints.read_info(target, EXPORT)["files"]
     except checkpoints.DamagedCheckpoint as error:
         raise ValueError(f"--to {target} holds something that is not an earlier export; name another folder") from error
     for path in target.iterdir():
-        if path.name not in known and path.name != MANIFEST:
+        if path.name not in known and path.name != EXPORT:
             raise ValueError(f"--to {target} is an earlier export, but {path.name} is not of it; name another folder")
 
 

@@ -23,6 +23,11 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 """
 _TEXT = """inputs = tokenizer("Once upon a time", return_tensors="pt")
 """
+_JUDGE = """from nb_lightning.rewards.preference import load_reward_model
+
+model = load_reward_model("{name}")
+asked = [{{"role": "user", "content": "..."}}]
+model.compare(asked, [("one response", "another")])  # how likely the first is the better one"""
 
 
 def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
@@ -43,15 +48,20 @@ def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
         parts += _training(origin.path)
     else:
         parts.append(f"Converted from `{origin.path.name}` by nb_lightning {__version__}.")
-    use = (
+    parts += ["## Use", f"```python\n{_use(name, chat, judge=origin.comparison() is not None)}\n```"]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _use(name: str, chat: bool, judge: bool) -> str:
+    if judge:
+        return _JUDGE.format(name=name)
+    return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f"{_CHAT if chat else _TEXT}"
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))"
     )
-    parts += ["## Use", f"```python\n{use}\n```"]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def _training(checkpoint: Path) -> list[str]:

@@ -19,6 +19,7 @@ from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.tokenizer import END_OF_TURN, TextTokenizer, load_tokenizer
 
+EXPORT = "nb_lightning.json"  # in a Hugging Face folder of ours: its files, and what is known of the model
 _DECODING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -95,8 +96,15 @@ class Origin:
         """How its makers sample from it, in transformers' words; empty where nothing says so."""
         return {}
 
+    def comparison(self) -> str | None:
+        """Of a reward model the digest of how its comparisons are written (`pairwise.ComparisonForm`)."""
+        return None
+
 
 class CheckpointOrigin(Origin):
+    def comparison(self) -> str | None:
+        return _comparison(checkpoints.read_info(self.path))
+
     def open(self) -> weights.Weights:
         return checkpoints.CheckpointWeights(self.path)
 
@@ -122,6 +130,9 @@ class HFOrigin(Origin):
         named = [content.get("eos_token_id") for content in (config, self._generation)]
         return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
 
+    def comparison(self) -> str | None:
+        return _comparison(checkpoints.read_info(self.path, EXPORT)) if (self.path / EXPORT).is_file() else None
+
     def decoding(self) -> dict[str, Any]:
         return {key: self._generation[key] for key in _DECODING if key in self._generation}
 
@@ -143,6 +154,11 @@ class GGUFOrigin(Origin):
 
     def _named_ends(self) -> list[Any]:
         return [self.content.metadata.get("tokenizer.ggml.eot_token_id")]
+
+
+def _comparison(info: dict[str, Any]) -> str | None:
+    found = info.get("comparison")
+    return found.get("digest") if isinstance(found, dict) else None
 
 
 def find(path: str, verify: bool = True) -> Origin:

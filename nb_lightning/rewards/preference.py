@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nb_lightning import checkpoints
 from nb_lightning.batch import pack
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.losses import answer_logits
 from nb_lightning.messages import ChatError, Message
 from nb_lightning.model import Transformer
 from nb_lightning.pairwise import ComparisonForm, comparison
-from nb_lightning.pretrained import CheckpointOrigin, find, load_pretrained
+from nb_lightning.pretrained import find, load_pretrained
 from nb_lightning.rewards import Score
 
 FORWARD_TOKENS = 16_384  # packed comparisons of one forward, unless a single one is longer
@@ -108,7 +107,7 @@ def load_reward_model(path: str, device: str = "auto", dtype: str = "auto") -> R
     """Load what stage=reward_model trained.
 
     Args:
-        path: the run, or one of its checkpoints.
+        path: the run, one of its checkpoints, or a Hugging Face folder that nb_lightning.export made of it.
         device, dtype: see `load_pretrained`.
 
     Raises:
@@ -116,15 +115,16 @@ def load_reward_model(path: str, device: str = "auto", dtype: str = "auto") -> R
             its tokenizer and chat template, or this version, make.
     """
     origin = find(path)
-    trained = checkpoints.read_info(origin.path).get("comparison") if isinstance(origin, CheckpointOrigin) else None
+    trained = origin.comparison()
     if trained is None:
         raise ValueError(
-            f"{path} is no reward model: stage=reward_model trains one, and its run or checkpoint is named"
+            f"{path} is no reward model: stage=reward_model trains one; name its run, a checkpoint, or the folder that "
+            "nb_lightning.export --to made of it"
         )
     loaded = load_pretrained(str(origin.path), device, dtype)
     name = Path(path).resolve().name
     model = RewardModel(loaded.model, ChatTokenizer.of(loaded.tokenizer), origin.context, name)
-    if model.form.digest != trained["digest"]:
+    if model.form.digest != trained:
         raise ValueError(
             f"{path} was trained on comparisons written in another way: with another tokenizer or chat template than "
             "lies beside it, or by another version of nb_lightning; train it again"

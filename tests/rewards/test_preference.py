@@ -15,7 +15,7 @@ import torch
 
 from data.pairs.__main__ import main as pairs_command
 from data.pairs.judge import Comparison, RewardModelJudge
-from nb_lightning import rewards
+from nb_lightning import export, rewards
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.messages import ChatError
 from nb_lightning.pairwise import ComparisonForm, comparison
@@ -214,6 +214,31 @@ def test_other_comparisons_than_it_was_trained_on_are_refused(
     monkeypatch.setattr("nb_lightning.pairwise.FORM", 2)
     with pytest.raises(ValueError, match="by another version of nb_lightning; train it again"):
         load_reward_model(str(run))
+
+
+def test_an_export_judges_alike_and_under_the_same_check(run: Path, model: RewardModel, tmp_path: Path) -> None:
+    folder, again = tmp_path / "judge", tmp_path / "again"
+    export.main(["--from", str(run), "--to", str(folder)])
+    export.main(["--from", str(folder), "--to", str(again)])
+    for path in (folder, again):
+        loaded = load_reward_model(str(path))
+        assert loaded.compare(ASKED, PAIRS) == model.compare(ASKED, PAIRS)
+        assert loaded.context == model.context and loaded.name == path.name
+    card = (folder / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace('"judge"', repr(str(folder)))
+    assert "AutoModel" not in code and "model.compare(" in code
+    exec(code, {})
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    export.main(["--from", str(run), "--to", str(folder), "--chat-template", str(tmp_path / "other.jinja")])
+    with pytest.raises(ValueError, match="judge was trained on comparisons written in another way"):
+        load_reward_model(str(folder))
+    template = again / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(ValueError, match="again was trained on comparisons written in another way"):
+        load_reward_model(str(again))
+    (again / "nb_lightning.json").unlink()
+    with pytest.raises(ValueError, match=r"again is no reward model: .* nb_lightning.export --to made of it"):
+        load_reward_model(str(again))
 
 
 def test_an_answer_must_be_one_token(tmp_path: Path) -> None:
