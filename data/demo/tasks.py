@@ -28,7 +28,7 @@ from nb_lightning.tasks import Task, write_tasks
 
 VERSION = 4  # of the problems: raise it when their text changes
 MANIFEST = "tasks.json"
-COUNTS = {"chats/train": 8000, "tasks/train": 1000, "val": 256}  # at most; a small family has fewer problems
+COUNTS = {"chats/train": 8000, "tasks/train": 3000, "val": 256}  # at most; a small family has fewer problems
 PARTS = {"chats/train": range(6, 32), "tasks/train": range(2, 6), "val": range(2)}  # of 32 parts by hash
 # Families that a reward model judges in RL (nb_lightning/rewards/preference.py). Held-out tasks stay with the exact
 # verifier: the reward model does not judge what it did itself.
