@@ -29,13 +29,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("made"))
 
 
-def solved(monkeypatch: pytest.MonkeyPatch, right: Any) -> list[tuple[str, list[str]]]:
-    """Let `right(task)` of the 16 answers to each task be right; returns the calls: the policy and the tasks asked."""
-    calls: list[tuple[str, list[str]]] = []
+def solved(monkeypatch: pytest.MonkeyPatch, right: Any) -> list[tuple[float, float, list[str]]]:
+    """Let `right(task)` of the 16 answers to each task be right; returns the calls: the policy, its RoPE base and the
+    tasks asked."""
+    calls: list[tuple[float, float, list[str]]] = []
 
     def evaluate(model: Any, tasks: Sequence[Task], sampling: Any, k: int, *more: Any) -> Report:
         assert k == 16 and sampling.temperature == 1 and sampling.max_new_tokens == 24
-        calls.append((float(model.model.embedding.weight.detach().sum()), [task.id for task in tasks]))
+        policy = float(model.model.embedding.weight.detach().sum())
+        calls.append((policy, model.model.rope.theta, [task.id for task in tasks]))
         scores = [[Score(float(j < right(task)), {"status": "x"}) for j in range(k)] for task in tasks]
         return Report([Attempts(task, scores=found) for task, found in zip(tasks, scores)], k)
 
@@ -54,7 +56,13 @@ def test_strictly_between_a_tenth_and_nine_tenths(made: Path, tmp_path: Path, mo
     assert found == {"stem": {"words": expected, "digits": expected}, "code": {"digits": expected}}
     lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     assert {int(line["task"].split("/")[1]) % 7 for line in lines} <= {2, 3, 4}
-    assert [len(tasks) for _, tasks in calls] == [24, 12] and calls[0][0] != calls[1][0]  # by the weights of each phase
+    assert [len(tasks) for *_, tasks in calls] == [24, 12] and calls[0][0] != calls[1][
+        0
+    ]  # by the weights of each phase
+    assert [theta for _, theta, _ in calls] == [
+        1e5,
+        2e5,
+    ]  # a run that resumes at the boundary comes with the first one's
     for phase in ("stem", "code"):
         assert (run / f"on_policy_filter_{phase}.png").stat().st_size > 5000
 
@@ -62,7 +70,7 @@ def test_strictly_between_a_tenth_and_nine_tenths(made: Path, tmp_path: Path, mo
 def test_candidates_limit_what_is_asked(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = solved(monkeypatch, lambda task: 8)
     run_here(made, tmp_path, *SAMPLES, "callbacks.on_policy_filter.candidates=5")
-    assert [len(tasks) for _, tasks in calls] == [10, 5]
+    assert [len(tasks) for *_, tasks in calls] == [10, 5]
 
 
 @pytest.mark.parametrize("n, advice", [(16, "harder"), (0, "easier")])
