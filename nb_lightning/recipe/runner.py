@@ -149,13 +149,14 @@ class Runner:
         if code == 0:
             self._note(step, FINISHED, seconds)
             self.tell(f"[{progress.number}/{progress.of}] {step.name}: done in {clock(seconds)}")
-            return
-        self._note(step, RUNNING, seconds)
-        if stopped:
+        else:
+            self._note(step, RUNNING, seconds)
+        if stopped:  # also where the step had come to its end by then: no other one is begun
             self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; the same command goes on from there")
             raise SystemExit(128 + stopped)
-        said = last_line(log, start) or "it said nothing"
-        raise RunStopped(f"step {step.name} failed: {ended(code)}; the end of {log}: {said}")
+        if code != 0:
+            said = last_line(log, start) or "it said nothing"
+            raise RunStopped(f"step {step.name} failed: {ended(code)}; the end of {log}: {said}")
 
 
 def clock(seconds: float) -> str:

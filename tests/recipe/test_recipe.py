@@ -25,9 +25,11 @@ STARTS = ("--model", "--from", "--teacher", "--student")  # flags that name what
 # A step in small: one line a unit, each made of the one before and of what the step before ended with. Begun in a
 # folder that is there it refuses, as train.py does; with resume=true it goes on after the last whole line.
 WORK = """
-import hashlib, os, sys, time
+import hashlib, os, signal, sys, time
 from pathlib import Path
 name, units, before, *words = sys.argv[1:]
+if "deaf" in words:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 out = Path("out") / name
 if "resume=true" not in words:
     out.mkdir(parents=True)
@@ -81,8 +83,8 @@ def recipe(place: Path, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def started(place: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command(), cwd=place, env=environment(place), stdout=subprocess.DEVNULL)
+def started(place: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command(*words), cwd=place, env=environment(place), stdout=subprocess.DEVNULL)
 
 
 def results(place: Path) -> dict[str, str]:
@@ -168,6 +170,17 @@ def test_a_signal_is_handed_on(place: Path, number: signal.Signals) -> None:
     assert begun(place, "first") == [0] and begun(place, "second")[1] >= 3
     recipe(place, "--again", "first")
     assert results(place) == broken
+
+
+def test_asked_to_stop_no_other_step_is_begun(place: Path) -> None:
+    """The signal may come when the step has nothing left to stop."""
+    process = started(place, "second:deaf")
+    wait_for(place, "second", 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert [text.count("\n") for text in results(place).values()] == [20, 15]
+    recipe(place, "second:deaf")
+    assert begun(place, "second") == begun(place, "third") == [0]
 
 
 @pytest.mark.parametrize("seed", range(3))
