@@ -18,8 +18,10 @@ class DataMixtureShift(PhaseCallback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Shares are of all steps since the last line: a few rows of one step, at a fixed interval, would alias.
-        self._logged_at = module.tokens_seen
+        # Shares are of all steps since the last line: a few rows of one step, at a fixed interval, would alias. A run
+        # that resumes between two lines goes on with the steps since the one before.
+        done = module.plan.step_at(module.tokens_seen)
+        self._logged_at = module.plan.tokens_at(done - done % trainer.log_every_n_steps)
 
     def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
         shares = ", ".join(f"{name} {weight:.0%}" for name, weight in phase.mixture.items())

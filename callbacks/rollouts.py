@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nb_lightning.files import write_text
 from nb_lightning.rollouts import Group
 
 ROLLOUTS = "rollouts.jsonl"
@@ -29,9 +30,10 @@ class RolloutSamples(pl.Callback):
         """What a resumed run does again is not kept twice."""
         path = Path(trainer.default_root_dir) / ROLLOUTS
         if trainer.is_global_zero and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["clock"] < module.tokens_seen]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            # A kill may have torn the last line; texts have characters that `splitlines` takes for ends of lines.
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            kept = [line for line in lines if json.loads(line)["clock"] < module.tokens_seen]
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

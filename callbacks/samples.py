@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from nb_lightning.files import write_text
 from nb_lightning.generate import Sampling, generate
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
@@ -28,6 +29,9 @@ class TextSample(PhaseCallback):
         # Every rank takes part: under FSDP a forward is a collective. The seed makes them agree.
         (completion,) = generate(module.model, [prompt], sampling, seeds=0)
         if trainer.is_global_zero:
-            with open(Path(trainer.default_root_dir) / "samples.txt", "a", encoding="utf-8") as file:
-                text = tokenizer.decode([id for id in completion.ids if id != tokenizer.eos_id])
-                file.write(f"=== end of {phase.name}, {module.tokens_seen:,} tokens ===\n{self.prompt}{text}\n\n")
+            path = Path(trainer.default_root_dir) / "samples.txt"
+            title = f"=== end of {phase.name}, {module.tokens_seen:,} tokens ==="
+            # A run that was killed comes to the end of a phase again.
+            before = path.read_text(encoding="utf-8").partition(title)[0] if path.is_file() else ""
+            text = tokenizer.decode([id for id in completion.ids if id != tokenizer.eos_id])
+            write_text(path, f"{before}{title}\n{self.prompt}{text}\n\n")
