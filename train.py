@@ -74,12 +74,12 @@ def run(cfg: Config) -> None:
         print(f"picture: {folder / 'plan.png'}")
         return
     accelerator = resolve_accelerator(cfg.trainer)
-    checkpoint = starting_point(cfg, folder)
+    plan = plan_of(cfg.stage).in_whole_steps()
+    checkpoint = starting_point(cfg, folder, plan.total_tokens)
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     quieten()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    plan = plan_of(cfg.stage).in_whole_steps()
     module, data = build_stage(cfg, plan)
     if cfg.init_from and (checkpoint is None or module.adapted):
         module.begin_from(find(cfg.init_from))
@@ -162,14 +162,21 @@ def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:
     )
 
 
-def starting_point(cfg: Config, folder: Path) -> Path | None:
-    """The checkpoint to continue from, known to be whole, or None to begin."""
+def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
+    """The checkpoint to continue from, known to be whole, or None to begin.
+
+    Args:
+        end: tokens of the whole plan. A run that was killed after the last step, before everything was measured and
+            drawn, takes its last steps again.
+    """
     from nb_lightning import checkpoints
+    from nb_lightning.files import read_json
 
     if cfg.ckpt_path:
         return checkpoints.resolve(cfg.ckpt_path)
     if cfg.resume:
-        found, problems = checkpoints.newest(folder)
+        finished = read_json(folder / "manifest.json").get("finished", True)  # where there is one at all
+        found, problems = checkpoints.newest(folder, but=None if finished else end)
         for problem in problems:
             log.warning("left aside: %s", problem)
         if found is None and problems:

@@ -3,7 +3,6 @@ tokenizer, without which they say nothing."""
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -15,7 +14,9 @@ import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
 from nb_lightning.config import plain
+from nb_lightning.files import read_json, write_json
 
+MANIFEST = "manifest.json"
 PACKAGES = (
     "nb_lightning",
     "torch",
@@ -45,10 +46,7 @@ class RunManifest(pl.Callback):
         data = trainer.datamodule
         chat = getattr(data, "chat", None)  # of the stages that train on conversations
         data.tokenizer.save(run / "tokenizer", chat.source if chat else None)
-        path = run / "manifest.json"
-        earlier = (
-            json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() and module.tokens_seen else []
-        )
+        earlier = read_json(run / MANIFEST).get("starts", []) if module.tokens_seen else []
         start = {
             "tokens_seen": module.tokens_seen,
             "command": sys.argv,
@@ -83,11 +81,8 @@ class RunManifest(pl.Callback):
             )
 
     def _write(self, trainer: pl.Trainer, **fields: Any) -> None:
-        path = Path(trainer.default_root_dir) / "manifest.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and fields["finished"] else {}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**known, **fields}, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        path = Path(trainer.default_root_dir) / MANIFEST
+        write_json(path, {**(read_json(path) if fields["finished"] else {}), **fields})
 
 
 def _versions() -> dict[str, str]:

@@ -93,16 +93,20 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and what was wrong with each newer one."""
+def newest(run: Path, but: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and what was wrong with each newer one.
+
+    Args:
+        but: leave aside what was saved when so many tokens were seen.
+    """
     problems: list[str] = []
     for folder in reversed(all_checkpoints(run)):
         try:
             verify(folder)
+            if read_info(folder)["tokens_seen"] != but:
+                return folder, problems
         except DamagedCheckpoint as error:
             problems.append(str(error))
-        else:
-            return folder, problems
     return None, problems
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import TRACE, Train, command, environment, read_trace, run_train
+from nb_lightning.files import read_json
+from nb_lightning.pretrained import find
+from nb_lightning.run_metrics import read_metrics
+from tests.harness import SOURCES, TRACE, Train, command, curve, environment, read_trace, run_train
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +116,30 @@ def test_sigkill_inside_a_save(corpus: Path, root: Path, unbroken: dict[int, dic
             break
     assert list(folder.glob(".writing-*")), "no kill came inside a save; the test proves nothing"
     assert finish(corpus, root) == unbroken
+
+
+def test_killed_after_the_last_step(corpus: Path, tmp_path: Path, unbroken: dict[int, dict]) -> None:
+    """The last steps come again, to the same weights and numbers, and after them what had been missing."""
+    run, sample = tmp_path / "runs/pretrain", "{_target_: callbacks.samples.TextSample, prompt: a, max_new_tokens: 3}"
+    words = ("trainer.log_every_n_steps=3", f"callbacks.samples={sample}")
+    process = start(corpus, tmp_path, *words)
+    while not list((run / "checkpoints").glob("step-00000020*")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    weights = find(str(run)).digest()
+    assert not read_json(run / "manifest.json")["finished"], "the kill came too late; the test proves nothing"
+    assert finish(corpus, tmp_path, *words) == unbroken
+    assert find(str(run)).digest() == weights
+    manifest = read_json(run / "manifest.json")
+    assert manifest["finished"] and [entry["tokens_seen"] for entry in manifest["starts"]] == [0, 16 * 512]
+    for name in SOURCES:
+        validated = read_metrics(run)[f"val/perplexity/{name}"]
+        assert validated[-1].tolist() == [20 * 512, manifest["metrics"][f"val/perplexity/{name}"]]
+        share = f"data/share/{name}"  # of steps 15 to 17, though it went on with 16
+        assert curve(run, share, version=1) == curve(run, share)[-1:]
+    assert (run / "samples.txt").read_text().count("=== end of ") == 4
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
