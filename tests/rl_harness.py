@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data.prompts import PromptData
 from nb_lightning.config import plan_of
 from nb_lightning.model import ModelShape
-from nb_lightning.tasks import Task, write_tasks
+from nb_lightning.tasks import Task, read_tasks, write_tasks
 from tests.dpd_harness import checked, random_model, save_model, train_here
 from tests.harness import ROOT, environment, logged
 
@@ -55,6 +56,12 @@ def write_sources(root: Path, number: int = 12) -> None:
         write_tasks(root / f"{name}.jsonl", tasks)
 
 
+def write_judged(made: Path, path: Path, reference: str | None = None) -> None:
+    """The tasks of "words", for a reward model to judge."""
+    tasks = [replace(task, verifier="preference", reference=reference) for task in read_tasks(made / "words.jsonl")]
+    write_tasks(path, tasks)
+
+
 def make(root: Path) -> Path:
     """The tasks, beside `policy/`."""
     write_sources(root)
@@ -65,13 +72,15 @@ def make(root: Path) -> Path:
     return root
 
 
+def stage(made: Path) -> list[str]:
+    """The two phases over the tasks of `write_sources`."""
+    sources = (f"+data.sources.{name}={made}/{name}.jsonl" for name in ("words", "digits"))
+    return [*RL, *PHASES, "~stage.phases.preference", *sources]
+
+
 def overrides(made: Path, root: Path, *more: str) -> list[str]:
-    sources = [
-        "~stage.phases.preference",
-        *(f"+data.sources.{name}={made}/{name}.jsonl" for name in ("words", "digits")),
-    ]
     paths = [f"paths.root={root}", f"paths.data_root={made}", f"init_from={made}/policy"]
-    return [*RL, *PHASES, *sources, *paths, *more]
+    return [*stage(made), *paths, *more]
 
 
 def run_here(made: Path, root: Path, *more: str) -> Path:

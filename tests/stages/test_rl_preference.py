@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nb_lightning.rewards.preference import Preference, load_reward_model
-from nb_lightning.tasks import read_tasks, write_tasks
 from tests import dpd_harness, reward_harness
 from tests.harness import curve
-from tests.rl_harness import make, run_here
+from tests.rl_harness import make, run_here, write_judged
 
 JUDGED = ("callbacks.on_policy_filter=null", "stage.phases.stem.steps=2", "stage.phases.code.steps=1")
 
@@ -30,8 +28,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judged(made: Path, folder: Path, reference: str | None) -> str:
-    tasks = [replace(task, verifier="preference", reference=reference) for task in read_tasks(made / "words.jsonl")]
-    write_tasks(folder / "judged.jsonl", tasks)
+    write_judged(made, folder / "judged.jsonl", reference)
     return f"data.sources.words={folder}/judged.jsonl"
 
 
