@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,20 @@ class Child:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait(60)
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], folder: Path, steps: int, **about: Any) -> list[dict[str, Any]]:
+    """Start each command in a folder of its own, then let each do one step a turn; a record a step, with `about`."""
+    children = []
+    for kind, command in commands.items():
+        (folder / kind).mkdir(exist_ok=True)
+        children.append(Child(kind, command, folder / kind))
+    for child in children:
+        child.report()
+    records = [{"kind": c.name, **about, "step": step, **c.turn()} for step in range(steps) for c in children]
+    for child in children:
+        child.stop()
+    return records
 
 
 def environment(**extra: str) -> dict[str, str]:

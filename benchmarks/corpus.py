@@ -34,23 +34,29 @@ def overrides(
 ) -> list[str]:
     """One phase of `steps` steps of `rows` rows over the corpus in `root`; what it writes goes below `root`."""
     s = shape or Shape()
-    model = dict(
-        vocab_size=s.vocab, d_model=s.dim, n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
-        head_dim=s.head_dim, d_mlp=s.mlp, norm_eps=s.eps,
-    )  # fmt: skip
     phase = dict(tokens=steps * rows * seq_len, seq_len=seq_len, rope_theta=s.theta)
-    optim = dict(betas=list(BETAS), eps=ADAM_EPS, weight_decay=0.0, clip_norm=CLIP)
     return [
-        "stage=pretrain", "model=demo", "trainer=cpu", "trainer.threads=1", "trainer.progress_bar=false",
-        *(f"model.{key}={value}" for key, value in model.items()),
+        "stage=pretrain", *base(root, s),
         *(f"stage.phases.warmup.{key}={value}" for key, value in phase.items()),
-        *(f"stage.optim.{key}={value}" for key, value in optim.items()),
         f"stage.phases.warmup.lr={{start: {LR}, end: null}}",
         *(f"~stage.phases.{name}" for name in ("diversity_enriched_stable", "high_quality_stable", "decay")),
         f"stage.global_batch_tokens={rows * seq_len}", f"stage.micro_batch_size={rows}", "stage.total_tokens=null",
-        "data.demo_corpus=false", f"data.mask_documents={str(packed).lower()}", f"paths.root={root}",
-        "trainer.log_every_n_steps=1", "trainer.val_every_n_steps=1000000",
-        "trainer.save_every_n_steps=1000000",
+        "data.demo_corpus=false", f"data.mask_documents={str(packed).lower()}",
+    ]  # fmt: skip
+
+
+def base(root: Path, s: Shape) -> list[str]:
+    """What every benchmark of train.py overrides: the model of that shape, one thread, no saving, no validation."""
+    model = dict(
+        vocab_size=s.vocab, d_model=s.dim, n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
+        head_dim=s.head_dim, d_mlp=s.mlp, norm_eps=s.eps, rope_theta=s.theta,
+    )  # fmt: skip
+    optim = dict(betas=list(BETAS), eps=ADAM_EPS, weight_decay=0.0, clip_norm=CLIP)
+    return [
+        "model=demo", "trainer=cpu", "trainer.threads=1", "trainer.progress_bar=false", "trainer.log_every_n_steps=1",
+        "trainer.val_every_n_steps=1000000", "trainer.save_every_n_steps=1000000", f"paths.root={root}",
+        *(f"model.{key}={value}" for key, value in model.items()),
+        *(f"stage.optim.{key}={value}" for key, value in optim.items()),
     ]  # fmt: skip
 
 
@@ -63,3 +69,19 @@ def composed(words: Sequence[str]):
     cfg = compose(ROOT / "conf", words)
     check(cfg)
     return cfg
+
+
+def fit(cfg, callbacks: Sequence[str], clock) -> None:
+    """train.py's own stage, data and trainer, with these of its callbacks (none: no logger either) and `clock`."""
+    from nb_lightning.config import plan_of, run_dir
+    from nb_lightning.strategies import resolve_accelerator
+    from train import build_stage, build_trainer, quieten
+
+    cfg.callbacks = {name: cfg.callbacks[name] for name in callbacks}
+    cfg.logger = {"csv": cfg.logger["csv"]} if callbacks else {}
+    quieten()
+    module, data = build_stage(cfg, plan_of(cfg.stage).in_whole_steps())
+    data.prepare()
+    trainer = build_trainer(cfg, resolve_accelerator(cfg.trainer), run_dir(cfg))
+    trainer.callbacks.append(clock)
+    trainer.fit(module, datamodule=data)

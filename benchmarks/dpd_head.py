@@ -36,7 +36,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder: `data` is not our data.py
 
-from benchmarks.common import MARK, Child, Shape, Turns, append_jsonl, environment, memory_mb, reset_peak, table
+from benchmarks.common import (
+    MARK,
+    Shape,
+    Turns,
+    append_jsonl,
+    environment,
+    memory_mb,
+    reset_peak,
+    table,
+    take_turns,
+)
+from benchmarks.llama import llama
 
 KINDS = ("ours", "ours-cached", "trl-logits", "trl-compact", "trl-compact-cached", "trl-kernels")
 PAIRS, BETA, LAMBDA, WARMUP = 8, 0.1, 0.5, 1
@@ -58,9 +69,9 @@ def pairs_of(step: int, vocab: int) -> list[Pair]:
 def shape_of(a: argparse.Namespace) -> Any:
     from nb_lightning.model import ModelShape
 
-    s = Shape(a.vocab)
+    s = Shape(a.vocab, a.layers)
     return ModelShape(
-        vocab_size=s.vocab, d_model=s.dim, n_layers=a.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
+        vocab_size=s.vocab, d_model=s.dim, n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
         head_dim=s.head_dim, d_mlp=s.mlp, norm_eps=s.eps, rope_theta=s.theta,
     )  # fmt: skip
 
@@ -76,26 +87,10 @@ def models(a: argparse.Namespace, theirs: bool) -> list[Any]:
         model = Transformer(shape_of(a))
         model.init_weights(seed)
         if theirs:
-            model = hf_llama(a, model.state_dict())
+            model = llama(Shape(a.vocab, a.layers), 512, model.state_dict(), use_cache=False)
         made.append(model if not made else model.requires_grad_(False))
     torch.manual_seed(0)
     return made
-
-
-def hf_llama(a: argparse.Namespace, weights: dict[str, Any]) -> Any:
-    import transformers
-
-    from benchmarks.peers import hf_name
-
-    s = Shape(a.vocab)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=s.vocab, hidden_size=s.dim, intermediate_size=s.mlp, num_hidden_layers=a.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim, rms_norm_eps=s.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": s.theta}, max_position_embeddings=512,
-        tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False, bos_token_id=0, eos_token_id=1,
-    ))  # fmt: skip
-    model.load_state_dict({hf_name(name): weight for name, weight in weights.items()})
-    return model
 
 
 def ours(a: argparse.Namespace, cached: bool) -> Callable[[int], Any]:
@@ -248,18 +243,11 @@ def train(a: argparse.Namespace) -> None:
 
 
 def steps(a: argparse.Namespace) -> None:
-    words = ["--vocab", str(a.vocab), "--steps", str(a.steps), "--layers", str(a.layers)]
-    records: list[dict[str, Any]] = []
+    words = ["step", "--vocab", str(a.vocab), "--steps", str(a.steps), "--layers", str(a.layers), "--child"]
+    commands = {kind: [sys.executable, __file__, *words, kind] for kind in a.kinds.split(",")}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(a.rounds):
-            command = [sys.executable, __file__, "step", *words, "--child"]
-            children = [Child(kind, [*command, kind], Path(folder)) for kind in a.kinds.split(",")]
-            for child in children:
-                child.report()
-            for step in range(a.steps + WARMUP):
-                records += [{"kind": c.name, "round": number, "step": step, **c.turn()} for c in children]
-            for child in children:
-                child.stop()
+        rounds = [take_turns(commands, Path(folder), a.steps + WARMUP, round=number) for number in range(a.rounds)]
+    records = [record for one in rounds for record in one]
     append_jsonl(a.out, records)
     first = {r["kind"]: r["loss"] for r in records if r["step"] == 0}
     assert max(first.values()) - min(first.values()) < 1e-4, f"not the same loss: {first}"
@@ -276,15 +264,8 @@ def steps(a: argparse.Namespace) -> None:
             ratios.append(statistics.median(pairs) if pairs else None)
         rows.append([kind, cpu[kind], *ratios, peak[kind], peak[kind] / smallest])
     print(f"\n{PAIRS} pairs, vocabulary {a.vocab:,}, {a.layers} layers, float32; first loss {first}\n")
-    header = [
-        "one step",
-        "CPU-s",
-        "to trl-compact",
-        "to trl-compact-cached",
-        "peak MiB beyond start",
-        "to TRL's smallest",
-    ]
-    print(table(header, rows))
+    header = ["one step", "CPU-s", "to trl-compact", "to trl-compact-cached", "peak MiB beyond start"]
+    print(table([*header, "to TRL's smallest"], rows))
 
 
 # Memory of the head -------------------------------------------------------------------------------------------------

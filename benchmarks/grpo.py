@@ -25,7 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder: `data` is not our data.py
 
-from benchmarks.common import ADAM_EPS, BETAS, CLIP, ROOT, Child, Shape, Turns, append_jsonl, table
+from benchmarks.common import BETAS, CLIP, ROOT, Shape, Turns, append_jsonl, table, take_turns
+from benchmarks.llama import llama
 
 WARMUP = 1
 PROMPTS, GROUP, PROMPT, NEW = 8, 8, 64, 128
@@ -91,12 +92,9 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
     import lightning.pytorch as pl
     from omegaconf import OmegaConf
 
-    from benchmarks.corpus import composed
+    from benchmarks.corpus import base, composed, fit
     from nb_lightning import rewards
-    from nb_lightning.config import plan_of, run_dir
-    from nb_lightning.strategies import resolve_accelerator
     from nb_lightning.tokenizer import SPECIAL
-    from train import build_stage, build_trainer, quieten
 
     rewards.BUILT_IN["even"] = "benchmarks.grpo:Even"
     word_tokenizer(SPECIAL).save(str(folder / "tokenizer.json"))
@@ -106,24 +104,17 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
         for i in range(steps * PROMPTS)
     ]  # fmt: skip
     (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    s = Shape()
     phases = OmegaConf.load(ROOT / "conf/plan/rl/demo.yaml").stage.phases
     first, *others = phases
     cfg = composed([
-        "stage=rl", "model=demo", "trainer=cpu", "trainer.threads=1", "trainer.progress_bar=false",
-        f"paths.root={folder}", "trainer.log_every_n_steps=1", f"data.tokenizer={folder}/tokenizer.json",
-        f"+data.sources.bench={folder}/tasks.jsonl", f"stage.group_size={GROUP}", f"stage.max_new_tokens={NEW}",
-        "stage.mask_truncated=false", f"stage.micro_batch_size={micro}", f"stage.optim.betas={list(BETAS)}",
-        f"stage.optim.eps={ADAM_EPS}", f"stage.optim.clip_norm={CLIP}", "stage.optim.weight_decay=0.0",
-        f"model.vocab_size={s.vocab}", f"model.d_model={s.dim}", f"model.n_layers={s.layers}",
-        f"model.n_heads={s.heads}", f"model.n_kv_heads={s.kv_heads}", f"model.head_dim={s.head_dim}",
-        f"model.d_mlp={s.mlp}", f"model.rope_theta={s.theta}",
-        *(f"~stage.phases.{name}" for name in others),
+        "stage=rl", *base(folder, Shape()), f"data.tokenizer={folder}/tokenizer.json",
+        f"+data.sources.bench={folder}/tasks.jsonl", "data.demo_tasks=false", "data.tasks=[]",
+        f"stage.group_size={GROUP}", f"stage.max_new_tokens={NEW}", "stage.mask_truncated=false",
+        f"stage.micro_batch_size={micro}", *(f"~stage.phases.{name}" for name in others),
         *(f"~stage.phases.{first}.mixture.{name}" for name in phases[first].mixture),
         f"+stage.phases.{first}.mixture.bench=1.0", f"stage.phases.{first}.steps={steps}",
         f"stage.phases.{first}.prompts={PROMPTS}", f"stage.phases.{first}.seq_len={PROMPT + NEW}",
-        f"stage.phases.{first}.rope_theta={s.theta}", f"stage.phases.{first}.lr={{start: {LR}, end: null}}",
-        "data.demo_tasks=false", "data.tasks=[]",
+        f"stage.phases.{first}.rope_theta={Shape.theta}", f"stage.phases.{first}.lr={{start: {LR}, end: null}}",
     ])  # fmt: skip
 
     class Clock(pl.Callback):
@@ -137,14 +128,7 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
             tokens = int(outputs["rl/sampled_tokens"])
             self.turns.end_of_step(float(outputs["train/loss"]), tokens=tokens, sampling=self.sampling.read())
 
-    cfg.callbacks = {name: cfg.callbacks[name] for name in ("fg_wsd", "data_mixture", "context_extension")}
-    cfg.logger = {"csv": cfg.logger["csv"]}
-    quieten()
-    module, data = build_stage(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
-    trainer = build_trainer(cfg, resolve_accelerator(cfg.trainer), run_dir(cfg))
-    trainer.callbacks.append(Clock())
-    trainer.fit(module, datamodule=data)
+    fit(cfg, ("fg_wsd", "data_mixture", "context_extension"), Clock())
 
 
 def run_floor(folder: Path, steps: int, compiled: bool) -> None:
@@ -228,14 +212,8 @@ def run_trl(folder: Path, steps: int, compact: bool) -> None:
 
     if compact:
         trl.trainer.utils._use_triton = lambda device: True
-    s = Shape()
     transformers.logging.set_verbosity_error()
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=s.vocab, hidden_size=s.dim, intermediate_size=s.mlp, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim, rms_norm_eps=s.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": s.theta}, max_position_embeddings=PROMPT + NEW,
-        tie_word_embeddings=False, attn_implementation="sdpa", bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    ))  # fmt: skip
+    model = llama(Shape(), PROMPT + NEW, pad_token_id=2)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=word_tokenizer(("<s>", "</s>", "<pad>", "<unk>")), bos_token="<s>", eos_token="</s>",
         pad_token="<pad>", unk_token="<unk>", padding_side="left",
@@ -276,19 +254,10 @@ def run_trl(folder: Path, steps: int, compact: bool) -> None:
 
 
 def one_round(a: argparse.Namespace, number: int) -> list[dict[str, Any]]:
-    steps, records = a.steps + WARMUP, []
-    with tempfile.TemporaryDirectory() as name:
-        children = []
-        for kind in a.peers.split(","):
-            own = Path(name, kind)
-            own.mkdir()
-            children.append(Child(kind, [sys.executable, __file__, "--child", kind, str(steps), str(a.micro)], own))
-        for child in children:
-            child.report()
-        for step in range(steps):
-            records += [{"kind": c.name, "round": number, "step": step, **c.turn()} for c in children]
-        for child in children:
-            child.stop()
+    words = [str(a.steps + WARMUP), str(a.micro)]
+    commands = {kind: [sys.executable, __file__, "--child", kind, *words] for kind in a.peers.split(",")}
+    with tempfile.TemporaryDirectory() as folder:
+        records = take_turns(commands, Path(folder), a.steps + WARMUP, round=number)
     return [record for record in records if record["step"] >= WARMUP]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, Shape, Turns
+from benchmarks.llama import llama
 from benchmarks.plain import BLOCK_WEIGHTS
 
 PER_STEP = ("fg_wsd", "data_mixture", "context_extension", "throughput")  # callbacks that do something every step
@@ -78,9 +79,7 @@ def run_ours(a: argparse.Namespace, bare: bool, compiled: bool) -> None:
     """train.py's own stage, data and trainer; without the callbacks that draw, save or validate."""
     import lightning.pytorch as pl
 
-    from nb_lightning.config import plan_of, run_dir
-    from nb_lightning.strategies import resolve_accelerator
-    from train import build_stage, build_trainer, quieten
+    from benchmarks.corpus import fit
 
     class Clock(pl.Callback):
         turns = Turns()
@@ -94,29 +93,15 @@ def run_ours(a: argparse.Namespace, bare: bool, compiled: bool) -> None:
             self.turns.end_of_step(float(outputs["train/loss"]))
 
     cfg = config(a, f"trainer.compile={str(compiled).lower()}")
-    cfg.callbacks = {} if bare else {name: cfg.callbacks[name] for name in PER_STEP}
-    cfg.logger = {} if bare else {"csv": cfg.logger["csv"]}
-    quieten()
-    module, data = build_stage(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
-    trainer = build_trainer(cfg, resolve_accelerator(cfg.trainer), run_dir(cfg))
-    trainer.callbacks.append(Clock())
-    trainer.fit(module, datamodule=data)
+    fit(cfg, () if bare else PER_STEP, Clock())
 
 
 def run_hf(a: argparse.Namespace) -> None:
     """transformers.Trainer over LlamaForCausalLM."""
     import transformers
 
-    s = Shape(a.vocab)
     rows, weights = load(a)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=s.vocab, hidden_size=s.dim, intermediate_size=s.mlp, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim, rms_norm_eps=s.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": s.theta}, max_position_embeddings=a.seq_len,
-        tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False, bos_token_id=0, eos_token_id=1,
-    ))  # fmt: skip
-    model.load_state_dict({hf_name(name): weight for name, weight in weights.items()})
+    model = llama(Shape(a.vocab), a.seq_len, weights, use_cache=False)
     del weights
     turns = Turns()
 
@@ -143,17 +128,6 @@ def run_hf(a: argparse.Namespace) -> None:
     examples = [{"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]} for row in rows]
     trainer = Trainer(model=model, args=settings, train_dataset=examples, callbacks=[Clock()])
     trainer.train()
-
-
-def hf_name(name: str) -> str:
-    if name == "head.weight":
-        return "lm_head.weight"
-    for mine, theirs in (
-        ("embedding.", "embed_tokens."), ("attention_norm", "input_layernorm"), ("attention.", "self_attn."),
-        ("mlp_norm", "post_attention_layernorm"),
-    ):  # fmt: skip
-        name = name.replace(mine, theirs)
-    return f"model.{name}"
 
 
 def run_litgpt(a: argparse.Namespace, eager: bool) -> None:

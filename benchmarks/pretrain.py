@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder: `data` is not our data.py
 
-from benchmarks.common import Child, append_jsonl, table
+from benchmarks.common import Child, append_jsonl, table, take_turns
 
 WARMUP = 2  # steps that are not counted: caches fill, compilers run
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2}
@@ -45,16 +45,8 @@ def one_round(a: argparse.Namespace, folder: Path, number: int) -> list[dict]:
     words = [str(folder), str(steps), "--vocab", str(a.vocab), "--precision", a.precision]
     if number == 0:
         Child.run("prepare", [sys.executable, script, "prepare", *words], folder)
-    children = [Child(kind, [python, script, kind, *words], folder) for kind, python in kinds(a).items()]
-    for child in children:
-        child.report()
-    records = []
-    for step in range(steps):
-        for child in children:
-            records.append({"kind": child.name, "round": number, "step": step, **child.turn()})
-    for child in children:
-        child.stop()
-    return records
+    commands = {kind: [python, script, kind, *words] for kind, python in kinds(a).items()}
+    return take_turns(commands, folder, steps, round=number)
 
 
 def check_losses(records: list[dict], tolerance: float) -> float:

@@ -23,7 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder: `data` is not our data.py
 
-from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, Child, Shape, Turns, append_jsonl, table
+from benchmarks.common import BETAS, CLIP, LR, Shape, Turns, append_jsonl, table, take_turns
+from benchmarks.llama import llama
 
 WARMUP = 2
 ROWS, SEQ_LEN, SAMPLES = 8, 512, 600
@@ -45,16 +46,13 @@ def run_ours(folder: Path, steps: int) -> None:
     """train.py's own stage, data and trainer; without the callbacks that draw, save or validate."""
     import lightning.pytorch as pl
 
-    from benchmarks.corpus import composed
+    from benchmarks.corpus import base, composed, fit
     from benchmarks.peers import PER_STEP
     from data.chats import template_digest
     from data.source import SampleWriter
     from nb_lightning.chat import ChatTemplate
-    from nb_lightning.config import plan_of, run_dir
     from nb_lightning.source import TRAINED, SourceManifest
-    from nb_lightning.strategies import resolve_accelerator
     from nb_lightning.tokenizer import load_tokenizer
-    from train import build_stage, build_trainer, quieten
 
     tokenizer = load_tokenizer("bytes")  # only names the vocabulary here
     for split in ("train", "val"):
@@ -64,21 +62,14 @@ def run_ours(folder: Path, steps: int) -> None:
         for prompt, completion in samples():
             writer.add([*prompt, *(id | TRAINED for id in completion)])
         writer.close()
-    s = Shape()
     cfg = composed([
-        "stage=sft", "model=demo", "trainer=cpu", "trainer.threads=1", "trainer.progress_bar=false",
-        f"paths.root={folder}", "trainer.log_every_n_steps=1", "trainer.val_every_n_steps=1000000",
-        "trainer.save_every_n_steps=1000000", "data.demo_tasks=false", "data.tasks=[]",
-        f"data.sources.maths_sort={folder}/chats", "~stage.phases.overall",
-        f"model.vocab_size={s.vocab}", f"model.d_model={s.dim}", f"model.n_layers={s.layers}",
-        f"model.n_heads={s.heads}", f"model.n_kv_heads={s.kv_heads}", f"model.head_dim={s.head_dim}",
-        f"model.d_mlp={s.mlp}", f"stage.optim.betas={list(BETAS)}", f"stage.optim.eps={ADAM_EPS}",
-        "stage.optim.weight_decay=0.0", f"stage.optim.clip_norm={CLIP}", "stage.total_tokens=null",
+        "stage=sft", *base(folder, Shape()), "data.demo_tasks=false", "data.tasks=[]", "init_from=null",
+        f"data.sources.maths_sort={folder}/chats", "~stage.phases.overall", "stage.total_tokens=null",
         f"stage.global_batch_tokens={ROWS * SEQ_LEN}", f"stage.micro_batch_size={ROWS}",
         f"stage.phases.cold_start.tokens={steps * ROWS * SEQ_LEN}", f"stage.phases.cold_start.seq_len={SEQ_LEN}",
-        f"stage.phases.cold_start.rope_theta={s.theta}", f"stage.phases.cold_start.lr={{start: {LR}, end: null}}",
+        f"stage.phases.cold_start.rope_theta={Shape.theta}", f"stage.phases.cold_start.lr={{start: {LR}, end: null}}",
         *(f"~stage.phases.cold_start.mixture.{name}" for name in OTHERS),
-        "stage.phases.cold_start.mixture.maths_sort=1.0", "init_from=null",
+        "stage.phases.cold_start.mixture.maths_sort=1.0",
     ])  # fmt: skip
 
     class Clock(pl.Callback):
@@ -96,14 +87,7 @@ def run_ours(folder: Path, steps: int) -> None:
         trained = [bool((part != -100).any()) for part in micro.labels.flatten().split(lengths)]
         return [length + 1 for length, kept in zip(lengths, trained) if kept]
 
-    cfg.callbacks = {name: cfg.callbacks[name] for name in PER_STEP}
-    cfg.logger = {"csv": cfg.logger["csv"]}
-    quieten()
-    module, data = build_stage(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
-    trainer = build_trainer(cfg, resolve_accelerator(cfg.trainer), run_dir(cfg))
-    trainer.callbacks.append(Clock())
-    trainer.fit(module, datamodule=data)
+    fit(cfg, PER_STEP, Clock())
 
 
 OTHERS = ("science_binary", "code_functions")  # sources of the demo's cold start beside maths_sort
@@ -154,15 +138,8 @@ def run_trl(folder: Path, steps: int, packing: str) -> None:
     from tokenizers import Tokenizer, models
     from trl import SFTConfig, SFTTrainer
 
-    s = Shape()
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=s.vocab, hidden_size=s.dim, intermediate_size=s.mlp, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim, rms_norm_eps=s.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": s.theta}, max_position_embeddings=SEQ_LEN,
-        tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False, bos_token_id=0, eos_token_id=1,
-        pad_token_id=2,
-    ))  # fmt: skip
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(s.vocab)}, unk_token="w0"))
+    model = llama(Shape(), SEQ_LEN, use_cache=False, pad_token_id=2)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(Shape.vocab)}, unk_token="w0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
     turns, last = Turns(), {}
 
@@ -193,20 +170,9 @@ def run_trl(folder: Path, steps: int, packing: str) -> None:
 
 
 def one_round(a: argparse.Namespace, number: int) -> list[dict[str, Any]]:
-    steps, records = a.steps + WARMUP, []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        children = []
-        for kind in a.peers.split(","):
-            own = folder / kind
-            own.mkdir()
-            children.append(Child(kind, [sys.executable, __file__, "--child", kind, str(steps)], own))
-        for child in children:
-            child.report()
-        for step in range(steps):
-            records += [{"kind": c.name, "round": number, "step": step, **c.turn()} for c in children]
-        for child in children:
-            child.stop()
+    commands = {kind: [sys.executable, __file__, "--child", kind, str(a.steps + WARMUP)] for kind in a.peers.split(",")}
+    with tempfile.TemporaryDirectory() as folder:
+        records = take_turns(commands, Path(folder), a.steps + WARMUP, round=number)
     return [record for record in records if record["step"] >= WARMUP]
 
 
