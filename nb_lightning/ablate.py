@@ -1,4 +1,4 @@
-"""Ablations: `python -m nb_lightning.ablate NAME [--seeds 0 1 2] [--jobs 2] [--dry-run] [key=value ...]`.
+"""Ablations: `python -m nb_lightning.ablate NAME [key=value ...] [--seeds 0 1 2] [--jobs 2] [--dry-run]`.
 
 An ablation is a file conf/ablation/NAME.yaml: what its arms share, what sets them apart, and what is measured.
 
