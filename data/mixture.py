@@ -120,15 +120,20 @@ class RowOrder:
         steps_before = sum(phase.steps for phase in self.plan.phases[:index])
         return self._first_row[index] + (step - steps_before) * self.plan.phases[index].rows_per_step
 
-    def locate(self, row: int) -> Row:
-        """The row that comes `row`-th in the run."""
+    def turn(self, row: int) -> tuple[int, str, int]:
+        """Of the row that comes `row`-th in the run: its phase, its source, and how many of both came before it."""
         index = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        phase, order = self.plan.phases[index], self._phases[index]
+        order = self._phases[index]
         within = row - self._first_row[index]
         assert 0 <= within < order.rows, row
         source = int(order.pattern[within % len(order.pattern)])
-        name = order.names[source]
-        nth, count = int(order.drawn(within)[source]), int(order.drawn(order.rows)[source])
+        return index, order.names[source], int(order.drawn(within)[source])
+
+    def locate(self, row: int) -> Row:
+        """The row that comes `row`-th in the run."""
+        index, name, nth = self.turn(row)
+        phase, order = self.plan.phases[index], self._phases[index]
+        count = int(order.drawn(order.rows)[order.names.index(name)])
         window = max(1, SHUFFLE_WINDOW_TOKENS // phase.seq_len)
         base = nth - nth % window
         place = base + int(shuffled(min(window, count - base), self.seed, name, index, nth // window)[nth % window])

@@ -139,11 +139,11 @@ class PromptData(PlannedData):
         """A prompt of the same source instead of this rank's number `place` of the step; another one each round."""
         first, per_rank = self._place(step, rank, world_size)
         row = first + place
-        located = self.order.locate(row)
-        kept = self._kept(located.phase, located.source)
+        phase, source, _ = self.order.turn(row)
+        kept = self._kept(phase, source)
         whole = rank * per_rank + place + (round - 1) * per_rank * world_size
-        order = shuffled(len(kept), self.cfg.seed, located.source, located.phase, "another", step)
-        return self._prompt(located.source, kept[int(order[whole % len(kept)])], row, round)
+        order = shuffled(len(kept), self.cfg.seed, source, phase, "another", step)
+        return self._prompt(source, kept[int(order[whole % len(kept)])], row, round)
 
     def _place(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
         phase = self.order.plan.phase_at(self.order.plan.tokens_at(step))
@@ -151,11 +151,11 @@ class PromptData(PlannedData):
         return self.order.first_row_of_step(step) + rank * per_rank, per_rank
 
     def _nth(self, row: int) -> Prompt:
-        located = self.order.locate(row)
-        kept = self._kept(located.phase, located.source)
-        repeat, nth = divmod(located.start // located.seq_len, len(kept))
-        order = shuffled(len(kept), self.cfg.seed, located.source, located.phase, "prompts", repeat)
-        return self._prompt(located.source, kept[int(order[nth])], row, 0)
+        phase, source, drawn = self.order.turn(row)
+        kept = self._kept(phase, source)
+        repeat, nth = divmod(drawn, len(kept))
+        order = shuffled(len(kept), self.cfg.seed, source, phase, "prompts", repeat)
+        return self._prompt(source, kept[int(order[nth])], row, 0)
 
     def _kept(self, phase: int, source: str) -> list[str]:
         name = self.plan.phases[phase].name

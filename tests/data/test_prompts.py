@@ -38,7 +38,10 @@ def test_the_mixture_holds_in_every_step_and_prompts_are_used_evenly(data: Promp
     digits = [id for step in drawn for id in step if id.startswith("digits")]
     assert Counter(words) == dict.fromkeys(KEPT["stem"]["words"], 6)  # 18 of 3
     assert Counter(digits) == dict.fromkeys(KEPT["stem"]["digits"], 3)  # 18 of 6
-    assert len({tuple(sorted(words[i : i + 3])) for i in range(0, 18, 3)}) >= 1 and words[:6] != words[6:12]
+    # Each once before one is drawn again, in another order every time.
+    passes = [words[i : i + 3] for i in range(0, 18, 3)], [digits[i : i + 6] for i in range(0, 18, 6)]
+    assert all(len(set(one)) == len(one) for of_source in passes for one in of_source)
+    assert all(len(set(map(tuple, of_source))) > 1 for of_source in passes)
 
 
 def test_the_second_phase_draws_from_all_where_nothing_was_filtered(data: PromptData) -> None:
