@@ -43,10 +43,10 @@ class OnPolicyFilter(PhaseCallback):
         candidates: int | None = None,
         min_prompts: int = 8,
     ) -> None:
-        if samples < 1 or not 0 <= low < high <= 1:
+        if samples < 1 or min_prompts < 1 or not 0 <= low < high <= 1:
             raise ValueError(
-                f"callbacks.on_policy_filter: samples {samples}, low {low}, high {high}; samples must be positive and "
-                "low below high, both from 0 to 1"
+                f"callbacks.on_policy_filter: samples {samples}, min_prompts {min_prompts}, low {low}, high {high}; "
+                "samples and min_prompts must be positive and low below high, both from 0 to 1"
             )
         self.samples, self.low, self.high = samples, low, high
         self.candidates, self.min_prompts = candidates, min_prompts

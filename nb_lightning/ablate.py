@@ -152,6 +152,8 @@ def ablate(name: str, seeds: Sequence[int], jobs: int, extra: Sequence[str], dry
         ValueError: see `read`; or a run is there that was begun with other overrides.
     """
     ablation = read(name)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed is there twice, and would count as two")
     root = next((word.partition("=")[2] for word in reversed(extra) if word.startswith("paths.root=")), None)
     root = root or os.environ.get("NB_ROOT", "outputs")
     runs = runs_of(name, ablation, seeds, extra, root)
@@ -238,9 +240,10 @@ def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: di
     notes += [f"failed: {name}: {problem}" for name, problem in failed.items()]
     text = "\n\n".join([ablation.question, *tables, "\n".join(f"* {note}" for note in notes)]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    write_json(path.with_suffix(".json"), {**about, "measured": compared})
-    print(f"\n{text}\n{path}.md, {path}.json")
+    page, numbers = (path.with_name(path.name + ending) for ending in (".md", ".json"))  # a name may have dots
+    page.write_text(text, encoding="utf-8")
+    write_json(numbers, {**about, "measured": compared})
+    print(f"\n{text}\n{page}, {numbers}")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ def run(a: argparse.Namespace) -> None:
     if a.image and a.studio:
         raise ValueError("--image and --studio both say what the job runs in; choose one")
     env = environment(a.env)
-    os.environ.update(env)  # the config reads NB_ROOT
+    if "NB_ROOT" in os.environ:  # the config reads it: what is checked here is what runs there
+        env.setdefault("NB_ROOT", os.environ["NB_ROOT"])
+    os.environ.update(env)
     overrides = completed(a)
     cfg = checked(a, overrides)
     sdk = load_sdk(a.machine)

@@ -105,6 +105,11 @@ def test_a_file_that_is_no_ablation(text: str, message: str, tmp_path: Path) -> 
         ablate.read(str(tmp_path / "x.yaml"))
 
 
+def test_a_seed_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="--seeds 0 1 0: a seed is there twice"):
+        ablate.ablate("dpd", [0, 1, 0], jobs=1, extra=[])
+
+
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(ValueError, match=r"no ablation 'dqd'; there are .*fg_wsd"):
         ablate.read("dqd")

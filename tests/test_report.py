@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nb_lightning.accuracy import bootstrap
-from nb_lightning.report.__main__ import gather, points, write
+from nb_lightning.report.__main__ import fenced, gather, points, short, write
 from nb_lightning.report.results import at_the_end, while_training
 from nb_lightning.report.runs import read_runs
 
@@ -196,7 +196,7 @@ def test_gains_are_paired_task_by_task(root: Path) -> None:
             # Another draw of the same bootstrap: percentiles of the mean over tasks.
             bounds = [float(x.replace("−", "-")) / 100 for x in (low, high)]
             assert np.allclose(bounds, bootstrap(difference), atol=0.25 * difference.std() / np.sqrt(len(difference)))
-    total = page.row("SFT to RL, all together")
+    total = page.row("SFT: overall to RL: stem, all together")
     assert total[-1].split()[0] == points(
         np.mean(json.loads((root / "runs/rl/accuracy.json").read_text())["stem"]["sources"]["all"]["each"])
         - np.mean(json.loads((root / "runs/sft/accuracy.json").read_text())["overall"]["sources"]["all"]["each"])
@@ -237,6 +237,38 @@ def test_evaluation_is_paired_over_the_samples(root: Path) -> None:
     assert [m.scores[FAMILIES[0]].mean for m in results.measurements] == pytest.approx(
         [e.mean() for e in each.values()]
     )
+
+
+def test_what_an_evaluation_did_not_do_is_not_made_up(root: Path) -> None:
+    path = root / "recipe/evaluate_dpd.json"
+    content = json.loads(path.read_text())
+    del content["tasks"]["greedy"]
+    content["settings"]["temperature"] = 1.0
+    path.write_text(json.dumps(content))
+    results = at_the_end(root)
+    assert [m.scores["all"].greedy for m in results.measurements] == [0.5, None]
+    assert not results.one_protocol and not results.gains[0].paired
+    assert "Each model with other settings" in written(root)[1]
+
+
+def test_runs_that_measured_other_tasks_are_not_paired(root: Path) -> None:
+    path = root / "runs/dpd/accuracy.json"
+    content = json.loads(path.read_text())
+    for of in content["distillation"]["sources"].values():  # resumed with fewer tasks
+        of["each"] = of["each"][: len(of["each"]) // 2]
+    path.write_text(json.dumps(content))
+    (gain,) = (g for g in while_training(read_runs(root)).gains if g.title == "DPD: distillation")
+    assert not gain.paired
+
+
+def test_only_the_teacher_measured_makes_no_picture(tmp_path: Path) -> None:
+    run(tmp_path, "teacher", {"overall": entry(FAMILIES, 0.9, "teacher")})
+    assert "accuracy.png" not in written(tmp_path)[1]
+
+
+def test_numbers_for_people_and_a_fence_that_no_answer_ends() -> None:
+    assert [short(n) for n in (7, 804_992, 3_933_637_120, 2.3e13)] == ["7", "805 K", "3.93 B", "23 T"]
+    assert fenced("a\n`````\n# b") == "``````text\na\n`````\n# b\n``````"
 
 
 def test_samples_are_the_first_and_the_first_learnt(root: Path) -> None:

@@ -48,6 +48,14 @@ def test_one_machine(no_sdk: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert job["name"].startswith("sft-")
 
 
+def test_the_job_has_the_root_that_was_checked(
+    no_sdk: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NB_ROOT", "/teamspace/mine")
+    job = printed(capsys, "--dry-run", "--machine", "H100", "--studio", "mine", "stage=sft")
+    assert "/teamspace/mine" in job["env"]
+
+
 def test_several_machines(no_sdk: None, capsys: pytest.CaptureFixture[str]) -> None:
     job = printed(capsys, "--dry-run", "--machine", "H100_X_8", "--machines", "4", "--checkout", "/my code", *CLUSTER)
     assert job["command"].startswith("cd '/my code' && exec python -m torch.distributed.run --nnodes=4 ")

@@ -97,7 +97,7 @@ def describe(report: Mapping[str, Any]) -> str:
 def _take(folder: Path, claim: dict[str, Any], overwrite: bool) -> None:
     """Take `folder` for this work, or go on with it there."""
     path = folder / CLAIM
-    there = sorted(file.name for file in folder.iterdir())
+    there = sorted(file.name for file in folder.iterdir() if file.name != f".{CLAIM}.tmp")  # killed as it was written
     old = json.loads(path.read_text(encoding="utf-8")) if CLAIM in there else None
     if old is None and there:
         raise ValueError(f"--output {folder} holds something else ({', '.join(there[:SHOWN])}); name another folder")
@@ -108,7 +108,8 @@ def _take(folder: Path, claim: dict[str, Any], overwrite: bool) -> None:
             "with --overwrite"
         )
     if changed:
-        for name in OURS:
+        # The old claim stays until the new one takes its place: killed in between, it is found changed again.
+        for name in set(OURS) - {CLAIM}:
             (folder / name).unlink(missing_ok=True)
     write_json(path, claim)
 

@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_intermixed_args(arguments)
     try:
         run(a)
-    except (ValueError, RunStopped) as error:
+    except (ValueError, RunStopped, OSError) as error:  # of the system: no such launcher, a full or read-only disk
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+        sys.exit(f"interrupted; run the same command again{', without --again,' if a.again else ''} to go on")
 
 
 def parser() -> argparse.ArgumentParser:

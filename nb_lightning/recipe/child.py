@@ -96,6 +96,12 @@ def run(command: Sequence[str], log: Path, lock: int, tick: Callable[[str], obje
                     screen.close()
                     return code if code >= 0 else 128 - code, stopped
                 tick(screen.now)
+    except BaseException:  # no room for the log, say: the command saves, and who waits for its output reads it
+        process.send_signal(signal.SIGTERM)
+        unheard = Screen(lambda _: None)
+        while process.poll() is None:
+            _read(terminal, unheard, TICK)
+        raise
     finally:
         os.close(terminal)
         for number, handler in before.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nb_lightning.checkout import check_as_train, composed
-from nb_lightning.config import Config
+from nb_lightning.config import Config, run_dir
 from nb_lightning.recipe.steps import TRAIN, Step
 
 READ = ("--tasks", "--teacher", "--student", "--judge", "--model", "--from", "--input", "--tokenizer")
@@ -28,8 +28,13 @@ def check_configurations(chosen: Sequence[Step]) -> None:
         ValueError: names the step.
     """
     for step in chosen:
-        if step.trains:
-            _config(step)
+        if step.trains and step.makes:
+            folder = run_dir(_config(step))
+            if folder not in step.makes:
+                raise ValueError(
+                    f"step {step.name}: it would write {folder}, but the steps after it look in {step.makes[0]}; move "
+                    "everything with paths.root="
+                )
 
 
 def show_plans(steps: Sequence[Step], chosen: Sequence[Step]) -> None:

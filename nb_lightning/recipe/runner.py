@@ -12,8 +12,8 @@ afresh, and all after it too.
 from __future__ import annotations
 
 import fcntl
-import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -73,17 +73,17 @@ class Runner:
                 same = known.get("identity") == step.identity and step.name != again
                 number = steps.index(step) + 1
                 title = f"[{number}/{len(steps)}] {step.name}"
-                if same and known["state"] == FINISHED:
+                if same and known["state"] == FINISHED and all(place.exists() for place in step.makes):
                     self.tell(f"{title}: finished before, in {clock(known['seconds'])}")
                     continue
-                fresh = not same or known["state"] == CLEARING
+                fresh = not same or known["state"] != RUNNING
                 if fresh:
                     self._clear(step, steps[number:], state)
                     known = {"seconds": 0.0}
                 words = step.command if fresh else [*step.command, *step.resume]
                 self.tell(f"{title}: {shlex.join(words)}")
                 earlier = sum(entry["seconds"] for name, entry in self._state().items() if name != step.name)
-                self._do(Progress(step, number, len(steps), earlier, known["seconds"]), words, lock.fileno())
+                self._do(Progress(step, number, len(steps), earlier, known["seconds"]), words, lock.fileno(), again)
 
     def _lock(self, lock: int) -> None:
         end = time.monotonic() + PATIENCE
@@ -103,21 +103,21 @@ class Runner:
         write_json(self.state_file, {**self._state(), step.name: entry})
 
     def _clear(self, step: Step, later: Sequence[Step], state: dict[str, dict[str, Any]]) -> None:
-        """Move what is in the place of the step's results; forget what was made of them.
+        """Move what is in the place of the step's results, and what later steps made of them; forget these.
 
         Noted before it is begun: killed in between, the step begins afresh once more instead of going on with the old.
         """
         gone = {other.name for other in later} | {step.name}
-        stale = [other.name for other in later if other.name in state]
+        stale = [other for other in later if other.name in state]
         if stale:
-            self.tell(f"to be run again after {step.name}: {', '.join(stale)}")
+            self.tell(f"to be run again after {step.name}: {', '.join(other.name for other in stale)}")
         write_json(self.state_file, {name: entry for name, entry in state.items() if name not in gone})
         self._note(step, CLEARING, 0.0)
-        for place in step.makes:
+        for place in [place for one in (step, *stale) for place in one.makes]:
             if place.exists():
                 new = self._free(place.name)
                 new.parent.mkdir(exist_ok=True)
-                os.rename(place, new)
+                shutil.move(place, new)  # to another disk too; killed in between, it is done again
                 self.tell(f"{place} was there already: moved to {new}")
 
     def _free(self, name: str) -> Path:
@@ -126,7 +126,7 @@ class Runner:
             number += 1
         return self.folder / "replaced" / f"{name}.{number}"
 
-    def _do(self, progress: Progress, words: list[str], lock: int) -> None:
+    def _do(self, progress: Progress, words: list[str], lock: int, again: str | None) -> None:
         step, before, began = progress.step, progress.seconds, time.monotonic()
         log = self.folder / f"{step.name}.log"
         with open(log, "a", encoding="utf-8") as file:
@@ -152,7 +152,8 @@ class Runner:
         else:
             self._note(step, RUNNING, seconds)
         if stopped:  # also where the step had come to its end by then: no other one is begun
-            self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; the same command goes on from there")
+            how = "the same command" + (", without --again," if again else "")
+            self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; {how} goes on from there")
             raise SystemExit(128 + stopped)
         if code != 0:
             said = last_line(log, start) or "it said nothing"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import re
 import shutil
 import sys
 import time
@@ -42,8 +43,9 @@ def write(root: Path, output: Path) -> Path:
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
     found = gather(root)
-    if found["results"].measurements:
-        plot_accuracy(found["results"], images / "accuracy.png")
+    headline = images / "accuracy.png"
+    headline.unlink(missing_ok=True)
+    plot_accuracy(found["results"], headline)
 
     def beside(path: Path) -> str:
         """A copy of a picture of a run, as a link from the Markdown."""
@@ -53,9 +55,7 @@ def write(root: Path, output: Path) -> Path:
         return f"images/{name}"
 
     for name, picture in (("report.md", beside), ("report.html", embedded)):
-        text = (
-            environment().get_template(f"{name}.jinja").render(found, picture=picture, headline=images / "accuracy.png")
-        )
+        text = environment().get_template(f"{name}.jinja").render(found, picture=picture, headline=headline)
         (output / name).write_text(text, encoding="utf-8")
     return output / "report.html"
 
@@ -104,11 +104,26 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     e.filters |= {"percent": percent, "points": points, "clock": clock, "sign": sign, "count": "{:,}".format}
+    e.filters |= {"short": short, "fenced": fenced}
     return e
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def short(number: float) -> str:
+    """804_992 -> "805 K", 3.93e9 -> "3.93 B"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def fenced(text: str) -> str:
+    """A block of Markdown that the text, a model's say, cannot end."""
+    fence = "`" * max(4, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def points(share: float) -> str:

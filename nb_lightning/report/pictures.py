@@ -17,6 +17,8 @@ def plot_accuracy(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [m for m in results.measurements if m.run != "teacher"]
+    if not shown:
+        return
     figure, axis = plt.subplots(figsize=(10, 4.6), constrained_layout=True)
     for number, family in enumerate(results.families):
         points = [(x, s) for x, m in enumerate(shown) if (s := results.score(m, family)) is not None]

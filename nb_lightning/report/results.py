@@ -93,10 +93,14 @@ class Results:
             return None
         return g.of.get(family)
 
+    @property
+    def one_protocol(self) -> bool:
+        return all(m.protocol == self.measurements[0].protocol for m in self.measurements)
+
     def ends(self) -> list[tuple[str, float]]:
-        """Stage and avg@k of all tasks at its end, of each stage that was measured on all."""
+        """The last phase of each stage that was measured on all tasks, and avg@k of them."""
         last = {m.run: m for m in self.measurements if m.run in CHAIN and m.when != BEFORE}
-        found = [(RUNS[run], self.score(m, ALL)) for run, m in last.items()]
+        found = [(m.title, self.score(m, ALL)) for m in last.values()]
         return [(stage, score.mean) for stage, score in found if score]
 
 
@@ -117,7 +121,7 @@ def while_training(runs: Sequence[Run]) -> Results:
     ends = [m for m in shown if m.run in ("dpd", "rl")]
     starts = [m for m in shown if m.run == "sft"]
     if ends and starts and ends[-1].run == "rl" and starts[-1].protocol == ends[-1].protocol:
-        gains.append(gain(starts[-1], ends[-1], "SFT to RL, all together"))
+        gains.append(gain(starts[-1], ends[-1], f"{starts[-1].title} to {ends[-1].title}, all together"))
     return Results(shown, gains)
 
 
@@ -136,12 +140,13 @@ def at_the_end(root: Path) -> Results:
     found = []
     for name in CHAIN:
         content = read_json(root / "recipe" / f"evaluate_{name}.json")
-        if content:
+        tasks = content.get("tasks", {})
+        if "sampled" in tasks:
             each = _each(root / "recipe" / f"evaluate_{name}.jsonl")
-            sampled, greedy = (content["tasks"][way] for way in ("sampled", "greedy"))
+            greedy = {source: s["mean"] for source, s in tasks.get("greedy", {}).items()}
             scores = {
-                source: Score(s["tasks"], s["mean"], s["interval"], greedy[source]["mean"], each.get(source))
-                for source, s in sampled.items()
+                source: Score(s["tasks"], s["mean"], s["interval"], greedy.get(source), each.get(source))
+                for source, s in tasks["sampled"].items()
             }
             settings = content["settings"]
             protocol = {key: settings[key] for key in sorted(settings) if key not in ("model", "out", "samples")}
@@ -179,7 +184,7 @@ def gain(before: Measurement, after: Measurement, title: str) -> Gain:
         if name == ALL and before.scores.keys() != after.scores.keys():
             continue
         a, b = before.scores[name], after.scores[name]
-        if paired and a.each is not None and b.each is not None:
+        if paired and a.each is not None and b.each is not None and len(a.each) == len(b.each):
             found = estimate((b.each - a.each)[None])
             of[name] = (found.mean, found.over_tasks_and_seeds)
         else:

@@ -77,6 +77,13 @@ class Run:
         return int(max((series[-1, 0] for series in self.metrics.values()), default=0))
 
     @property
+    def tokens(self) -> int:
+        """Trained on. RL's clock counts what rollouts can hold; here is what they held, if every step was logged."""
+        if "rl/sampled_tokens" in self.metrics and self.config.trainer.log_every_n_steps == 1:
+            return int(self.metrics["rl/sampled_tokens"][:, 1].sum())
+        return self.tokens_seen
+
+    @property
     def tokens_per_sec(self) -> float | None:
         """Median over the points that were logged."""
         speeds = self.metrics.get("perf/tokens_per_sec")

@@ -169,6 +169,30 @@ def test_stopped_anywhere_it_goes_on_to_the_same_pairs(models: Path, made: Path,
     assert sorted(lines(again / "teacher.jsonl"), key=str) == sorted(lines(made / "teacher.jsonl"), key=str)
 
 
+def test_killed_before_the_claim_was_whole_it_begins_again(models: Path, made: Path, tmp_path: Path) -> None:
+    again = tmp_path / "pairs"
+    again.mkdir()
+    (again / ".claim.json.tmp").write_text('{"tas')
+    main(command(models, again))
+    assert (again / "pairs.jsonl").read_bytes() == (made / "pairs.jsonl").read_bytes()
+
+
+def test_overwriting_keeps_the_claim_until_the_new_one_is_there(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = tmp_path / "pairs"
+    again.mkdir()
+    (again / "claim.json").write_text('{"seed": 1}')
+
+    def killed(path: Path, value: object) -> None:
+        assert path.is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.pairs.make.write_json", killed)
+    with pytest.raises(SystemExit):
+        main(command(models, again, "--overwrite"))
+
+
 def test_what_is_there_is_not_sampled_again(models: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.pairs.samples.load_pretrained", None)
     before = (made / "pairs.jsonl").read_bytes()

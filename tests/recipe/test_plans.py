@@ -70,6 +70,7 @@ def test_a_mistake_in_the_last_stage_is_named_before_the_first_runs(monkeypatch:
     for word, message in (
         ("rl:stage.group_size=1", "step rl: stage.group_size is 1;"),
         ("rl:stage.group_sizes=8", "step rl: .*group_sizes"),
+        ("paths.runs=elsewhere", "it would write elsewhere/.*paths.root="),
     ):
         with pytest.raises(ValueError, match=message):
             check_configurations(read_recipe("demo", [word])[-6:])

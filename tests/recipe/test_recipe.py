@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,28 @@ def test_another_command_runs_again_and_all_after_it(place: Path) -> None:
     assert begun(place, "second") == begun(place, "third") == [0, 0]
     assert (place / "recipe/replaced/second.1/lines").read_text() == before["second"]  # nothing is lost
     assert "moved to" in said
+
+
+def test_what_was_made_of_a_changed_step_does_not_stay(place: Path) -> None:
+    recipe(place)
+    before = results(place)
+    recipe(place, "second:other", "--only", "second")
+    assert sorted(results(place)) == ["first", "second"]  # or a report would show the old one beside the new
+    assert (place / "recipe/replaced/third.1/lines").read_text() == before["third"]
+
+
+def test_a_result_that_is_gone_is_made_again(place: Path) -> None:
+    recipe(place)
+    before = results(place)
+    shutil.rmtree(place / "out/third")
+    recipe(place)
+    assert results(place) == before and begun(place, "third") == [0, 0] and begun(place, "second") == [0]
+
+
+def test_a_launcher_that_is_not_there_is_one_line(place: Path) -> None:
+    (place / "conf/recipe/fake.yaml").write_text("steps: {first: {run: [no-such-program]}}")
+    said = recipe(place, code=1)
+    assert "error: " in said and "no-such-program" in said and "Traceback" not in said
 
 
 def test_what_follows_a_changed_step_is_not_taken_for_finished_after_a_kill(place: Path) -> None:
