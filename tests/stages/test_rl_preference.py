@@ -55,7 +55,7 @@ def test_rewards_are_what_the_judge_prefers(made: Path, judge: Path, tmp_path: P
 
 
 def test_what_is_judged_inside_the_group_is_not_filtered(made: Path, judge: Path, tmp_path: Path) -> None:
-    words = (f"stage.reward_model={judge}", "callbacks.on_policy_filter.min_prompts=0", *JUDGED[1:])
+    words = (f"stage.reward_model={judge}", "callbacks.on_policy_filter.min_prompts=1", *JUDGED[1:])
     run = run_here(made, tmp_path, judged(made, tmp_path, None), *words)
     found = json.loads((run / "on_policy_filter.json").read_text())
     assert found["stem"].keys() == {"digits"} and found["code"].keys() == {"digits"}
