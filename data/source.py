@@ -23,7 +23,7 @@ from litdata.streaming.fs_provider import _get_fs_provider
 from litdata.streaming.writer import BinaryWriter
 from tqdm import tqdm
 
-from nb_lightning.files import write_json
+from nb_lightning.files import whole, write_json
 from nb_lightning.source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256
 
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
@@ -103,10 +103,9 @@ class SampleWriter(SourceWriter):
 
 
 def _write_samples(folder: Path, samples: np.ndarray) -> dict[str, Any]:
-    temporary, path = folder / f".{SAMPLES}.tmp", folder / SAMPLES
-    with open(temporary, "wb") as file:
+    path = folder / SAMPLES
+    with whole(path) as file:
         np.save(file, samples)
-    temporary.replace(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 

@@ -10,14 +10,13 @@ It takes the place of a teacher that does not fit beside the student. Made by `p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nb_lightning.files import write_json
+from nb_lightning.files import whole, write_json
 from nb_lightning.source import Source, sha256
 
 MANIFEST = "teacher.json"
@@ -125,12 +124,8 @@ class CacheWriter:
         """Keep the records of `samples`, the next ones of `left`."""
         assert len(records) == records_of(self.samples)[samples.start : samples.stop].sum()
         path = self.folder / f"teacher-{len(self.about['files']):06d}.npy"
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
+        with whole(path) as file:
             np.save(file, records)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         entry = {"name": path.name, "start": samples.start, "stop": samples.stop, "bytes": path.stat().st_size}
         self.about["files"].append({**entry, "sha256": sha256(path)})
         write_json(self.folder / MANIFEST, self.about)

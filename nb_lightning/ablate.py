@@ -38,7 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning.checkout import CHECKOUT
 from nb_lightning.comparison import compare, measured, table
-from nb_lightning.files import read_json, write_json
+from nb_lightning.files import read_json, write_json, write_text
 from nb_lightning.outcome import ended, last_line
 
 FOLDER = CHECKOUT / "conf" / "ablation"
@@ -241,7 +241,7 @@ def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: di
     text = "\n\n".join([ablation.question, *tables, "\n".join(f"* {note}" for note in notes)]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     page, numbers = (path.with_name(path.name + ending) for ending in (".md", ".json"))  # a name may have dots
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
     write_json(numbers, {**about, "measured": compared})
     print(f"\n{text}\n{page}, {numbers}")
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nb_lightning.accuracy import Attempts, Report, evaluate_tasks
 from nb_lightning.chat import ChatTemplate
-from nb_lightning.files import write_json, write_text
+from nb_lightning.files import whole, write_json
 from nb_lightning.generate import MAX_BATCH
 from nb_lightning.perplexity import perplexity, source_documents, text_documents
 from nb_lightning.pretrained import Pretrained, load_pretrained
@@ -216,19 +216,18 @@ def _versions() -> dict[str, str]:
 
 
 def _write_samples(path: str, reports: dict[str, Report]) -> None:
-    lines = []
-    for way, report in reports.items():
-        for attempts in report.attempts:
-            task = attempts.task
-            for j, score in enumerate(attempts.scores):
-                line = {
-                    "id": task.id, "source": task.source, "way": way, "sample": j, "messages": task.messages,
-                    "completion": attempts.texts[j], "tokens": attempts.tokens[j],
-                    "finish_reason": attempts.finish_reasons[j], "reward": score.reward, "info": dict(score.info),
-                    "reference": task.reference,
-                }  # fmt: skip
-                lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    write_text(Path(path), "".join(lines))  # the whole file or none
+    with whole(Path(path)) as file:
+        for way, report in reports.items():
+            for attempts in report.attempts:
+                task = attempts.task
+                for j, score in enumerate(attempts.scores):
+                    line = {
+                        "id": task.id, "source": task.source, "way": way, "sample": j, "messages": task.messages,
+                        "completion": attempts.texts[j], "tokens": attempts.tokens[j],
+                        "finish_reason": attempts.finish_reasons[j], "reward": score.reward, "info": dict(score.info),
+                        "reference": task.reference,
+                    }  # fmt: skip
+                    file.write(f"{json.dumps(line, ensure_ascii=False, default=str)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ each, and of its own numbers; anything that does not fit is refused, never used.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from nb_lightning.files import whole
 
 NAME = "ref_logprobs"
 
@@ -57,12 +58,8 @@ def write_reference(path: Path, logprobs: Tensor, key: ReferenceKey) -> None:
     logprobs = logprobs.detach().float().cpu().contiguous()
     metadata = {**asdict(key), "sha256": hashlib.sha256(_bytes(logprobs)).hexdigest()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with whole(path) as file:
         file.write(save({NAME: logprobs}, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_reference(path: Path, key: ReferenceKey, pairs: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from data.pairs.judge import Comparison, Judge
 from data.pairs.rule import NOT_PREFERRED, Rule
 from data.pairs.samples import Journal, Response, Sampler, key_of, sample_all
 from data.source import locked
-from nb_lightning.files import write_json
+from nb_lightning.files import unfinished, whole, write_json
 from nb_lightning.tasks import Task
 
 CLAIM, PAIRS, REPORT = "claim.json", "pairs.jsonl", "report.json"
@@ -97,7 +96,7 @@ def describe(report: Mapping[str, Any]) -> str:
 def _take(folder: Path, claim: dict[str, Any], overwrite: bool) -> None:
     """Take `folder` for this work, or go on with it there."""
     path = folder / CLAIM
-    there = sorted(file.name for file in folder.iterdir() if file.name != f".{CLAIM}.tmp")  # killed as it was written
+    there = sorted(file.name for file in folder.iterdir() if file != unfinished(path))
     old = json.loads(path.read_text(encoding="utf-8")) if CLAIM in there else None
     if old is None and there:
         raise ValueError(f"--output {folder} holds something else ({', '.join(there[:SHOWN])}); name another folder")
@@ -192,8 +191,6 @@ def _report(
 
 
 def _write_lines(path: Path, lines: Sequence[Any]) -> None:
-    """The whole file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    os.replace(temporary, path)
+    with whole(path) as file:
+        for line in lines:
+            file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from nb_lightning.errors import RunStopped
 from nb_lightning.outcome import last_line
 from nb_lightning.recipe.plans import check_configurations, show_plans
-from nb_lightning.recipe.runner import Progress, Runner, clock
+from nb_lightning.recipe.runner import Progress, Runner, clock, to_go_on
 from nb_lightning.recipe.steps import Step, read_recipe
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, RunStopped, OSError) as error:  # of the system: no such launcher, a full or read-only disk
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"interrupted; run the same command again{', without --again,' if a.again else ''} to go on")
+        sys.exit(f"interrupted; {to_go_on(a.again)}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -28,9 +28,9 @@ def check_configurations(chosen: Sequence[Step]) -> None:
         ValueError: names the step.
     """
     for step in chosen:
-        if step.trains and step.makes:
+        if step.trains:
             folder = run_dir(_config(step))
-            if folder not in step.makes:
+            if step.makes and folder not in step.makes:
                 raise ValueError(
                     f"step {step.name}: it would write {folder}, but the steps after it look in {step.makes[0]}; move "
                     "everything with paths.root="

@@ -83,7 +83,11 @@ class Runner:
                 words = step.command if fresh else [*step.command, *step.resume]
                 self.tell(f"{title}: {shlex.join(words)}")
                 earlier = sum(entry["seconds"] for name, entry in self._state().items() if name != step.name)
-                self._do(Progress(step, number, len(steps), earlier, known["seconds"]), words, lock.fileno(), again)
+                progress = Progress(step, number, len(steps), earlier, known["seconds"])
+                stopped = self._do(progress, words, lock.fileno())
+                if stopped:
+                    self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; {to_go_on(again)}")
+                    raise SystemExit(128 + stopped)
 
     def _lock(self, lock: int) -> None:
         end = time.monotonic() + PATIENCE
@@ -126,7 +130,8 @@ class Runner:
             number += 1
         return self.folder / "replaced" / f"{name}.{number}"
 
-    def _do(self, progress: Progress, words: list[str], lock: int, again: str | None) -> None:
+    def _do(self, progress: Progress, words: list[str], lock: int) -> int | None:
+        """Returns the signal that asked to stop, also where the step had come to its end by then."""
         step, before, began = progress.step, progress.seconds, time.monotonic()
         log = self.folder / f"{step.name}.log"
         with open(log, "a", encoding="utf-8") as file:
@@ -149,15 +154,17 @@ class Runner:
         if code == 0:
             self._note(step, FINISHED, seconds)
             self.tell(f"[{progress.number}/{progress.of}] {step.name}: done in {clock(seconds)}")
-        else:
-            self._note(step, RUNNING, seconds)
-        if stopped:  # also where the step had come to its end by then: no other one is begun
-            how = "the same command" + (", without --again," if again else "")
-            self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; {how} goes on from there")
-            raise SystemExit(128 + stopped)
-        if code != 0:
+            return stopped
+        self._note(step, RUNNING, seconds)
+        if not stopped:
             said = last_line(log, start) or "it said nothing"
             raise RunStopped(f"step {step.name} failed: {ended(code)}; the end of {log}: {said}")
+        return stopped
+
+
+def to_go_on(again: str | None) -> str:
+    """What to do after a stop; --again a second time would begin its step afresh once more."""
+    return f"run the same command again{', without --again,' if again else ''} to go on"
 
 
 def clock(seconds: float) -> str:

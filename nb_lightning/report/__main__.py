@@ -103,8 +103,8 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    e.filters |= {"percent": percent, "points": points, "clock": clock, "sign": sign, "count": "{:,}".format}
-    e.filters |= {"short": short, "fenced": fenced}
+    e.filters |= {"percent": percent, "points": points, "sign": sign, "fenced": fenced}
+    e.filters |= {"clock": clock, "count": "{:,}".format, "short": short}
     return e
 
 

@@ -56,13 +56,9 @@ def test_strictly_between_a_tenth_and_nine_tenths(made: Path, tmp_path: Path, mo
     assert found == {"stem": {"words": expected, "digits": expected}, "code": {"digits": expected}}
     lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     assert {int(line["task"].split("/")[1]) % 7 for line in lines} <= {2, 3, 4}
-    assert [len(tasks) for *_, tasks in calls] == [24, 12] and calls[0][0] != calls[1][
-        0
-    ]  # by the weights of each phase
-    assert [theta for _, theta, _ in calls] == [
-        1e5,
-        2e5,
-    ]  # a run that resumes at the boundary comes with the first one's
+    policies, thetas, asked = zip(*calls)
+    assert [len(tasks) for tasks in asked] == [24, 12] and policies[0] != policies[1]  # by the weights of each phase
+    assert thetas == (1e5, 2e5)  # a run that resumes at the boundary comes with the first one's
     for phase in ("stem", "code"):
         assert (run / f"on_policy_filter_{phase}.png").stat().st_size > 5000
 

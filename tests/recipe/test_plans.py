@@ -30,9 +30,8 @@ def test_the_whole_recipe_of_the_3b(tmp_path: Path) -> None:
     assert re.findall(r"^# (\d+)/16 (\w+)$", said, re.M) == [(str(i), step.name) for i, step in enumerate(steps, 1)]
     plans = dict(zip(*[iter(re.split(r"^---- (.*) ----$", said, flags=re.M)[1:])] * 2))
     *stages, absent = plans
-    assert (
-        stages == ["pretrain", "sft", "dpd", "reward_model", "rl"] and absent == "not there yet, and no step makes it"
-    )
+    assert stages == ["pretrain", "sft", "dpd", "reward_model", "rl"]
+    assert absent == "not there yet, and no step makes it"
     for stage in stages:
         assert f"stage {stage}, 8 device(s), fsdp, bf16-mixed" in plans[stage]
         assert "3,933,637,120 parameters" in plans[stage] and " FLOP " in plans[stage]
