@@ -19,7 +19,7 @@ import torch
 
 from nb_lightning import adapters
 from nb_lightning.config import AdapterConfig, TrainerConfig
-from nb_lightning.losses import cross_entropy
+from nb_lightning.head import cross_entropy
 from nb_lightning.model import Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.pretrained import Origin, find

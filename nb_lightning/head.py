@@ -49,14 +49,15 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = C
     """Sum over tokens of -log p(label), in nats.
 
     Args:
-        hidden: [N, D]; the products run in its dtype (or autocast's), the softmax in float32.
+        hidden: [..., D]; the products run in its dtype (or autocast's), the softmax in float32.
         weight: [V, D] of the head.
-        labels: [N] int64; `IGNORE` (-100) counts nothing.
+        labels: [...] int64, already shifted; `IGNORE` (-100) counts nothing.
         chunk: tokens of logits held at a time.
 
     Returns:
         0-d float32 sum (float64 for float64 input). Divide by the *global* number of trained tokens.
     """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
     minus = torch.full(labels.shape, -1.0, dtype=wide(hidden.dtype), device=labels.device)
     return weighted_sum(hidden, weight, labels, minus, chunk=chunk, entropy=False)[0]
 

@@ -1,6 +1,6 @@
 """Losses over packed rows, called as the model's `head`: `model(..., head=partial(dpd_loss, batch=batch, ...))`.
 
-`cross_entropy` is a sum. The others take the step's global counts (`BaseStage.loss`) and divide each of their sums by
+All take the step's global counts (`BaseStage.loss`) and divide each of their sums by
 its own: what they return for all micro-batches and ranks adds up to the loss. They also return sums to be logged; the
 `..._PER` tables name them and say which of the counts each is a mean over.
 """
@@ -27,20 +27,6 @@ DPD_PER = {
 }
 GRPO_PER = dict.fromkeys(("entropy", "clipped_low", "clipped_high", "ref_kl", "rollout_gap"), "tokens")
 REWARD_PER = {"accuracy": "tokens"}
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = head.CHUNK) -> Tensor:
-    """Next-token cross-entropy of rows.
-
-    Args:
-        hidden: [B, T, D] last hidden states.
-        weight: [V, D] of the head.
-        labels: [B, T] int64, already shifted; -100 is not trained.
-
-    Returns:
-        0-d float32: the sum of -log p(label) in nats over the trained tokens of these rows.
-    """
-    return head.cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), chunk)
 
 
 # Sums over segments -------------------------------------------------------------------------------------------------
@@ -336,5 +322,5 @@ def pairwise_reward_loss(
     if kind == "bradley_terry":
         loss = -F.logsigmoid(margin).sum()
     else:
-        loss = cross_entropy(hidden, weight, labels, chunk)
+        loss = head.cross_entropy(hidden, weight, labels, chunk)
     return loss / counts["tokens"].clamp(min=1), {"accuracy": (margin > 0).to(margin.dtype).sum()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nb_lightning import head, losses, token_walk
+from nb_lightning import head, token_walk
 from nb_lightning.batch import IGNORE
 
 N, D, V = 23, 6, 37
@@ -119,9 +119,9 @@ def test_extreme_logits_stay_finite() -> None:
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
-def test_losses_cross_entropy_flattens_rows() -> None:
+def test_cross_entropy_flattens_rows() -> None:
     hidden, weight, labels = inputs(n=24)
-    loss = losses.cross_entropy(hidden.view(4, 6, D), weight, labels.view(4, 6), chunk=5)
+    loss = head.cross_entropy(hidden.view(4, 6, D), weight, labels.view(4, 6), chunk=5)
     torch.testing.assert_close(loss, naive_cross_entropy(hidden, weight, labels), atol=1e-12, rtol=1e-12)
 
 

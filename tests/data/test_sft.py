@@ -16,7 +16,7 @@ from data.packing import to_batch
 from data.sft import SFTData
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
 from nb_lightning.config import plan_of
-from nb_lightning.losses import cross_entropy
+from nb_lightning.head import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.source import TRAINED
