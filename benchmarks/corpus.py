@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, ROOT, Shape
-from data.source import SourceWriter
+from data.prepare.source_writer import SourceWriter
 from nb_lightning.source import SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 

@@ -23,7 +23,7 @@ CASES = [(seq_len, workers) for seq_len in (256, 4096) for workers in (0, 2)]
 def measure(root: Path, seq_len: int, workers: int, steps: int, rows: int) -> float:
     """Tokens per second over `steps` steps, the first few not counted."""
     from benchmarks.corpus import composed, overrides
-    from data.loading import StepLoader
+    from data.base import StepLoader
     from data.pretrain import PretrainData
     from nb_lightning.config import plan_of
 

@@ -1,4 +1,4 @@
-"""How full data/packing.py makes rows, and how long it takes: `python -m benchmarks.packing`.
+"""How full data/bin_packing.py makes rows, and how long it takes: `python -m benchmarks.packing`.
 
 CPU-seconds on one thread; the table of docs/sft_data.md.
 """
@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from data.packing import best_fit, pack
+from data.bin_packing import best_fit, pack
 
 CASES = {
     "1,000,000 log-normal, median 400": (lambda rng: rng.lognormal(np.log(400), 1.0, 1_000_000), 4096),

@@ -48,8 +48,8 @@ def run_ours(folder: Path, steps: int) -> None:
 
     from benchmarks.corpus import base, composed, fit
     from benchmarks.peers import PER_STEP
-    from data.chats import template_digest
-    from data.source import SampleWriter
+    from data.prepare.chats import template_digest
+    from data.prepare.source_writer import SampleWriter
     from nb_lightning.chat import ChatTemplate
     from nb_lightning.source import TRAINED, SourceManifest
     from nb_lightning.tokenizer import load_tokenizer

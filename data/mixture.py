@@ -6,7 +6,7 @@ it starts at the token where the previous phase stopped, whatever the context le
 loses no token and repeats none. Within the stretch rows are shuffled window by window (which keeps streamed reads
 local); the stream repeats the source's chunks in a new order each time it runs out.
 
-Conversations are packed, differently for each context length (data/packing.py): there, the rows of a source at one
+Conversations are packed, differently for each context length (data/bin_packing.py): there, the rows of a source at one
 context length are a stream, and a phase goes on where the last one with its context length stopped.
 
 So the whole state of the data is one integer, resume is exact with any number of workers or ranks, and a shift of the

@@ -1,7 +1,7 @@
 """Packed rows of samples under the plan: what the data of SFT and of preferences share.
 
-A source's samples are packed once for each context length that a phase has (data/packing.py); its rows come in a new
-shuffled order each time they have all been used. Which row comes i-th is `RowOrder`'s, as in pretraining.
+A source's samples are packed once for each context length that a phase has (data/bin_packing.py); its rows come in a
+new shuffled order each time they have all been used. Which row comes i-th is `RowOrder`'s, as in pretraining.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data.chats import template_digest
-from data.loading import HeldOut, PlannedData
+from data.base import HeldOut, PlannedData
+from data.bin_packing import Packing, pack
 from data.mixture import Row, RowOrder, shuffled
-from data.packing import Packing, pack
+from data.prepare.chats import template_digest
 from nb_lightning.batch import PackedBatch
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer

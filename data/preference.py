@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from data.bin_packing import Packing, pack_pairs, to_batch
 from data.packed import PackedData, PackedSource
-from data.packing import Packing, pack_pairs, to_batch
 from data.teacher_cache import TeacherCache, record
 from nb_lightning.batch import IGNORE, PreferenceBatch
 from nb_lightning.config import Config, PreferenceDataConfig

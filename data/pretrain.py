@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.loading import HeldOut, PlannedData
+from data.base import HeldOut, PlannedData
 from data.mixture import Row, RowOrder, TokenStream
 from nb_lightning.batch import PackedBatch
 from nb_lightning.source import Source

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data.bin_packing import OVER_LONG, Packing
 from data.packed import PackedSource, describe
-from data.packing import OVER_LONG, Packing
 from nb_lightning.source import SPLITS, TRAINED, Source
 from nb_lightning.tokenizer import TextTokenizer, load_tokenizer
 

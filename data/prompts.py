@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from data.loading import PlannedData
+from data.base import PlannedData
 from data.mixture import RowOrder, shuffled
 from data.packed import read_template
 from nb_lightning.batch import RolloutStep

@@ -11,8 +11,8 @@ from functools import partial
 
 import numpy as np
 
+from data.bin_packing import Packing, pack
 from data.packed import PackedData, PackedSource
-from data.packing import Packing, pack
 from data.preference import require_pairs
 from data.sft import conversations
 from nb_lightning.chat_tokens import ChatTokenizer

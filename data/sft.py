@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from data.bin_packing import OVER_LONG, to_batch
 from data.packed import PackedData, PackedSource
-from data.packing import OVER_LONG, to_batch
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config import Config, SFTDataConfig
 from nb_lightning.phases import PhasePlan

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.packing import to_batch
+from data.bin_packing import to_batch
 from data.teacher_cache import CacheWriter, record
 from nb_lightning.head import CHUNK
 from nb_lightning.model import Transformer

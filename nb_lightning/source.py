@@ -9,7 +9,7 @@ The words of conversations are 32 bits: a token id, and the bit `TRAINED` where 
 
 litdata reads, streams (s3://) and caches the pages. Only a chunk's last page may be part full; its true length is in
 the manifest, so no token is ever dropped. litdata itself does not notice a flipped bit: `Source` checks a chunk's hash
-when it is first opened and names the file. Sources are written by data/source.py.
+when it is first opened and names the file. Sources are written by data/prepare/source_writer.py.
 """
 
 from __future__ import annotations

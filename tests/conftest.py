@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.source import SourceWriter
+from data.prepare.source_writer import SourceWriter
 from nb_lightning.source import SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 from tests.harness import SOURCES, Train, run_train

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from data.documents import ChatSettings, Settings
 from data.preference import PreferenceData
-from data.prepare import prepare
+from data.prepare.documents import ChatSettings, Settings
+from data.prepare.make import prepare
 from nb_lightning.checkpoints import CheckpointWeights
 from nb_lightning.config import Config, plan_of, run_dir
 from nb_lightning.config_checks import check

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.documents import ChatSettings, Settings
-from data.prepare import prepare
+from data.prepare.documents import ChatSettings, Settings
+from data.prepare.make import prepare
 from tests.harness import ROOT, environment
 
 FAMILIES = "maths_sort science_binary code_functions general_words general_spelling tools_calls".split()

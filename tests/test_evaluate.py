@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data.source import SourceWriter
+from data.prepare.source_writer import SourceWriter
 from nb_lightning import evaluate
 from nb_lightning.accuracy import evaluate_tasks
 from nb_lightning.chat import ChatTemplate

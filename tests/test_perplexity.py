@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.source import SourceWriter
+from data.prepare.source_writer import SourceWriter
 from nb_lightning import perplexity as module
 from nb_lightning.model import ModelShape
 from nb_lightning.perplexity import Document, perplexity, source_documents, text_documents

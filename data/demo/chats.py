@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.chats import Chats, template_digest
 from data.demo.tasks import build_demo_tasks
-from data.documents import ChatSettings, Settings
-from data.prepare import prepare
-from data.source import is_source, locked
+from data.prepare.chats import Chats, template_digest
+from data.prepare.documents import ChatSettings, Settings
+from data.prepare.make import prepare
+from data.prepare.source_writer import is_source, locked
 from nb_lightning.files import write_json
 from nb_lightning.source import sha256
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.source import SourceWriter, is_source, locked, remove_source
+from data.prepare.source_writer import SourceWriter, is_source, locked, remove_source
 from nb_lightning.source import SPLITS, SourceManifest
 from nb_lightning.tokenizer import load_tokenizer
 

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from data.demo.problems import FAMILIES, Problem
-from data.source import locked
+from data.prepare.source_writer import locked
 from nb_lightning.files import write_json
 from nb_lightning.tasks import Task, write_tasks
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import describe, make
+from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
-from data.pairs.samples import EndpointSampler, LocalSampler, Sampler, key_of
 from nb_lightning.generate import MAX_BATCH
 from nb_lightning.sampling import Sampling
 from nb_lightning.source import sha256

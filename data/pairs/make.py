@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data.pairs.judge import Comparison, Judge
+from data.pairs.responses import Journal, Response, Sampler, key_of, sample_all
 from data.pairs.rule import NOT_PREFERRED, Rule
-from data.pairs.samples import Journal, Response, Sampler, key_of, sample_all
-from data.source import locked
+from data.prepare.source_writer import locked
 from nb_lightning.files import unfinished, whole, write_json
 from nb_lightning.tasks import Task
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from data.pairs.samples import Response
+from data.pairs.responses import Response
 
 BY = ("verifier", "judge", "both")
 # Why a prompt gives no pair.

@@ -13,10 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.records
-from data.chats import Chats, chat_of
-from data.documents import ChatSettings, Settings
-from data.prepare import BadRecord, main, prepare
+import data.prepare.records
+from data.prepare.__main__ import main
+from data.prepare.chats import Chats, chat_of
+from data.prepare.documents import ChatSettings, Settings
+from data.prepare.make import BadRecord, prepare
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.messages import ChatError
 from nb_lightning.source import TRAINED, Source, SourceManifest
@@ -188,7 +189,7 @@ def test_prepared_samples_come_back_whatever_holds_them(tmp_path: Path) -> None:
 def test_parts_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     write(tmp_path / "a.jsonl", [dialogue(i) for i in range(60)])
     prepare([tmp_path / "a.jsonl"], str(tmp_path / "one"), BYTES, progress=False)
-    monkeypatch.setattr(data.records, "PART_BYTES", 1500)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 1500)
     settings = Settings("bytes", val_fraction=0.2, chunk_tokens=1024, chat=ChatSettings())
     prepare([tmp_path / "a.jsonl"], str(tmp_path / "many"), settings, workers=workers, progress=False)
     assert len(SourceManifest.read(f"{tmp_path}/many/train").chunks) > 3
@@ -224,7 +225,7 @@ def test_every_bad_record_is_named(
     tmp_path: Path, mixed: tuple[Path, Settings], monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
     path, settings = mixed
-    monkeypatch.setattr(data.records, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
     made = prepare([path], str(tmp_path / "out"), settings, progress=False)
     log = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["line"], entry["reason"]) for entry in log] == [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing import Packing, best_fit, by_patterns, cut, pack, to_batch
+from data.bin_packing import Packing, best_fit, by_patterns, cut, pack, to_batch
 from nb_lightning.batch import IGNORE
 from nb_lightning.source import TRAINED
 

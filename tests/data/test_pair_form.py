@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from data.documents import ChatSettings, Settings
-from data.pairs.form import Pairs
-from data.prepare import main, prepare
+from data.prepare.__main__ import main
+from data.prepare.documents import ChatSettings, Settings
+from data.prepare.make import prepare
+from data.prepare.pairs import Pairs
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.messages import ChatError
 from nb_lightning.source import TRAINED, Source

@@ -14,9 +14,9 @@ import torch
 
 from data.pairs.__main__ import main
 from data.pairs.judge import Comparison, EndpointJudge
+from data.pairs.responses import Response
 from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, Rule
-from data.pairs.samples import Response
-from data.prepare import main as prepare
+from data.prepare.__main__ import main as prepare
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.source import Source
 from nb_lightning.tasks import Task, write_tasks
@@ -194,7 +194,7 @@ def test_overwriting_keeps_the_claim_until_the_new_one_is_there(
 
 
 def test_what_is_there_is_not_sampled_again(models: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.pairs.samples.load_pretrained", None)
+    monkeypatch.setattr("data.pairs.responses.load_pretrained", None)
     before = (made / "pairs.jsonl").read_bytes()
     main(command(models, made, "--margin", "0.5"))  # another rule needs no other responses
     assert (made / "pairs.jsonl").read_bytes() == before

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.documents import ChatSettings, Settings
-from data.loading import StepLoader
-from data.packing import pack_pairs
+from data.base import StepLoader
+from data.bin_packing import pack_pairs
 from data.preference import PairSource, PreferenceData
-from data.prepare import prepare
+from data.prepare.documents import ChatSettings, Settings
+from data.prepare.make import prepare
 from nb_lightning.batch import IGNORE, PreferenceBatch, StepBatch
 from tests.dpd_harness import make, opened
 from tests.sft_harness import write_chats

@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-import data.records
-from data.prepare import BadRecord, Settings, main, prepare
-from data.source import locked
+import data.prepare.records
+from data.prepare.__main__ import main
+from data.prepare.make import BadRecord, Settings, prepare
+from data.prepare.source_writer import locked
 from nb_lightning.source import Source, SourceManifest
 from nb_lightning.tokenizer import byte_tokenizer, load_tokenizer
 from tests.data.test_source import everything, s3_server
@@ -77,7 +78,7 @@ def test_documents_come_back_and_are_held_out_by_their_text(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("part_bytes", [2**26, 300])  # in one part, and in many
 def test_the_report(tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
-    monkeypatch.setattr(data.records, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
     (tmp_path / "in").mkdir()
     mixed = mixed.rename(tmp_path / "in" / "mixed.jsonl")
     (tmp_path / "in" / "notes.docx").touch()
@@ -107,13 +108,13 @@ def test_a_bad_record_is_fatal_by_knob(tmp_path: Path, mixed: Path, capsys: pyte
 def test_parts_that_were_finished_with_bad_records_are_fatal_too(
     tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.records, "PART_BYTES", 1000)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 1000)
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("data.source.merge_parts", stopped)
+        patch.setattr("data.prepare.source_writer.merge_parts", stopped)
         prepare([mixed], str(tmp_path / "out"), BYTES, progress=False)
     with pytest.raises(BadRecord, match=r"mixed.jsonl:10: invalid JSON"):
         prepare([mixed], str(tmp_path / "out"), BYTES, on_bad="fail", progress=False)
@@ -148,7 +149,7 @@ def test_interrupted_anywhere_and_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, stride: int
 ) -> None:
     """Stopped at every change of the file system in turn; with `again`, while it replaces another source."""
-    monkeypatch.setattr(data.records, "PART_BYTES", 6000)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 6000)
     files = [write_jsonl(tmp_path / "a.jsonl", [*texts(0, 60), " "])]
     prepare(files, str(tmp_path / "unbroken"), BYTES, progress=False)
     unbroken = content(tmp_path / "unbroken")

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-import data.records
-from data.records import Part, Record, cut, lines_before, merge_dropped, read
+import data.prepare.records
+from data.prepare.records import Part, Record, cut, lines_before, merge_dropped, read
 
 TEXTS = [f"document {i} ü 漢 " + "word " * (7 * i % 40) for i in range(60)]
 
@@ -65,7 +65,7 @@ def test_tables(tmp_path: Path) -> None:
 
 
 def test_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.records, "PART_ROWS", 25)
+    monkeypatch.setattr(data.prepare.records, "PART_ROWS", 25)
     plain = datasets.Dataset.from_dict({"n": range(60), "text": TEXTS})
     plain.save_to_disk(str(tmp_path / "plain"))
     assert len(cut([str(tmp_path / "plain")])[0]) == 3
@@ -84,7 +84,7 @@ def test_folders_of_text_and_what_is_left_alone(tmp_path: Path, monkeypatch: pyt
     parts, ignored = cut([str(tmp_path)], text_suffixes=["rst"])
     assert [Path(file).name for part in parts for file in part.files] == ["a.txt", "b.md", "c.rst"]
     assert ignored == {".csv": 2, "no suffix": 1}
-    monkeypatch.setattr(data.records, "PART_BYTES", 10)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 10)
     assert len(cut([str(tmp_path)], text_suffixes=["rst"])[0]) == 3
     assert texts(tmp_path) == TEXTS[:2]
 
@@ -107,7 +107,7 @@ BAD = [
 @pytest.mark.parametrize("part_bytes", [2**26, 100])  # in one part, and cut after almost every line
 def test_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
     """A good line before each bad one: the bad ones are on lines 2, 4, 6 ..."""
-    monkeypatch.setattr(data.records, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
     path = tmp_path / "mixed.jsonl"
     good = as_lines(TEXTS).splitlines(keepends=True)
     path.write_bytes(b"".join(line + bad + b"\n" for line, (bad, _) in zip(good, BAD)))
@@ -135,8 +135,8 @@ def test_bad_cells_and_files(tmp_path: Path) -> None:
 
 
 def test_line_numbers_of_cut_files_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.records, "PART_BYTES", 500)
-    monkeypatch.setattr(data.records, "PART_ROWS", 13)
+    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 500)
+    monkeypatch.setattr(data.prepare.records, "PART_ROWS", 13)
     (tmp_path / "a.jsonl").write_bytes(as_lines(TEXTS))
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "b.parquet", row_group_size=11)
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "c"))
@@ -156,7 +156,7 @@ def test_a_log_of_any_file_names(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         with open(tmp_path / f"{number}", "w", encoding="utf-8", errors="backslashreplace") as log:
             for line in range(1, 6):
-                data.records.log_dropped(log, Record(name, line, None, "invalid JSON"))
+                data.prepare.records.log_dropped(log, Record(name, line, None, "invalid JSON"))
         logs.append((tmp_path / f"{number}", Part("jsonl", (name,)), 5))
     origins = merge_dropped(logs, tmp_path / "all")
     assert origins == {"invalid JSON": [f"{names[0]}:{line}" for line in (1, 2, 3)]}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.loading import StepLoader
+from data.base import StepLoader
+from data.bin_packing import to_batch
 from data.mixture import RowOrder
-from data.packing import to_batch
 from data.sft import SFTData
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
 from nb_lightning.config import plan_of

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.source import SourceWriter, is_source, locked, merge_parts, remove_source, upload_source
+from data.prepare.source_writer import SourceWriter, is_source, locked, merge_parts, remove_source, upload_source
 from nb_lightning.source import INDEX, MANIFEST, PAGE, Source, SourceManifest
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.records import Part, Record, read
-from data.source import CHUNK_TOKENS, SourceWriter
+from data.prepare.records import Part, Record, read
+from data.prepare.source_writer import CHUNK_TOKENS, SourceWriter
 from nb_lightning.source import SourceManifest
 from nb_lightning.tokenizer import TextTokenizer, load_tokenizer
 
@@ -18,7 +18,7 @@ ENCODE_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How conversations are written; see data/chats.py."""
+    """How conversations are written; see data/prepare/chats.py."""
 
     template: str | None = None  # Jinja source; None is the tokenizer's own, or ChatML
     think: bool = True  # train on reasoning; False takes it out of the conversations
@@ -37,7 +37,7 @@ class Settings:
     seed: int = 0  # another seed holds out other records
     chunk_tokens: int = CHUNK_TOKENS
     chat: ChatSettings | None = None
-    pairs: bool = False  # two responses to each prompt, with `chat`; see data/pairs/form.py
+    pairs: bool = False  # two responses to each prompt, with `chat`; see data/prepare/pairs.py
 
     def load_tokenizer(self) -> TextTokenizer:
         return load_tokenizer(self.tokenizer, self.eos)

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.chats import Chats, question, side, tools_of, words_of
-from data.source import SampleWriter
+from data.prepare.chats import Chats, question, side, tools_of, words_of
+from data.prepare.source_writer import SampleWriter
 from nb_lightning.messages import ChatError, check_messages, outcome
 from nb_lightning.source import TRAINED
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data import source
-from data.documents import Settings
-from data.records import ARCHIVES, Part
+from data.prepare import source_writer
+from data.prepare.documents import Settings
+from data.prepare.records import ARCHIVES, Part
 from nb_lightning.files import write_json
 
 CLAIM = "claim.json"
@@ -49,7 +49,7 @@ def take_up(staging: Path, claim: dict[str, Any], output: str, overwrite: bool) 
     if old and (changed or old["state"] == "over"):
         clean_up(staging, old)
         old = {}
-    if source.is_source(output) and not overwrite and old.get("state") != "merging":
+    if source_writer.is_source(output) and not overwrite and old.get("state") != "merging":
         raise ValueError(f"--output {output} holds a finished source; replace it with --overwrite")
     if not old:
         write_json(path, claim)

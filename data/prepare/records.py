@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.tables import Table, naming, open_dataset, open_parquet
+from data.prepare.tables import Table, naming, open_dataset, open_parquet
 
 PART_BYTES = 2**26
 PART_ROWS = 10_000

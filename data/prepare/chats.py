@@ -21,9 +21,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from data.documents import Settings
-from data.records import Part, Record, read_objects
-from data.source import SampleWriter
+from data.prepare.documents import Settings
+from data.prepare.records import Part, Record, read_objects
+from data.prepare.source_writer import SampleWriter
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
 from nb_lightning.messages import ChatError, check_messages, outcome

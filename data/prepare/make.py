@@ -1,11 +1,11 @@
-"""Text, conversations and pairs into tokenized sources: `python -m data.prepare --input PATH... --output FOLDER ...`.
+"""Turn text, conversations and pairs into tokenized sources: cut, tokenize in workers, merge.
 
-The input is cut into parts (data/records.py). Each part becomes chunks of its own, in a worker process; finished parts
-are kept, so a stopped preparation goes on where it was; at the end the chunks move under one index. What comes out
-depends on the input and the settings alone, not on the number of workers. What a record becomes is up to its form:
-`Documents` (data/documents.py), with --chat `Chats` (data/chats.py), with --pairs `Pairs` (data/pairs/form.py). A bad
-record is counted, written to `dropped.jsonl` with file and line, and left out, or ends the preparation with --on-bad
-fail.
+The input is cut into parts (data/prepare/records.py). A worker process turns each part into chunks of its own.
+Finished parts are kept, so a stopped preparation resumes. At the end the chunks move under one index. The result
+depends on the input and the settings alone, not on the number of workers. A form turns records into samples:
+`Documents` (data/prepare/documents.py), `Chats` (data/prepare/chats.py, --chat) or `Pairs` (data/prepare/pairs.py,
+--pairs). A bad record is counted, written to `dropped.jsonl` with file and line, and left out; with --on-bad fail it
+ends the preparation.
 
     <staging>/claim.json        what the work is for, and how far it is
     <staging>/parts/<number>/   a finished part: train/, val/, dropped.jsonl, done.json
@@ -14,13 +14,11 @@ fail.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 from collections import Counter
@@ -33,18 +31,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import source
-from data.chats import HISTORY, Chats
-from data.documents import ChatSettings, Documents, Settings
-from data.pairs.form import Pairs
-from data.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
-from data.source import CHUNK_TOKENS
-from data.staging import CLAIM, clean_up, new_claim, require_room, take_up
+from data.prepare import source_writer
+from data.prepare.chats import Chats
+from data.prepare.documents import Documents, Settings
+from data.prepare.pairs import Pairs
+from data.prepare.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
+from data.prepare.staging import CLAIM, clean_up, new_claim, require_room, take_up
 from nb_lightning.files import write_json
 from nb_lightning.source import PAGE, SPLITS, SourceManifest
 
 DONE, DROPPED = "done.json", "dropped.jsonl"
-_GO_ON = "run the same command again to go on: finished parts are kept"
+GO_ON = "run the same command again to go on: finished parts are kept"
 
 
 @dataclass
@@ -127,9 +124,9 @@ def prepare(
         held_out, ignored_too = cut(val_inputs, suffixes, hf_split)
         _require_apart(parts, held_out)
         parts, ignored = [*parts, *(replace(part, held_out=True) for part in held_out)], ignored + ignored_too
-    source.require_source_or_nothing(final)
+    source_writer.require_source_or_nothing(final)
     folders = [work / f"{number:06d}" for number in range(len(parts))]
-    with source.locked(staging, wait=False):
+    with source_writer.locked(staging, wait=False):
         claim = take_up(staging, new_claim(parts, settings, output), output, overwrite)
         require_room(staging, [p for p, folder in zip(parts, folders) if not (folder / DONE).exists()], settings)
         _run(parts, folders, settings, workers, on_bad, progress)
@@ -146,14 +143,14 @@ def prepare(
                 f"none of the {sum(lines)} records of the input can be used: {', '.join(reasons)}; the first: {first}"
             )
         if claim["state"] != "merging":  # else what is there is ours already
-            source.remove_source(final)
+            source_writer.remove_source(final)
             (final / DROPPED).unlink(missing_ok=True)
             write_json(staging / CLAIM, {**claim, "state": "merging"})
         final.mkdir(parents=True, exist_ok=True)
         origins = merge_dropped(zip([folder / DROPPED for folder in folders], parts, lines), final / DROPPED)
-        made = {name: source.merge_parts([folder / name for folder in folders], final / name) for name in SPLITS}
+        made = {name: source_writer.merge_parts([folder / name for folder in folders], final / name) for name in SPLITS}
         if remote:
-            source.upload_source(final, output, progress)
+            source_writer.upload_source(final, output, progress)
         clean_up(staging, claim)
     return Prepared(output, made, origins, dict(ignored))
 
@@ -185,7 +182,7 @@ def _run(parts: list[Part], folders: list[Path], settings: Settings, workers: in
                 for future in as_completed(futures):
                     done(futures[future], future.result())
             except BrokenProcessPool as error:
-                raise ValueError(f"a worker died (killed, or out of memory: --workers); {_GO_ON}") from error
+                raise ValueError(f"a worker died (killed, or out of memory: --workers); {GO_ON}") from error
             except (ValueError, OSError):
                 pool.shutdown(cancel_futures=True)
                 # Parts begin in order, so this is the first of the input's errors, whatever the number of workers.
@@ -264,58 +261,3 @@ def _first_dropped(part: Part, folder: Path) -> str | None:
     if entry is None:
         return None
     return _place(part, Record(entry["file"], entry["line"], None, entry["reason"], entry.get("detail")))
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--template {path} cannot be read: {error}") from error
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help=".jsonl(.gz|.zst), .parquet, datasets folder, texts")
-    add("--output", required=True, help="folder or s3:// prefix of the source; gets train/ and val/")
-    add("--tokenizer", default="bytes", help="'bytes' (default), a tokenizer.json, or a folder that holds one")
-    add("--eos", metavar="TOKEN", help="token that ends a document (default: the tokenizer's usual one)")
-    add("--field", default="text", help="field or column that holds the text (default: %(default)s)")
-    add("--hf-split", "--split", metavar="NAME", help="split of a datasets folder that has several")
-    add("--text-suffix", nargs="*", default=[], metavar=".py", help="further suffixes read as one document a file")
-    add("--val-fraction", type=float, default=0.005, metavar="X", help="records held out (default: %(default)s)")
-    add("--val-input", nargs="+", default=[], metavar="PATH", help="all that is held out, instead of a fraction")
-    add("--seed", type=int, default=0, help="another one holds out other records (default: %(default)s)")
-    add("--chunk-tokens", type=int, default=CHUNK_TOKENS, metavar="N", help="tokens in a chunk (default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
-    add("--on-bad", choices=("skip", "fail"), default="skip", help="what a bad record does (default: %(default)s)")
-    add("--staging", type=Path, metavar="FOLDER", help="for the work in between (default: beside the output, or /tmp)")
-    add("--overwrite", action="store_true", help="replace a finished source or other unfinished work")
-    chat = parser.add_argument_group("conversations").add_argument
-    chat("--chat", action="store_true", help="records have messages, conversations, or prompt and completion")
-    chat("--pairs", action="store_true", help="records have messages or prompt, and chosen and rejected responses")
-    chat("--template", type=Path, metavar="FILE", help="chat template (default: the tokenizer's own, else ChatML)")
-    chat("--no-think", dest="think", action="store_false", help="take reasoning out of the conversations")
-    chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: "
-         "trained on in a sample of their own, not at all, or as they stand (default: %(default)s)")  # fmt: skip
-    chat("--date", default=ChatSettings.date, help="for templates that write it (default: %(default)s)")
-    a = parser.parse_args(arguments)
-    try:
-        template = _read_template(a.template) if a.template else None
-        if a.pairs and (a.chat or not a.think):
-            raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
-        chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
-        settings = Settings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs)
-        made = prepare(
-            a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
-            staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,
-        )  # fmt: skip
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        hint = "" if isinstance(error, ValueError) else f"; {_GO_ON}"
-        print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadRecord) else 130 if isinstance(error, KeyboardInterrupt) else 1)
-    print(made)
-
-
-if __name__ == "__main__":
-    main()

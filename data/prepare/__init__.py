@@ -1,0 +1,1 @@
+"""`python -m data.prepare`: raw records into tokenized sources."""
