@@ -60,9 +60,10 @@ def run(cfg: Config) -> None:
     import lightning.pytorch as pl
     import torch
 
-    from nb_lightning import checkpoints, dry_run
+    from nb_lightning import dry_run
     from nb_lightning.adapters import trained_parameters
-    from nb_lightning.pretrained import find
+    from nb_lightning.checkpoints import folders
+    from nb_lightning.checkpoints.pretrained import find
     from nb_lightning.strategies import resolve_accelerator
 
     folder = run_dir(cfg)
@@ -87,12 +88,12 @@ def run(cfg: Config) -> None:
     data.prepare()
     if checkpoint is not None:
         require_same_run(checkpoint, module, data)
-        if checkpoints.read_info(checkpoint)["tokens_seen"] == plan.total_tokens:
+        if folders.read_info(checkpoint)["tokens_seen"] == plan.total_tokens:
             log.info("nothing left to do: %s is the end of the plan", checkpoint)
             return
     require_room(cfg, trained_parameters(module.shape, cfg.stage.adapter), folder)
     trainer = build_trainer(cfg, accelerator, folder)
-    state = checkpoint / checkpoints.STATE if checkpoint else None
+    state = checkpoint / folders.STATE if checkpoint else None
     gc.freeze()
     gc.enable()
     trainer.fit(module, datamodule=data, ckpt_path=state, weights_only=True)
@@ -169,21 +170,21 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
         end: tokens of the whole plan. A run that was killed after the last step, before everything was measured and
             drawn, takes its last steps again.
     """
-    from nb_lightning import checkpoints
+    from nb_lightning.checkpoints import folders
     from nb_lightning.files import read_json
 
     if cfg.ckpt_path:
-        return checkpoints.resolve(cfg.ckpt_path)
+        return folders.resolve(cfg.ckpt_path)
     if cfg.resume:
         finished = read_json(folder / "manifest.json").get("finished", True)  # where there is one at all
-        found, problems = checkpoints.newest(folder, but=None if finished else end)
+        found, problems = folders.newest(folder, but=None if finished else end)
         for problem in problems:
             log.warning("left aside: %s", problem)
         if found is None and problems:
             raise ValueError(f"no checkpoint in {folder} is whole; begin again with another run_name")
         log.info("resuming from %s" if found else "nothing to resume in %s yet: beginning", found or folder)
         return found
-    if checkpoints.all_checkpoints(folder):
+    if folders.all_checkpoints(folder):
         raise ValueError(f"{folder} holds a run already: continue it with resume=true, or choose another run_name")
     if cfg.init_from and not Path(cfg.init_from).exists():
         raise ValueError(
@@ -197,11 +198,11 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
 
 def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
     """Refuse to continue a checkpoint with another layout, model, past, seed or data than made it."""
-    from nb_lightning import checkpoints
+    from nb_lightning.checkpoints import folders
     from nb_lightning.config import plain
 
-    saved = checkpoints.read_info(checkpoint)
-    sharded, strategy = (checkpoint / checkpoints.STATE).is_dir(), module.cfg.trainer.strategy
+    saved = folders.read_info(checkpoint)
+    sharded, strategy = (checkpoint / folders.STATE).is_dir(), module.cfg.trainer.strategy
     if sharded != (strategy == "fsdp"):
         raise ValueError(
             f"trainer.strategy is {strategy}, but {checkpoint} was saved by {'fsdp' if sharded else 'single or ddp'}: "

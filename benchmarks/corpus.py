@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, ROOT, Shape
 from data.prepare.source_writer import SourceWriter
-from nb_lightning.source import SourceManifest
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.token_source import SourceManifest
 
 SOURCES = ("docs", "code", "tests", "arithmetic")  # of the demo plan
 

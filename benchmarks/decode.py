@@ -30,11 +30,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import append_jsonl, table
+from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
 from nb_lightning.generate import Request, stream
-from nb_lightning.hf_config import config_from_shape
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.sampling import Sampling
-from nb_lightning.weights import to_hf
 
 SHAPES = {
     "demo": ModelShape(260, 128, 4, 4, 2, 32, 352),
@@ -119,7 +118,7 @@ def main() -> None:
     records = []
     for name in [a.model] if a.model else a.shapes.split(","):
         if a.model:
-            from nb_lightning.pretrained import load_pretrained
+            from nb_lightning.checkpoints.pretrained import load_pretrained
 
             ours = load_pretrained(a.model, "cpu", "float32").model
         else:

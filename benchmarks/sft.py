@@ -51,8 +51,8 @@ def run_ours(folder: Path, steps: int) -> None:
     from data.prepare.chats import template_digest
     from data.prepare.source_writer import SampleWriter
     from nb_lightning.chat import ChatTemplate
-    from nb_lightning.source import TRAINED, SourceManifest
-    from nb_lightning.tokenizer import load_tokenizer
+    from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+    from nb_lightning.token_source import TRAINED, SourceManifest
 
     tokenizer = load_tokenizer("bytes")  # only names the vocabulary here
     for split in ("train", "val"):

@@ -1,6 +1,6 @@
 """Checkpoints: one at each phase boundary, which is kept; the newest few in between; one more when asked to stop.
 
-Each is written whole or not at all (nb_lightning/checkpoints.py). SIGTERM and Ctrl-C end the step in hand, save, and
+Each is written whole or not at all (nb_lightning/checkpoints/folders.py). SIGTERM and Ctrl-C end the step in hand, save, and
 leave with 128 + the signal's number, so that a scheduler sees that the run did not finish.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from nb_lightning import checkpoints
+from nb_lightning.checkpoints import folders
 from nb_lightning.errors import RunStopped
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
@@ -81,9 +81,9 @@ class PhaseCheckpoint(PhaseCallback, Checkpoint):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             trainer.strategy.barrier("checkpoint")
-            trainer.save_checkpoint(temporary / checkpoints.STATE)
+            trainer.save_checkpoint(temporary / folders.STATE)
             if trainer.is_global_zero:
-                checkpoints.commit(temporary, final, module.state())
+                folders.commit(temporary, final, module.state())
                 self._drop_old(folder)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -94,7 +94,7 @@ class PhaseCheckpoint(PhaseCallback, Checkpoint):
         self._saved_at = module.tokens_seen
 
     def _drop_old(self, folder: Path) -> None:
-        passing = [path for path in checkpoints.all_checkpoints(folder.parent) if "-end-of-" not in path.name]
+        passing = [path for path in folders.all_checkpoints(folder.parent) if "-end-of-" not in path.name]
         for path in passing[: -self.keep_last]:
             gone = path.with_name(f".dropping-{path.name}")  # never half there under its name
             path.rename(gone)

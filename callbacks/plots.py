@@ -11,7 +11,7 @@ import numpy as np
 
 from callbacks.progress import human
 from nb_lightning.phases import PhasePlan
-from nb_lightning.run_metrics import read_metrics
+from nb_lightning.run_folder import read_metrics
 
 COLORS = (
     "#4477aa",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nb_lightning.batch import IGNORE, PackedBatch
-from nb_lightning.source import TRAINED
+from nb_lightning.token_source import TRAINED
 
 OVER_LONG = ("drop", "truncate", "split")
 GOOD_FILL = 0.99

@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from nb_lightning.phases import PhasePlan, exact
-from nb_lightning.source import Source
+from nb_lightning.token_source import Source
 
 SHUFFLE_WINDOW_TOKENS = 2**26
 Stream = str | tuple[str, int]

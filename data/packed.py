@@ -23,7 +23,7 @@ from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.config import ChatDataConfig, Config
 from nb_lightning.phases import PhasePlan
-from nb_lightning.source import Source
+from nb_lightning.token_source import Source
 
 log = logging.getLogger(__name__)
 

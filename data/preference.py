@@ -19,7 +19,7 @@ from data.teacher_cache import TeacherCache, record
 from nb_lightning.batch import IGNORE, PreferenceBatch
 from nb_lightning.config import Config, PreferenceDataConfig
 from nb_lightning.phases import PhasePlan
-from nb_lightning.source import Source
+from nb_lightning.token_source import Source
 
 
 class PairSource(PackedSource):

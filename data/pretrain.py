@@ -11,7 +11,7 @@ import torch
 from data.base import HeldOut, PlannedData
 from data.mixture import Row, RowOrder, TokenStream
 from nb_lightning.batch import PackedBatch
-from nb_lightning.source import Source
+from nb_lightning.token_source import Source
 
 
 class StreamRows:

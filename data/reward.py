@@ -19,7 +19,7 @@ from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.config import Config
 from nb_lightning.pairwise import ComparisonForm, comparison
 from nb_lightning.phases import PhasePlan
-from nb_lightning.source import TRAINED, Source
+from nb_lightning.token_source import TRAINED, Source
 
 
 class ComparisonSource(PackedSource):

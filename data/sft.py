@@ -12,7 +12,7 @@ from data.packed import PackedData, PackedSource
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config import Config, SFTDataConfig
 from nb_lightning.phases import PhasePlan
-from nb_lightning.source import Source
+from nb_lightning.token_source import Source
 
 
 class SFTData(PackedData):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nb_lightning.files import whole, write_json
-from nb_lightning.source import Source, sha256
+from nb_lightning.token_source import Source, sha256
 
 MANIFEST = "teacher.json"
 FILE_TOKENS = 2**18  # records of a file, about

@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from data.bin_packing import to_batch
 from data.teacher_cache import CacheWriter, record
+from nb_lightning.checkpoints.pretrained import find, load_pretrained, require_same_vocabulary
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.head import CHUNK
 from nb_lightning.model import Transformer
-from nb_lightning.pretrained import find, load_pretrained
-from nb_lightning.source import SPLITS, Source
-from nb_lightning.teacher import require_same_vocabulary
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.token_source import SPLITS, Source
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,9 +25,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning.checkout import CHECKOUT
-from nb_lightning.comparison import compare, measured, table
+from nb_lightning.comparison import Interval, estimate
 from nb_lightning.files import read_json, write_json, write_text
 from nb_lightning.outcome import ended, last_line
+from nb_lightning.run_folder import read_metrics
 
 FOLDER = CHECKOUT / "conf" / "ablation"
 CLAIM = "ablation.json"  # in a run's folder: what it was begun with, and whether it is finished
@@ -248,3 +249,77 @@ def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: di
 
 if __name__ == "__main__":
     main()
+
+
+def measured(run: Path, kind: str, source: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What the finished run in that folder measured of a source at its end, and before its first step.
+
+    Args:
+        kind: "accuracy": avg@k of each task, [tasks] and [tasks] (`callbacks.task_accuracy`); or "perplexity" of
+            held-out rows, [1] and None.
+
+    Raises:
+        ValueError: it measured no such source.
+    """
+    if kind == "accuracy":
+        phases = json.loads((run / "accuracy.json").read_text(encoding="utf-8"))
+        before, after = (phases[when]["sources"] for when in ("before", list(phases)[-1]))
+        if source not in after:
+            raise ValueError(f"measure.sources names {source!r}; {run} measured {', '.join(after)}")
+        return np.array(after[source]["each"]), np.array(before[source]["each"])
+    metrics, key = read_metrics(run), f"val/perplexity/{source}"
+    if key not in metrics:
+        raise ValueError(f"measure.sources names {source!r}, but {run} logged no {key}")
+    return metrics[key][-1:, 1], None
+
+
+def compare(arms: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+    """{arm: {"after": ..., "gain": ..., "difference": ...}}, each as the fields of `Estimate`.
+
+    Args:
+        arms: values at the end of each arm's runs, [seeds, tasks]; the first arm is what the others are held against.
+        before: the same before the first step; without it there is no "gain".
+    """
+    first = next(iter(arms.values()))
+    found: dict[str, Any] = {}
+    for name, values in arms.items():
+        found[name] = {"after": asdict(estimate(values))}
+        if before:
+            found[name]["gain"] = asdict(estimate(values - before[name]))
+        if values is not first:
+            found[name]["difference"] = asdict(estimate(values - first))
+    return found
+
+
+def table(compared: Mapping[str, Any], what: str, scale: float = 1, digits: int = 1) -> str:
+    """Markdown: arms down. `what` heads the means, which are multiplied with `scale`."""
+    names = list(compared)
+    gains = "gain" in compared[names[0]]
+    tasks = compared[names[0]]["after"]["over_tasks_and_seeds"] is not None
+    head = ["arm", what, *(["95 %"] if tasks else []), "95 % over seeds", "each seed"]
+    head += ["gain", "95 %"] if gains else []
+    head += [f"minus {names[0]}", *(["95 %"] if tasks else []), "95 % over seeds"] if names[1:] else []
+
+    def number(x: float, sign: str = "") -> str:
+        return f"{scale * x:{sign}.{digits}f}"
+
+    def interval(found: Interval | None, sign: str = "") -> str:
+        return "–" if found is None else f"{number(found[0], sign)} … {number(found[1], sign)}"
+
+    rows = []
+    for name in names:
+        after, gain, difference = (compared[name].get(key) for key in ("after", "gain", "difference"))
+        row = [name, number(after["mean"]), *([interval(after["over_tasks_and_seeds"])] if tasks else [])]
+        row += [interval(after["over_seeds"]), ", ".join(map(number, after["seeds"]))]
+        if gain:
+            row += [number(gain["mean"], "+"), interval(gain["over_tasks_and_seeds"], "+")]
+        if difference:
+            row += [number(difference["mean"], "+")]
+            row += [interval(difference["over_tasks_and_seeds"], "+")] if tasks else []
+            row += [interval(difference["over_seeds"], "+")]
+        rows.append(row + [""] * (len(head) - len(row)))
+    return markdown([head, ["---", *["---:"] * (len(head) - 1)], *rows])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generate import MAX_BATCH, Completion, Request, stream
-from nb_lightning.pretrained import Pretrained
 from nb_lightning.rewards import Score, Verifier, get_verifier
 from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from nb_lightning import bnb
 from nb_lightning.config import AdapterConfig
 from nb_lightning.model import ModelShape, Transformer, copy_into
-from nb_lightning.weights import Weights, parameter_shapes, to_hf
+from nb_lightning.weights import Weights, parameter_shapes
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -185,27 +184,3 @@ class Merged(Weights):
         made_of = [self.trained.digest(part) for part in parts if part in self.trained.stored]
         made_of += [self.base.digest(name), repr(self.scale)]
         return hashlib.sha256(" ".join(made_of).encode()).hexdigest()
-
-
-# peft's format ------------------------------------------------------------------------------------------------------
-
-
-def save_peft(trained: Weights, cfg: AdapterConfig, base_path: str, tie_embeddings: bool, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which `PeftModel.from_pretrained` loads on the base.
-
-    Parts that were trained whole become peft's `modules_to_save`.
-    """
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name in trained.stored:
-        spelling = to_hf(name).replace(".default.", ".")
-        tensors[f"base_model.model.{spelling}"] = trained.read(name).contiguous()
-    whole = [to_hf(f"{name}.weight").split(".")[-2] for name in cfg.also_train]
-    if whole and tie_embeddings:  # it copies what it trains: both ends of the tie need the same
-        whole = ["embed_tokens", "lm_head"]
-        (embedding,) = (value for name, value in tensors.items() if "embed_tokens" in name)
-        tensors["base_model.model.lm_head.weight"] = embedding.clone()
-    config = peft_config(cfg, modules_to_save=whole or None, base_model_name_or_path=base_path, inference_mode=True)
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

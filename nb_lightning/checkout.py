@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def shape_at(init_from: str | None) -> dict[str, Any]:
     """What `model=from_hf` asks for; torch is loaded only if it does."""
-    from nb_lightning import pretrained
+    from nb_lightning.checkpoints import pretrained
 
     return pretrained.shape_at(init_from)
 

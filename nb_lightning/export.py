@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from nb_lightning import __version__, adapters, checkpoints, gguf_file, hf_config, weights
+from nb_lightning import __version__, weights
 from nb_lightning.chat import ChatTemplate
+from nb_lightning.checkpoints import folders, gguf, hugging_face
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
+from nb_lightning.checkpoints.model_card import model_card
+from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find
 from nb_lightning.config import AdapterConfig
-from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
-from nb_lightning.model_card import model_card
-from nb_lightning.pretrained import EXPORT, AdapterOrigin, Origin, find
 from nb_lightning.tokenizer import TextTokenizer
 
 DECODING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # report, section "Evaluation"
@@ -46,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")
     p.add_argument("--gguf", metavar="FILE", help="the .gguf file to write")
     p.add_argument("--adapter", metavar="FOLDER", help="of an adapter run: the folder to write, in peft's format")
-    p.add_argument("--dtype", default="auto", choices=["auto", *hf_config.DTYPES], help="auto: as it is stored")
-    p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf_file.TYPES], help="auto: as --dtype")
+    p.add_argument("--dtype", default="auto", choices=["auto", *hugging_face.DTYPES], help="auto: as it is stored")
+    p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf.TYPES], help="auto: as --dtype")
     p.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
     p.add_argument("--shard-size", default="4GB", help="of the safetensors files: a number with KB, MB or GB")
     p.add_argument("--name", help="of the model, for the model card; by default the folder's")
@@ -75,11 +76,11 @@ def run(a: argparse.Namespace) -> None:
     tensors.require(origin.shape)
     if a.chat_template:
         tokenizer = replace(tokenizer, chat_template=_template(a.chat_template))
-    dtype = tensors.dtype if a.dtype == "auto" else hf_config.DTYPES[a.dtype]
+    dtype = tensors.dtype if a.dtype == "auto" else hugging_face.DTYPES[a.dtype]
     if a.to:
         export_hf(origin, tensors, tokenizer, Path(a.to), dtype, shard_bytes, a.name or Path(a.to).absolute().name)
     if a.gguf:
-        kind = a.gguf_type if a.gguf_type != "auto" else hf_config.dtype_name(dtype)
+        kind = a.gguf_type if a.gguf_type != "auto" else hugging_face.dtype_name(dtype)
         export_gguf(origin, tensors, tokenizer, Path(a.gguf), kind, a.name or Path(a.gguf).stem)
 
 
@@ -93,7 +94,7 @@ def export_hf(
     name: str,
 ) -> None:
     """Write a Hugging Face folder beside its place and rename it there when it is whole."""
-    context, kind = origin.context or DEFAULT_CONTEXT, hf_config.dtype_name(dtype)
+    context, kind = origin.context or DEFAULT_CONTEXT, hugging_face.dtype_name(dtype)
     special = {"eos_token": tokenizer.tokenizer.id_to_token(tokenizer.eos_id), **tokenizer.special}
     ids: dict[str, Any] = {  # null where there is none: transformers has defaults
         f"{role}_id": tokenizer.tokenizer.token_to_id(special[role]) if role in special else None
@@ -105,9 +106,9 @@ def export_hf(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        weights.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
-        config = hf_config.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
-        _write_json(temporary / hf_config.CONFIG, config)
+        hugging_face.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
+        config = hugging_face.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
+        _write_json(temporary / hugging_face.CONFIG, config)
         _write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         tokenizer.save(temporary, model_max_length=context)
         card = model_card(name, origin, kind, chat=tokenizer.chat_template is not None)
@@ -115,7 +116,7 @@ def export_hf(
         info = {"version": __version__, "from": origin.path.name, "dtype": kind}
         if origin.comparison():
             info["comparison"] = {"digest": origin.comparison()}
-        checkpoints.commit(temporary, target, info, EXPORT)
+        folders.commit(temporary, target, info, EXPORT)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error
     finally:
@@ -133,7 +134,7 @@ def export_gguf(
     context = origin.context or DEFAULT_CONTEXT
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        gguf_file.save_gguf(tensors, origin.shape, temporary, kind, context, metadata, __version__)
+        gguf.save_gguf(tensors, origin.shape, temporary, kind, context, metadata, __version__)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -148,15 +149,15 @@ def export_adapter(origin: Origin, target: Path) -> None:
     """Write what an adapter run trained as `PeftModel.from_pretrained(base, target)` loads it."""
     if not isinstance(origin, AdapterOrigin):
         raise ValueError(f"--adapter: {origin.path} is no run of adapters (stage.adapter.name=lora or qlora)")
-    saved = dict(checkpoints.read_info(origin.path)["adapter"])
+    saved = dict(folders.read_info(origin.path)["adapter"])
     base = saved.pop("base")["path"]
     temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        trained, shape = checkpoints.CheckpointWeights(origin.path), origin.shape
-        adapters.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
-        checkpoints.commit(temporary, target, {"version": __version__, "from": origin.path.name}, EXPORT)
+        trained, shape = folders.CheckpointWeights(origin.path), origin.shape
+        hugging_face.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
+        folders.commit(temporary, target, {"version": __version__, "from": origin.path.name}, EXPORT)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error
     finally:
@@ -177,8 +178,8 @@ def _require_folder(target: Path, origin: Path) -> None:
     if target.resolve() in (origin.resolve(), *origin.resolve().parents):
         raise ValueError(f"--to {target} is where the weights come from")
     try:
-        known = checkpoints.read_info(target, EXPORT)["files"]
-    except checkpoints.DamagedCheckpoint as error:
+        known = folders.read_info(target, EXPORT)["files"]
+    except folders.DamagedCheckpoint as error:
         raise ValueError(f"--to {target} holds something that is not an earlier export; name another folder") from error
     for path in target.iterdir():
         if path.name not in known and path.name != EXPORT:
@@ -191,8 +192,8 @@ def _require_file(target: Path, origin: Path) -> None:
         raise ValueError(f"--gguf {target} does not end in .gguf")
     if target.resolve() == origin.resolve():
         raise ValueError(f"--gguf {target} is where the weights come from")
-    gguf_file.require_package()
-    if (target.exists() or target.is_symlink()) and not (target.is_file() and gguf_file.is_ours(target)):
+    gguf.require_package()
+    if (target.exists() or target.is_symlink()) and not (target.is_file() and gguf.is_ours(target)):
         raise ValueError(f"--gguf {target} is something else than an earlier export; name another file")
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from nb_lightning.accuracy import bootstrap
+from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.head import token_logprobs
 from nb_lightning.model import Transformer
-from nb_lightning.pretrained import Pretrained
 
 PACKED_TOKENS = 8192  # windows are run together up to this many tokens
 READ_TOKENS = 2**20
@@ -114,7 +114,7 @@ def source_documents(folder: str, pretrained: Pretrained, split: str = "val") ->
     Raises:
         ValueError: nothing there, damaged, or tokenized by another tokenizer than the model's.
     """
-    from nb_lightning.source import Source
+    from nb_lightning.token_source import Source
 
     source = Source(f"{folder}/{split}")
     eos_id = source.manifest.eos_id

@@ -14,15 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nb_lightning import bnb
 from nb_lightning.batch import PackedBatch
+from nb_lightning.checkpoints.pretrained import Origin
 from nb_lightning.config import TrainerConfig, plain
 from nb_lightning.divergence import Teacher
 from nb_lightning.model import ModelShape, Transformer, copy_into
-from nb_lightning.pretrained import Origin
 from nb_lightning.strategies import build_model
-from nb_lightning.tokenizer import TextTokenizer
 from nb_lightning.weights import Weights
-
-KEY = "stage.teacher"
 
 
 class FrozenTeacher:
@@ -80,31 +77,3 @@ def _fill(model: nn.Module, weights: Weights) -> None:
             bnb.quantise(model.get_submodule(name.removesuffix(".weight")), weights.read(name))
         else:
             copy_into(parameter, weights.read(name))
-
-
-def require_same_vocabulary(teacher: Origin, tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Refuse a teacher whose distributions are over other tokens than the student's.
-
-    Args:
-        tokenizer: the student's.
-        vocab_size: of the student's head.
-
-    Raises:
-        ValueError: its tokenizer has other tokens, or its head another number of them.
-    """
-    try:
-        theirs = teacher.tokenizer().tokenizer.get_vocab(with_added_tokens=True)
-    except ValueError as error:
-        raise ValueError(f"{KEY}={teacher.path}: {error}") from error
-    ours = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
-    problem = None
-    if theirs != ours:
-        token = min(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
-        ids = [f"token {id}" if id is not None else "no token" for id in (theirs.get(token), ours.get(token))]
-        problem = f"{token!r} is {ids[0]} of the teacher's tokenizer and {ids[1]} of data.tokenizer"
-    elif teacher.shape.vocab_size != vocab_size:
-        problem = f"the teacher's head has {teacher.shape.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}"
-    if problem:
-        raise ValueError(
-            f"{KEY}={teacher.path} has another vocabulary: {problem}; distributions are compared token by token"
-        )

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from nb_lightning import adapters
+from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
 from nb_lightning.config import AdapterConfig, TrainerConfig
 from nb_lightning.head import cross_entropy
-from nb_lightning.hf_config import config_from_shape
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.strategies import build_model
-from nb_lightning.weights import Stored, Weights, fill, save_hf
+from nb_lightning.weights import Stored, Weights, fill
 from tests.test_model import ids
 
 SHAPE = ModelShape(260, 64, 2, 2, 1, 32, 128, init_std=0.1)

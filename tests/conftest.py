@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.prepare.source_writer import SourceWriter
-from nb_lightning.source import SourceManifest
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.token_source import SourceManifest
 from tests.harness import SOURCES, Train, run_train
 
 

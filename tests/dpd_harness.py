@@ -13,13 +13,13 @@ import torch
 from data.preference import PreferenceData
 from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
-from nb_lightning.checkpoints import CheckpointWeights
+from nb_lightning.checkpoints.folders import CheckpointWeights
+from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config import Config, plan_of, run_dir
 from nb_lightning.config_checks import check
-from nb_lightning.hf_config import config_from_shape
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.tokenizer import load_tokenizer
-from nb_lightning.weights import Stored, Weights, save_hf
+from nb_lightning.weights import Stored, Weights
 from tests.harness import ROOT, environment
 from tests.test_conf import composed
 

@@ -14,13 +14,13 @@ import torch
 from nb_lightning import accuracy
 from nb_lightning.accuracy import bootstrap, evaluate_tasks, pass_at
 from nb_lightning.chat import ChatTemplate
+from nb_lightning.checkpoints.pretrained import Pretrained
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generate import generate
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.pretrained import Pretrained
 from nb_lightning.rewards import Score
 from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task
-from nb_lightning.tokenizer import load_tokenizer
 from tests.test_model import random_model
 
 TOKENIZER = load_tokenizer("bytes")

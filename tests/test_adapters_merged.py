@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nb_lightning import adapters
+from nb_lightning.checkpoints import hugging_face
 from nb_lightning.config import AdapterConfig, TrainerConfig
 from nb_lightning.generate import generate
 from nb_lightning.model import Transformer
@@ -115,7 +116,7 @@ def test_peft_loads_what_is_saved_and_computes_the_same(tmp_path: Path, also_tra
     model = adapted(cfg, base, shape)
     train(model, 8)
     (tmp_path / "adapter").mkdir()
-    adapters.save_peft(trained(model), cfg, str(folder), tied, tmp_path / "adapter")
+    hugging_face.save_peft(trained(model), cfg, str(folder), tied, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     tokens = ids(2, 24, 260)
     with torch.no_grad():

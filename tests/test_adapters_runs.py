@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning import adapters, checkpoints
+from nb_lightning import adapters
+from nb_lightning.checkpoints import folders
+from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.config import AdapterConfig
 from nb_lightning.model import Transformer
-from nb_lightning.pretrained import find
 from nb_lightning.weights import fill
 from tests.adapters_harness import SHAPE, base_weights, write_hf
 from tests.dpd_harness import train_here
@@ -61,12 +62,12 @@ def cut(run: Path, root: Path, steps: str = "step-00000010") -> Path:
 
 def test_a_checkpoint_holds_what_trains_and_names_its_base(unbroken: Path, base: Path) -> None:
     (folder,) = (unbroken / "checkpoints").glob("*end-of-decay")
-    state = torch.load(folder / checkpoints.STATE, weights_only=True)
+    state = torch.load(folder / folders.STATE, weights_only=True)
     assert len(state["state_dict"]) == 28 and all("lora_" in name for name in state["state_dict"])
     assert len(state["optimizer_states"][0]["state"]) == 28
     manifest = json.loads((unbroken / "manifest.json").read_text())
     assert manifest["trained_parameters"] == adapters.trained_parameters(SHAPE, AdapterConfig("qlora", rank=4))
-    saved = checkpoints.read_info(folder)["adapter"]
+    saved = folders.read_info(folder)["adapter"]
     assert saved["base"]["path"] == str(base.resolve())
     assert saved["base"]["tensors"].keys() == base_weights().stored.keys()
     assert saved["base"]["tensors"]["norm.weight"] == base_weights().digest("norm.weight")
@@ -80,7 +81,7 @@ def test_resume_is_exact(unbroken: Path, corpus: Path, base: Path, tmp_path: Pat
     assert sorted(resumed) == list(range(10, 20))
     assert all(resumed[step] == whole[step] for step in resumed)
     states = [
-        torch.load(next((folder / "checkpoints").glob("*end-of-decay")) / checkpoints.STATE, weights_only=True)
+        torch.load(next((folder / "checkpoints").glob("*end-of-decay")) / folders.STATE, weights_only=True)
         for folder in (unbroken, run)
     ]
     for name, tensor in states[0]["state_dict"].items():

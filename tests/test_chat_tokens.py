@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.messages import ChatError
-from nb_lightning.tokenizer import TextTokenizer, load_tokenizer, text_tokenizer
+from nb_lightning.tokenizer import TextTokenizer, text_tokenizer
 from tests.test_chat import AGENT, TOOL, TWO_TURNS, style
 
 START, END = 257, 258  # <|im_start|> and <|im_end|> of the byte tokenizer

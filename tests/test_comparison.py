@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nb_lightning.comparison import compare, estimate, measured, student, table
+from nb_lightning.ablate import compare, measured, table
+from nb_lightning.comparison import estimate, student
 
 
 def test_students_interval_by_hand() -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nb_lightning.checkpoints.hugging_face import config_from_shape
 from nb_lightning.config import plain, plan_of
-from nb_lightning.dry_run import GIB, beside, describe, missing
-from nb_lightning.hf_config import config_from_shape
-from nb_lightning.memory import memory_per_device
+from nb_lightning.dry_run import GIB, beside, describe, memory_per_device, missing
 from nb_lightning.model import ModelShape
 from tests.harness import ROOT
 from tests.test_conf import composed

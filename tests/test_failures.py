@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning import checkpoints
+from nb_lightning.checkpoints import folders
 from tests.harness import Train, command, environment, run_train
 
 
@@ -40,7 +40,7 @@ def test_damaged_chunk_is_named_and_not_trained_on(
         chunk.write_bytes(content if harm == "flip" else content[:-7])
     error = error_of(run_train(root, tmp_path, f"data.workers={workers}", check=False))
     assert "demo/code/train/chunk-0-" in error and words in error
-    assert not checkpoints.all_checkpoints(tmp_path / "runs/pretrain")
+    assert not folders.all_checkpoints(tmp_path / "runs/pretrain")
 
 
 def test_source_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_xformers_without_a_gpu(train: Train) -> None:
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(train: Train, tmp_path: Path) -> None:
     error = error_of(train("model.init_std=1e30", "stage.optim.max_skipped_steps=7", check=False))
     assert "7 optimizer steps in a row were not finite" in error and "phase diversity_enriched_stable" in error
-    saved = checkpoints.all_checkpoints(tmp_path / "runs/pretrain")
+    saved = folders.all_checkpoints(tmp_path / "runs/pretrain")
     assert saved  # one at step 5, one at the boundary: as whole and as finite as the weights at the start
     for folder in saved:
-        weights = torch.load(folder / checkpoints.STATE, weights_only=True)["state_dict"]
+        weights = torch.load(folder / folders.STATE, weights_only=True)["state_dict"]
         assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
@@ -100,11 +100,11 @@ def test_no_room_for_the_checkpoints_is_said_before_training(train: Train) -> No
 
 def test_init_from_takes_the_weights_of_another_run(train: Train, tmp_path: Path) -> None:
     train("run_name=first")
-    first = checkpoints.all_checkpoints(tmp_path / "runs/first")[-1]
+    first = folders.all_checkpoints(tmp_path / "runs/first")[-1]
     train("run_name=second", f"init_from={tmp_path}/runs/first", "trainer.save_every_n_steps=1", "trainer.keep_last=99",
           "stage.phases.warmup.lr.end=0")  # fmt: skip
     weights = [torch.load(folder / "state", weights_only=True)["state_dict"]
-               for folder in (first, checkpoints.all_checkpoints(tmp_path / "runs/second")[0])]  # fmt: skip
+               for folder in (first, folders.all_checkpoints(tmp_path / "runs/second")[0])]  # fmt: skip
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -151,5 +151,5 @@ def test_a_decay_can_grow_from_a_stable_checkpoint(finished: Path, corpus: Path)
     """Another run continues the first one's boundary checkpoint, optimizer and all, into a decay of its own."""
     boundary = next((finished / "runs/pretrain/checkpoints").glob("*end-of-high_quality_stable"))
     run_train(corpus, finished, f"ckpt_path={boundary}", "run_name=branch", "stage.phases.decay.lr.shape=cosine")
-    names = [path.name for path in checkpoints.all_checkpoints(finished / "runs/branch")]
+    names = [path.name for path in folders.all_checkpoints(finished / "runs/branch")]
     assert names == ["step-00000020-end-of-decay"]

@@ -14,11 +14,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from nb_lightning.gguf_file import GGUFWeights, is_ours, read_metadata, save_gguf
-from nb_lightning.gguf_tokenizer import SPLITS, tokenizer_from_gguf, tokenizer_to_gguf
+from nb_lightning.checkpoints.gguf import GGUFWeights, is_ours, read_metadata, save_gguf
+from nb_lightning.checkpoints.gguf_tokenizer import SPLITS, tokenizer_from_gguf, tokenizer_to_gguf
+from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.model import ModelShape
-from nb_lightning.pretrained import find
-from nb_lightning.tokenizer import TextTokenizer, load_tokenizer, text_tokenizer
+from nb_lightning.tokenizer import TextTokenizer, text_tokenizer
 from nb_lightning.weights import Stored, Weights, parameter_shapes
 from tests.test_model import TINY
 

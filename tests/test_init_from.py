@@ -14,15 +14,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from nb_lightning import checkpoints
+from nb_lightning.checkpoints import folders
+from nb_lightning.checkpoints.gguf import save_gguf
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
+from nb_lightning.checkpoints.hugging_face import to_hf
+from nb_lightning.checkpoints.pretrained import find, shape_at
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config import Config, plan_of, register
 from nb_lightning.config_checks import check
-from nb_lightning.gguf_file import save_gguf
-from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
-from nb_lightning.pretrained import find, shape_at
 from nb_lightning.stages.pretrain import PretrainStage
-from nb_lightning.tokenizer import byte_tokenizer, load_tokenizer
-from nb_lightning.weights import to_hf
+from nb_lightning.tokenizer import byte_tokenizer
 from tests.harness import ROOT, TRACE, Train, read_trace, run_train
 from tests.test_distributed import losses, torchrun
 from tests.test_weights import NANBEIGE, write
@@ -51,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
 
 def assert_began_with(run: Path, origin: str) -> None:
     weights = find(origin).open()
-    began = checkpoints.CheckpointWeights(checkpoints.all_checkpoints(run)[0])
+    began = folders.CheckpointWeights(folders.all_checkpoints(run)[0])
     for name in weights.stored:
         assert torch.equal(began.read(name), weights.read(name)), name
 
@@ -64,7 +65,7 @@ def test_a_hugging_face_folder_then_the_run_it_began(
     done = train(*STILL, f"init_from={folder}", f"model.tie_embeddings={tied}")
     assert_began_with(run, str(folder))
     assert f"RoPE base 10000 from the first phase on; the weights of {folder} were made with 7e+07" in done.stdout
-    assert checkpoints.read_info(checkpoints.all_checkpoints(run)[0])["context"] == 65536
+    assert folders.read_info(folders.all_checkpoints(run)[0])["context"] == 65536
     cfg = composed(f"init_from={run}")
     check(cfg)
     assert cfg.model.rope_theta == 100_000.0  # of its last phase
@@ -97,7 +98,7 @@ def assert_exported_whole(root: Path, run: str) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from transformers import AutoModelForCausalLM
 
-    last = checkpoints.all_checkpoints(root / "runs" / run)[-1]
+    last = folders.all_checkpoints(root / "runs" / run)[-1]
     assert (last / "state/__1_0.distcp").is_file()
     dcp_to_torch_save(last / "state", root / "whole")
     expected = torch.load(root / "whole", weights_only=True)["state_dict"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.generate import Sampling, generate
-from nb_lightning.pretrained import find, load_pretrained
 from nb_lightning.tokenizer import byte_tokenizer
 from tests.harness import Train
 from tests.test_weights import NANBEIGE, write

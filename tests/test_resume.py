@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.files import read_json
-from nb_lightning.pretrained import find
-from nb_lightning.run_metrics import read_metrics
+from nb_lightning.run_folder import read_metrics
 from tests.harness import SOURCES, TRACE, Train, command, curve, environment, read_trace, run_train
 
 

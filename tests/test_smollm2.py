@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from nb_lightning import export
+from nb_lightning.checkpoints.gguf import save_gguf
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
+from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generate import Sampling, generate
-from nb_lightning.gguf_file import save_gguf
-from nb_lightning.gguf_tokenizer import tokenizer_to_gguf
-from nb_lightning.pretrained import Pretrained, load_pretrained
-from nb_lightning.tokenizer import load_tokenizer
 from tests.harness import run_train
 from tests.test_gguf import Random
 from tests.test_model import TINY

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from nb_lightning import spm
-from nb_lightning.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints import sentencepiece as spm
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 
 ENGLISH = "\n".join(pydoc_data.topics.topics[name] for name in ("naming", "assignment", "integers"))
 CODE = Path(ast.__file__).read_text()

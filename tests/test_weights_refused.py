@@ -18,9 +18,9 @@ import torch
 import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
-from nb_lightning import checkpoints, weights
-from nb_lightning.hf_config import shape_from_config
-from nb_lightning.weights import HFWeights
+from nb_lightning import weights
+from nb_lightning.checkpoints import folders
+from nb_lightning.checkpoints.hugging_face import HFWeights, shape_from_config
 from tests.test_model import TINY
 from tests.test_weights import NANBEIGE, load, write
 
@@ -162,7 +162,7 @@ def checkpoint(folder: Path, write_state: Callable[[Path], Any]) -> Path:
     temporary = folder / "checkpoints/.writing"
     temporary.mkdir(parents=True)
     write_state(temporary / "state")
-    checkpoints.commit(temporary, folder / "checkpoints/step-1", {"model": asdict(TINY)})
+    folders.commit(temporary, folder / "checkpoints/step-1", {"model": asdict(TINY)})
     return folder / "checkpoints/step-1"
 
 
@@ -179,8 +179,8 @@ def test_a_payload_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         ("sharded", sharded, r"state/.metadata is no table of shards: it asks for posix.system"),
     ):
         folder = checkpoint(tmp_path / name, write_state)
-        with pytest.raises(checkpoints.DamagedCheckpoint, match=words) as caught:
-            checkpoints.CheckpointWeights(folder)
+        with pytest.raises(folders.DamagedCheckpoint, match=words) as caught:
+            folders.CheckpointWeights(folder)
         assert "\n" not in str(caught.value)
     assert not MARK.exists()
 
@@ -195,5 +195,5 @@ def test_a_table_of_shards_that_leads_elsewhere(tmp_path: Path) -> None:
         (state / ".metadata").write_bytes(pickle.dumps(table))
 
     folder = checkpoint(tmp_path, write_state)
-    with pytest.raises(checkpoints.DamagedCheckpoint, match=r"names '../../__0_0.distcp', a file outside its folder"):
-        checkpoints.CheckpointWeights(folder)
+    with pytest.raises(folders.DamagedCheckpoint, match=r"names '../../__0_0.distcp', a file outside its folder"):
+        folders.CheckpointWeights(folder)

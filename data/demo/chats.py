@@ -12,7 +12,7 @@ from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
 from data.prepare.source_writer import is_source, locked
 from nb_lightning.files import write_json
-from nb_lightning.source import sha256
+from nb_lightning.token_source import sha256
 
 MADE_OF = "demo.json"  # beside the splits: what the source was made of
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.prepare.source_writer import SourceWriter, is_source, locked, remove_source
-from nb_lightning.source import SPLITS, SourceManifest
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.token_source import SPLITS, SourceManifest
 
 LOW_GRADE = {"test", "tests", "idlelib", "lib2to3"}
 NOT_PYTHONS_OWN = {"site-packages", "dist-packages", "__pycache__"}

@@ -27,8 +27,8 @@ from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
 from nb_lightning.generate import MAX_BATCH
 from nb_lightning.sampling import Sampling
-from nb_lightning.source import sha256
 from nb_lightning.tasks import Task, read_tasks
+from nb_lightning.token_source import sha256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data.pairs.endpoint import asking, client
-from nb_lightning.pretrained import find
+from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.rewards.preference import load_reward_model
 
 QUESTION = """Two answers to the same conversation follow. Which one is better: more correct, more helpful, clearer?

@@ -27,7 +27,7 @@ from data.prepare.source_writer import SampleWriter
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
 from nb_lightning.messages import ChatError, check_messages, outcome
-from nb_lightning.source import TRAINED, SourceManifest
+from nb_lightning.token_source import TRAINED, SourceManifest
 
 FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")
 BATCH = 64  # conversations rendered at a time

@@ -38,7 +38,7 @@ from data.prepare.pairs import Pairs
 from data.prepare.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
 from data.prepare.staging import CLAIM, clean_up, new_claim, require_room, take_up
 from nb_lightning.files import write_json
-from nb_lightning.source import PAGE, SPLITS, SourceManifest
+from nb_lightning.token_source import PAGE, SPLITS, SourceManifest
 
 DONE, DROPPED = "done.json", "dropped.jsonl"
 GO_ON = "run the same command again to go on: finished parts are kept"

@@ -1,6 +1,6 @@
 """Tokenized sources, as they are written: chunks of pages with a hash each, merged, uploaded, removed.
 
-What lies on disk, and how it is read, is in nb_lightning/source.py.
+What lies on disk, and how it is read, is in nb_lightning/token_source.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from litdata.streaming.writer import BinaryWriter
 from tqdm import tqdm
 
 from nb_lightning.files import whole, write_json
-from nb_lightning.source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256
+from nb_lightning.token_source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256
 
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
 _OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy|teacher(-\d+\.npy|\.json)|\..*\.tmp")

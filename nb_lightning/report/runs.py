@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from nb_lightning import checkpoints
+from nb_lightning.checkpoints import folders
 from nb_lightning.files import read_json
-from nb_lightning.run_metrics import read_metrics
+from nb_lightning.run_folder import read_metrics
 
 # Run folders of the recipe, in its order.
 RUNS = {
@@ -114,8 +114,8 @@ class Run:
 
     def checkpoint(self) -> tuple[str, str] | None:
         """Name and SHA-256 of the newest checkpoint; of a sharded one, of its first file."""
-        for folder in reversed(checkpoints.all_checkpoints(self.folder)):
-            files: Mapping[str, Any] = checkpoints.read_info(folder)["files"]
+        for folder in reversed(folders.all_checkpoints(self.folder)):
+            files: Mapping[str, Any] = folders.read_info(folder)["files"]
             return folder.name, next(iter(files.values()))["sha256"]
         return None
 

@@ -23,8 +23,8 @@ except ModuleNotFoundError:
     sys.exit("nb_lightning.serve needs LitServe: pip install 'nb_lightning[serve]'")
 
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.hf_config import read_json
-from nb_lightning.pretrained import find
+from nb_lightning.checkpoints.hugging_face import read_json
+from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.sampling import Sampling
 from nb_lightning.serve.engine import Engine, be_a_child
 from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers

@@ -6,7 +6,7 @@ import numpy as np
 
 from callbacks.plots import _smooth
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
-from nb_lightning.run_metrics import read_metrics
+from nb_lightning.run_folder import read_metrics
 
 
 def test_metrics_of_a_restarted_run_are_one_curve(tmp_path: Path) -> None:

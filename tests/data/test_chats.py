@@ -19,9 +19,9 @@ from data.prepare.chats import Chats, chat_of
 from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import BadRecord, prepare
 from nb_lightning.chat import ChatTemplate
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.messages import ChatError
-from nb_lightning.source import TRAINED, Source, SourceManifest
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.token_source import TRAINED, Source, SourceManifest
 from tests.data.test_prepare import content
 from tests.data.test_source import s3_server
 from tests.harness import ROOT

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data.demo import build_demo_corpus, corpus
-from nb_lightning.source import Source, SourceManifest
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.token_source import Source, SourceManifest
 from tests.data.test_source import everything
 from tests.harness import ROOT, environment
 

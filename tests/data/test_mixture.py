@@ -13,7 +13,7 @@ import pytest
 from data.mixture import RowOrder, TokenStream, balanced_pattern, shuffled
 from data.pretrain import HeldOutText
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
-from nb_lightning.source import Source
+from nb_lightning.token_source import Source
 
 SIZES = {"docs": 5000, "code": 7001, "tests": 3333}
 

@@ -10,7 +10,7 @@ import torch
 
 from data.bin_packing import Packing, best_fit, by_patterns, cut, pack, to_batch
 from nb_lightning.batch import IGNORE
-from nb_lightning.source import TRAINED
+from nb_lightning.token_source import TRAINED
 
 
 def samples(lengths: list[int] | np.ndarray, first: int = 1) -> np.ndarray:

@@ -19,7 +19,7 @@ from nb_lightning.config import plan_of
 from nb_lightning.head import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
-from nb_lightning.source import TRAINED
+from nb_lightning.token_source import TRAINED
 from tests.sft_harness import make_sources, overrides
 from tests.test_conf import composed
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data.prepare.source_writer import SourceWriter, is_source, locked, merge_parts, remove_source, upload_source
-from nb_lightning.source import INDEX, MANIFEST, PAGE, Source, SourceManifest
+from nb_lightning.token_source import INDEX, MANIFEST, PAGE, Source, SourceManifest
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 260) -> SourceManifest:

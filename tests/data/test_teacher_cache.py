@@ -13,8 +13,8 @@ import torch
 from data import teacher_cache
 from data.teacher_cache import TeacherCache
 from data.teacher_logprobs import main
-from nb_lightning.pretrained import load_pretrained
-from nb_lightning.source import TRAINED, Source
+from nb_lightning.checkpoints.pretrained import load_pretrained
+from nb_lightning.token_source import TRAINED, Source
 from tests.dpd_harness import TEACHER, TRACE, make, opened, random_model, run_here, save_model
 from tests.stages.test_dpd import curve, loss_curve
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nb_lightning import checkpoints
+from nb_lightning.checkpoints import folders
+from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.files import read_json
-from nb_lightning.pretrained import find
-from nb_lightning.run_metrics import read_metrics
+from nb_lightning.run_folder import read_metrics
 from tests import dpd_harness, reward_harness, rl_harness, sft_harness
 from tests.harness import ROOT, TINY, environment
 
@@ -94,7 +94,7 @@ def start(place: Path, root: Path) -> subprocess.Popen[bytes]:
 
 def ended(run: Path) -> dict[str, str]:
     """Of each phase a digest over all weights at its end."""
-    boundaries = (path for path in checkpoints.all_checkpoints(run) if "-end-of-" in path.name)
+    boundaries = (path for path in folders.all_checkpoints(run) if "-end-of-" in path.name)
     return {path.name: find(str(path)).digest() for path in boundaries}
 
 
@@ -146,8 +146,8 @@ def interrupt(place: Path, root: Path, step: str, lines: int, number: Signals) -
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the step's own process is gone too
     state = read_json(root / "recipe/state.json")
     assert list(state)[-1] == step and state[step]["state"] == "running", "the kill did not come inside the step"
-    left = checkpoints.newest(root / "runs" / step)[0]
-    return 0 if left is None else checkpoints.read_info(left)["tokens_seen"]
+    left = folders.newest(root / "runs" / step)[0]
+    return 0 if left is None else folders.read_info(left)["tokens_seen"]
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nb_lightning.chat import ChatTemplate
-from nb_lightning.pretrained import Pretrained, load_pretrained
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from tests.serve.harness import (
     CONTEXT,
     DEFAULTS,

@@ -18,8 +18,8 @@ from typing import Any
 import openai
 import psutil
 
+from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generate import Completion, generate
-from nb_lightning.pretrained import Pretrained
 from nb_lightning.sampling import Sampling
 from nb_lightning.serve.text import REASONING, Parts
 from tests.harness import ROOT, environment

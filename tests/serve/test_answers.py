@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from nb_lightning.pretrained import Pretrained, load_pretrained
+from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
 from tests.harness import Train
 from tests.serve.harness import (
     ADD,

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from starlette.exceptions import HTTPException
 
+from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generate import Decoder, NewToken, generate
-from nb_lightning.pretrained import Pretrained
 from nb_lightning.sampling import Sampling
 from nb_lightning.serve.engine import FAILED, DecodeLoop
 from nb_lightning.serve.replies import Job

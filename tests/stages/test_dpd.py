@@ -22,11 +22,11 @@ from torch import Tensor
 
 from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PreferenceBatch
-from nb_lightning.checkpoints import CheckpointWeights
+from nb_lightning.checkpoints.folders import CheckpointWeights
+from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.config_checks import DIVERGENCES, DPO_VARIANTS
 from nb_lightning.divergence import KINDS
 from nb_lightning.model import Transformer
-from nb_lightning.pretrained import load_pretrained
 from nb_lightning.reference_cache import StaleCache
 from nb_lightning.stages.dpd import REFERENCE, DPDStage
 from tests.dpd_harness import (

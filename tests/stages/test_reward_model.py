@@ -18,10 +18,10 @@ from data.reward import RewardData
 from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PackedBatch
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.checkpoints import read_info
+from nb_lightning.checkpoints.folders import read_info
+from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.config_checks import REWARD_LOSSES
 from nb_lightning.model import Transformer
-from nb_lightning.pretrained import load_pretrained
 from tests.dpd_harness import make, trained
 from tests.harness import curve, read_trace
 from tests.reward_harness import TRACE, opened, run_here, run_two

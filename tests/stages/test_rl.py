@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.checkpoints import CheckpointWeights
+from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.model import Transformer
 from nb_lightning.rewards import ifeval
 from nb_lightning.rollouts import Group

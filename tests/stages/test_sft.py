@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.tokenizer import load_tokenizer
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from tests.harness import ROOT, environment, read_trace
 from tests.sft_harness import TRACE, make_sources, overrides, run_sft
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from callbacks.fg_wsd import FGWSD
 from nb_lightning.batch import PackedBatch, StepBatch, pack
+from nb_lightning.checkpoints.hugging_face import to_hf
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.stages.sft import SFTStage
-from nb_lightning.weights import to_hf
 from tests.test_conf import composed
 
 STEPS, SAMPLES_A_STEP, LR, VOCAB = 20, 4, 1e-3, 260

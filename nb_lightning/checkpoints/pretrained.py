@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from nb_lightning import adapters, checkpoints, hf_config, weights
+from nb_lightning import adapters, weights
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.gguf_file import GGUFWeights
-from nb_lightning.gguf_tokenizer import tokenizer_from_gguf
+from nb_lightning.checkpoints import folders, hugging_face
+from nb_lightning.checkpoints.gguf import GGUFWeights
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.tokenizer import END_OF_TURN, TextTokenizer, load_tokenizer
+from nb_lightning.tokenizer import END_OF_TURN, TextTokenizer
 
 EXPORT = "nb_lightning.json"  # in a Hugging Face folder of ours: its files, and what is known of the model
 _DECODING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -103,35 +105,35 @@ class Origin:
 
 class CheckpointOrigin(Origin):
     def comparison(self) -> str | None:
-        return _comparison(checkpoints.read_info(self.path))
+        return _comparison(folders.read_info(self.path))
 
     def open(self) -> weights.Weights:
-        return checkpoints.CheckpointWeights(self.path)
+        return folders.CheckpointWeights(self.path)
 
 
 class AdapterOrigin(CheckpointOrigin):
     """A checkpoint of adapters: they come merged into their base."""
 
     def open(self) -> weights.Weights:
-        saved = checkpoints.read_info(self.path)["adapter"]
+        saved = folders.read_info(self.path)["adapter"]
         try:
             base = find(saved["base"]["path"])
         except ValueError as error:
             raise ValueError(f"{self.path} holds adapters only, and their base is gone: {error}") from error
-        return adapters.Merged(base.open(), checkpoints.CheckpointWeights(self.path), saved)
+        return adapters.Merged(base.open(), folders.CheckpointWeights(self.path), saved)
 
 
 class HFOrigin(Origin):
     def open(self) -> weights.Weights:
-        return weights.HFWeights(self.path)
+        return hugging_face.HFWeights(self.path)
 
     def _named_ends(self) -> list[Any]:
-        config = hf_config.read_json(self.path / hf_config.CONFIG)
+        config = hugging_face.read_json(self.path / hugging_face.CONFIG)
         named = [content.get("eos_token_id") for content in (config, self._generation)]
         return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
 
     def comparison(self) -> str | None:
-        return _comparison(checkpoints.read_info(self.path, EXPORT)) if (self.path / EXPORT).is_file() else None
+        return _comparison(folders.read_info(self.path, EXPORT)) if (self.path / EXPORT).is_file() else None
 
     def decoding(self) -> dict[str, Any]:
         return {key: self._generation[key] for key in _DECODING if key in self._generation}
@@ -139,7 +141,7 @@ class HFOrigin(Origin):
     @property
     def _generation(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"
-        return hf_config.read_json(path) if path.is_file() else {}
+        return hugging_face.read_json(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -178,20 +180,20 @@ def find(path: str, verify: bool = True) -> Origin:
     if where.suffix == ".gguf":
         gguf = GGUFWeights(where)
         return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
-    if (where / hf_config.CONFIG).is_file():
-        config = hf_config.read_json(where / hf_config.CONFIG)
+    if (where / hugging_face.CONFIG).is_file():
+        config = hugging_face.read_json(where / hugging_face.CONFIG)
         context = config.get("max_position_embeddings")
-        shape = hf_config.shape_from_config(config, where / hf_config.CONFIG)
+        shape = hugging_face.shape_from_config(config, where / hugging_face.CONFIG)
         return HFOrigin(where, shape, context if isinstance(context, int) else None)
-    if where.is_dir() and not checkpoints.is_checkpoint(where) and not checkpoints.all_checkpoints(where):
+    if where.is_dir() and not folders.is_checkpoint(where) and not folders.all_checkpoints(where):
         raise ValueError(
-            f"{path} is neither a run (checkpoints/), nor a checkpoint ({checkpoints.MANIFEST}), "
-            f"nor a Hugging Face folder ({hf_config.CONFIG})"
+            f"{path} is neither a run (checkpoints/), nor a checkpoint ({folders.MANIFEST}), "
+            f"nor a Hugging Face folder ({hugging_face.CONFIG})"
         )
-    folder = checkpoints.resolve(path, verify)
-    info = checkpoints.read_info(folder)
+    folder = folders.resolve(path, verify)
+    info = folders.read_info(folder)
     kind = AdapterOrigin if info.get("adapter") else CheckpointOrigin
-    return kind(folder, checkpoints.read_shape(folder), info.get("context"))
+    return kind(folder, folders.read_shape(folder), info.get("context"))
 
 
 @functools.cache
@@ -224,15 +226,15 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
         ValueError: nothing to load there, or it is damaged, hostile or of another architecture.
     """
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype != "auto" and dtype not in hf_config.DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hf_config.DTYPES)}")
+    if dtype != "auto" and dtype not in hugging_face.DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hugging_face.DTYPES)}")
     wanted = torch.bfloat16 if where.type == "cuda" else torch.float32
     origin = find(path)
     tokenizer = origin.tokenizer()
     tensors = origin.open()
     tensors.require(origin.shape)  # before memory is taken for them
     with torch.device("meta"):
-        model = Transformer(origin.shape).to(hf_config.DTYPES.get(dtype, wanted))
+        model = Transformer(origin.shape).to(hugging_face.DTYPES.get(dtype, wanted))
     model.to_empty(device=where)
     model.tie()
     weights.fill(model, tensors)
@@ -240,3 +242,34 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
     template = tokenizer.chat_template
     chat = None if template is None else ChatTemplate(template, tokenizer.special)
     return Pretrained(model, tokenizer, chat, origin.stop_ids(tokenizer), Path(path).resolve().name)
+
+
+KEY = "stage.teacher"
+
+
+def require_same_vocabulary(teacher: Origin, tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Refuse a teacher whose distributions are over other tokens than the student's.
+
+    Args:
+        tokenizer: the student's.
+        vocab_size: of the student's head.
+
+    Raises:
+        ValueError: its tokenizer has other tokens, or its head another number of them.
+    """
+    try:
+        theirs = teacher.tokenizer().tokenizer.get_vocab(with_added_tokens=True)
+    except ValueError as error:
+        raise ValueError(f"{KEY}={teacher.path}: {error}") from error
+    ours = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    problem = None
+    if theirs != ours:
+        token = min(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
+        ids = [f"token {id}" if id is not None else "no token" for id in (theirs.get(token), ours.get(token))]
+        problem = f"{token!r} is {ids[0]} of the teacher's tokenizer and {ids[1]} of data.tokenizer"
+    elif teacher.shape.vocab_size != vocab_size:
+        problem = f"the teacher's head has {teacher.shape.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}"
+    if problem:
+        raise ValueError(
+            f"{KEY}={teacher.path} has another vocabulary: {problem}; distributions are compared token by token"
+        )

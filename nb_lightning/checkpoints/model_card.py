@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nb_lightning import __version__, checkpoints
-from nb_lightning.pretrained import CheckpointOrigin, Origin
+from nb_lightning import __version__
+from nb_lightning.checkpoints import folders
+from nb_lightning.checkpoints.pretrained import CheckpointOrigin, Origin
 
 _FRONT = """---
 library_name: transformers
@@ -66,7 +67,7 @@ def _use(name: str, chat: bool, judge: bool) -> str:
 
 def _training(checkpoint: Path) -> list[str]:
     """How the run was, from the checkpoint and the run's manifest."""
-    info = checkpoints.read_info(checkpoint)
+    info = folders.read_info(checkpoint)
     seen, start = info["tokens_seen"], 0
     rows = []
     for phase in info["plan"]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nb_lightning.hf_config import LARGEST
+from nb_lightning.checkpoints.hugging_face import LARGEST
 from nb_lightning.model import ModelShape
 from nb_lightning.weights import Stored, Weights, parameter_shapes
 

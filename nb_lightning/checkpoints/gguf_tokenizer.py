@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from nb_lightning import spm
+from nb_lightning.checkpoints import sentencepiece
 from nb_lightning.tokenizer import END_OF_TURN, ROLES, TextTokenizer, begin_with, text_tokenizer
 
 NO_MERGES = "<none> <none>"  # llama.cpp wants at least one; nothing ever makes the left side of this one
@@ -63,7 +63,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: Path) -> TextTokeni
     try:
         if kind == "llama":
             prefix = metadata.get(KEY + "add_space_prefix", True)
-            tokenizer = spm.build(spm.Pieces(tokens, metadata.get(KEY + "scores"), types, prefix), {}, origin)
+            tokenizer = sentencepiece.build(
+                sentencepiece.Pieces(tokens, metadata.get(KEY + "scores"), types, prefix), {}, origin
+            )
         else:
             tokenizer = _byte_level_bpe(tokens, types, metadata.get(KEY + "merges"), split)
     except Exception as error:  # the Rust side raises bare Exception
@@ -88,8 +90,14 @@ def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], spli
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=split in WHOLE_WORDS))
     tokenizer.pre_tokenizer = SPLITS[split]
     tokenizer.decoder = decoders.ByteLevel()
-    added = [(token, type) for token, type in zip(tokens, types) if type in (spm.CONTROL, spm.USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=type == spm.CONTROL, normalized=False) for token, type in added])
+    added = [
+        (token, type)
+        for token, type in zip(tokens, types)
+        if type in (sentencepiece.CONTROL, sentencepiece.USER_DEFINED)
+    ]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=type == sentencepiece.CONTROL, normalized=False) for token, type in added]
+    )
     return tokenizer
 
 
@@ -106,8 +114,11 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     model = content["model"]
     known = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     tokens = {id: token for token, id in known.items()}
-    added = {token["id"]: spm.CONTROL if token["special"] else spm.USER_DEFINED for token in content["added_tokens"]}
-    types = [added.get(id, spm.NORMAL if id in tokens else spm.UNUSED) for id in range(vocab_size)]
+    added = {
+        token["id"]: sentencepiece.CONTROL if token["special"] else sentencepiece.USER_DEFINED
+        for token in content["added_tokens"]
+    }
+    types = [added.get(id, sentencepiece.NORMAL if id in tokens else sentencepiece.UNUSED) for id in range(vocab_size)]
     listed = [tokens.get(id, f"[UNUSED{id}]") for id in range(vocab_size)]
     metadata = {
         KEY + "tokens": listed,
@@ -137,7 +148,7 @@ def _merges(model: Mapping[str, Any]) -> list[str]:
     return merges or [NO_MERGES]
 
 
-def _pieces(content: Mapping[str, Any], tokens: list[str], types: list[int]) -> spm.Pieces:
+def _pieces(content: Mapping[str, Any], tokens: list[str], types: list[int]) -> sentencepiece.Pieces:
     """SentencePiece's view of a byte-fallback BPE that was made from it: scores in the order of the merges."""
     model = content["model"]
     prefix = next((known for known in (True, False) if _normalizer(known) == content["normalizer"]), None)
@@ -148,15 +159,15 @@ def _pieces(content: Mapping[str, Any], tokens: list[str], types: list[int]) -> 
         first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), float(-rank))
     scores = [first.get(token, float(-len(model["merges"]))) for token in tokens]
     types = [
-        spm.UNKNOWN if token == model["unk_token"] else spm.BYTE if _BYTE.fullmatch(token) else type
+        sentencepiece.UNKNOWN if token == model["unk_token"] else sentencepiece.BYTE if _BYTE.fullmatch(token) else type
         for token, type in zip(tokens, types)
     ]
-    return spm.Pieces(tokens, scores, types, prefix)
+    return sentencepiece.Pieces(tokens, scores, types, prefix)
 
 
 def _normalizer(prefix: bool) -> Any:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = spm.normalizer(prefix)
+    tokenizer.normalizer = sentencepiece.normalizer(prefix)
     return json.loads(tokenizer.to_str())["normalizer"]
 
 

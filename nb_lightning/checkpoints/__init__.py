@@ -1,0 +1,1 @@
+"""TODO nb_lightning/checkpoints"""
