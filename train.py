@@ -18,8 +18,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from nb_lightning.checkout import shape_at
-from nb_lightning.config import Config, plan_of, register, run_dir
-from nb_lightning.config_checks import check
+from nb_lightning.config.checks import check
+from nb_lightning.config.compose import plan_of, register, run_dir
+from nb_lightning.config.schema import Config
 from nb_lightning.errors import RunStopped
 
 # A thread of OpenMP that waits for others spins by default. Beside any other busy program that makes two threads up to
@@ -199,7 +200,7 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
 def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
     """Refuse to continue a checkpoint with another layout, model, past, seed or data than made it."""
     from nb_lightning.checkpoints import folders
-    from nb_lightning.config import plain
+    from nb_lightning.config.schema import plain
 
     saved = folders.read_info(checkpoint)
     sharded, strategy = (checkpoint / folders.STATE).is_dir(), module.cfg.trainer.strategy

@@ -62,8 +62,8 @@ def base(root: Path, s: Shape) -> list[str]:
 
 def composed(words: Sequence[str]):
     """The config that `python train.py WORDS` gets, checked as it checks it."""
-    from nb_lightning.config import compose, register
-    from nb_lightning.config_checks import check
+    from nb_lightning.config.checks import check
+    from nb_lightning.config.compose import compose, register
 
     register()
     cfg = compose(ROOT / "conf", words)
@@ -73,7 +73,7 @@ def composed(words: Sequence[str]):
 
 def fit(cfg, callbacks: Sequence[str], clock) -> None:
     """train.py's own stage, data and trainer, with these of its callbacks (none: no logger either) and `clock`."""
-    from nb_lightning.config import plan_of, run_dir
+    from nb_lightning.config.compose import plan_of, run_dir
     from nb_lightning.strategies import resolve_accelerator
     from train import build_stage, build_trainer, quieten
 

@@ -25,7 +25,7 @@ def measure(root: Path, seq_len: int, workers: int, steps: int, rows: int) -> fl
     from benchmarks.corpus import composed, overrides
     from data.base import StepLoader
     from data.pretrain import PretrainData
-    from nb_lightning.config import plan_of
+    from nb_lightning.config.compose import plan_of
 
     words = overrides(root, steps + 5, seq_len=seq_len, rows=rows, packed=True)
     cfg = composed([*words, f"data.workers={workers}"])

@@ -10,7 +10,7 @@ Both sides have the same weights, the same prompts of 8 to 40 tokens, and the sa
 | ragged | exponential with mean `--tokens`, at most four times it: rows end at different times |
 | queue | as ragged, four batches of prompts that wait |
 
-Greedy, float32. Ours: `nb_lightning.generate.stream`. Theirs: left-padded batches, each run until its last row ends.
+Greedy, float32. Ours: `nb_lightning.generation.decoder.stream`. Theirs: left-padded batches, each run until its last row ends.
 Random weights unless `--model` names some (a run, a Hugging Face folder, a .gguf file).
 """
 
@@ -31,9 +31,9 @@ import torch
 
 from benchmarks.common import append_jsonl, table
 from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
-from nb_lightning.generate import Request, stream
+from nb_lightning.generation.decoder import Request, stream
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.sampling import Sampling
 
 SHAPES = {
     "demo": ModelShape(260, 128, 4, 4, 2, 32, 352),

@@ -98,8 +98,8 @@ def ours(a: argparse.Namespace, cached: bool) -> Callable[[int], Any]:
     import torch
 
     from nb_lightning.batch import PreferenceBatch
-    from nb_lightning.divergence import Teacher
-    from nb_lightning.losses import dpd_loss, response_logprobs
+    from nb_lightning.losses.divergence import Teacher
+    from nb_lightning.losses.dpd import dpd_loss, response_logprobs
 
     policy, reference, teacher = models(a, theirs=False)
 
@@ -275,8 +275,8 @@ def case(a: argparse.Namespace) -> None:
     import torch
 
     from nb_lightning.batch import PreferenceBatch
-    from nb_lightning.divergence import Teacher
-    from nb_lightning.losses import dpd_loss
+    from nb_lightning.losses.divergence import Teacher
+    from nb_lightning.losses.dpd import dpd_loss
 
     torch.set_num_threads(1)
     tokens, response = a.case, [5] * (a.case // 4)

@@ -28,7 +28,7 @@ def case(tokens: int, vocab: int, dim: int, chunk: int | None, dtype: str, round
     import torch
     import torch.nn.functional as F
 
-    from nb_lightning import head
+    from nb_lightning.losses import head
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     torch.manual_seed(0)

@@ -27,7 +27,8 @@ def prepare(a: argparse.Namespace) -> None:
     """The corpus, the weights, and the rows in the order in which our loader deals them."""
     from benchmarks.corpus import write_corpus
     from data.pretrain import PretrainData
-    from nb_lightning.config import plain, plan_of
+    from nb_lightning.config.compose import plan_of
+    from nb_lightning.config.schema import plain
     from nb_lightning.model import ModelShape, Transformer
 
     write_corpus(a.folder, 2 * a.steps * a.rows * a.seq_len, a.vocab)

@@ -19,8 +19,8 @@ import torch
 
 from nb_lightning import adapters
 from nb_lightning.checkpoints.pretrained import Origin, find
-from nb_lightning.config import AdapterConfig, TrainerConfig
-from nb_lightning.head import cross_entropy
+from nb_lightning.config.schema import AdapterConfig, TrainerConfig
+from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.strategies import build_model

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, Shape, append_jsonl, environment, table
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.generate import generate
-from nb_lightning.sampling import Sampling
+from nb_lightning.generation.decoder import generate
+from nb_lightning.generation.sampling import Sampling
 
 PROMPT = "Question {}: what does a server of language models do all day? Answer: "
 HOW = {"temperature": 0.6, "top_p": 0.95}

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from callbacks.plots import COLORS, pyplot
-from nb_lightning.accuracy import evaluate_tasks
 from nb_lightning.checkpoints.pretrained import in_training
 from nb_lightning.errors import RunStopped
+from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.files import read_json, write_json
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
-from nb_lightning.config import plain
+from nb_lightning.config.schema import plain
 from nb_lightning.files import read_json, write_json
 
 MANIFEST = "manifest.json"

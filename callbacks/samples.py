@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from nb_lightning.files import write_text
-from nb_lightning.generate import Sampling, generate
+from nb_lightning.generation.decoder import Sampling, generate
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nb_lightning.accuracy import evaluate_tasks
 from nb_lightning.checkpoints.pretrained import in_training
+from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.files import read_json, write_json
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
-from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task, read_tasks
 
 BEFORE = "before"

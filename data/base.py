@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.mixture import Row, RowOrder
 from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.config import Config
+from nb_lightning.config.schema import Config
 from nb_lightning.phases import PhasePlan
 from nb_lightning.token_source import Source
 from nb_lightning.tokenizer import TextTokenizer

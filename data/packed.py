@@ -21,7 +21,7 @@ from data.prepare.chats import template_digest
 from nb_lightning.batch import PackedBatch
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.config import ChatDataConfig, Config
+from nb_lightning.config.schema import ChatDataConfig, Config
 from nb_lightning.phases import PhasePlan
 from nb_lightning.token_source import Source
 

@@ -17,7 +17,7 @@ from data.bin_packing import Packing, pack_pairs, to_batch
 from data.packed import PackedData, PackedSource
 from data.teacher_cache import TeacherCache, record
 from nb_lightning.batch import IGNORE, PreferenceBatch
-from nb_lightning.config import Config, PreferenceDataConfig
+from nb_lightning.config.schema import Config, PreferenceDataConfig
 from nb_lightning.phases import PhasePlan
 from nb_lightning.token_source import Source
 

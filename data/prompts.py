@@ -20,7 +20,7 @@ from data.mixture import RowOrder, shuffled
 from data.packed import read_template
 from nb_lightning.batch import RolloutStep
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.config import Config, PromptDataConfig
+from nb_lightning.config.schema import Config, PromptDataConfig
 from nb_lightning.phases import PhasePlan
 from nb_lightning.tasks import Task, read_tasks
 from nb_lightning.token_source import sha256

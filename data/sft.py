@@ -10,7 +10,7 @@ from pathlib import Path
 from data.bin_packing import OVER_LONG, to_batch
 from data.packed import PackedData, PackedSource
 from nb_lightning.batch import PackedBatch
-from nb_lightning.config import Config, SFTDataConfig
+from nb_lightning.config.schema import Config, SFTDataConfig
 from nb_lightning.phases import PhasePlan
 from nb_lightning.token_source import Source
 

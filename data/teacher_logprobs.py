@@ -25,7 +25,7 @@ from data.bin_packing import to_batch
 from data.teacher_cache import CacheWriter, record
 from nb_lightning.checkpoints.pretrained import find, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.head import CHUNK
+from nb_lightning.losses.head import CHUNK
 from nb_lightning.model import Transformer
 from nb_lightning.token_source import SPLITS, Source
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nb_lightning import bnb
-from nb_lightning.config import AdapterConfig
+from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import ModelShape, Transformer, copy_into
 from nb_lightning.weights import Weights, parameter_shapes
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nb_lightning.config import Config, compose, register
-from nb_lightning.config_checks import check
+from nb_lightning.config.checks import check
+from nb_lightning.config.compose import compose, register
+from nb_lightning.config.schema import Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

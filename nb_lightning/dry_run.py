@@ -10,9 +10,10 @@ import torch
 
 from nb_lightning.adapters import frozen_dtype, trained_parameters
 from nb_lightning.checkpoints.pretrained import Origin, find
-from nb_lightning.config import Config, plain, plan_of
+from nb_lightning.config.compose import plan_of
+from nb_lightning.config.schema import Config, plain
+from nb_lightning.losses.chunks import CPU_TILE, GPU_TILE
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.token_walk import CPU_TILE, GPU_TILE
 
 GIB = 2**30
 

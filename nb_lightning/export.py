@@ -24,7 +24,7 @@ from nb_lightning.checkpoints import folders, gguf, hugging_face
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.model_card import model_card
 from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find
-from nb_lightning.config import AdapterConfig
+from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.tokenizer import TextTokenizer
 
 DECODING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # report, section "Evaluation"

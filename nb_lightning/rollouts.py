@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nb_lightning.accuracy import Attempts
 from nb_lightning.batch import RolloutBatch
-from nb_lightning.losses import group_advantages
+from nb_lightning.evaluate.accuracy import Attempts
+from nb_lightning.losses.grpo import group_advantages
 from nb_lightning.rewards import statuses
 from nb_lightning.tasks import Task
 

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nb_lightning.config import TrainerConfig
+from nb_lightning.config.schema import TrainerConfig
 from nb_lightning.model import ModelShape, Transformer
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nb_lightning.checkout import CHECKOUT, check_as_train, composed
-from nb_lightning.config import Config
+from nb_lightning.config.schema import Config
 
 STUDIO_HOME = Path("/teamspace")  # what lies below has the same path on a job's machine
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nb_lightning import adapters
 from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
-from nb_lightning.config import AdapterConfig, TrainerConfig
-from nb_lightning.head import cross_entropy
+from nb_lightning.config.schema import AdapterConfig, TrainerConfig
+from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.strategies import build_model

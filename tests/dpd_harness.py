@@ -16,8 +16,9 @@ from data.prepare.make import prepare
 from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.config import Config, plan_of, run_dir
-from nb_lightning.config_checks import check
+from nb_lightning.config.checks import check
+from nb_lightning.config.compose import plan_of, run_dir
+from nb_lightning.config.schema import Config
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.weights import Stored, Weights
 from tests.harness import ROOT, environment

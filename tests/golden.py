@@ -175,7 +175,7 @@ def commands(root: Path) -> dict[str, Any]:
     evaluation = json.loads(results.read_text())["tasks"]
     return {
         "evaluation": digest(json.dumps(evaluation, sort_keys=True).encode()),
-        "responses": [digest((root / f"made/{model}.jsonl").read_bytes()) for model in ("teacher", "student")],
+        "responses": {path.name: digest(path.read_bytes()) for path in sorted((root / "made").glob("*.jsonl"))},
         "exported": digest((root / "exported/model.safetensors").read_bytes()),
         "gguf": digest((root / "x.gguf").read_bytes()),
     }

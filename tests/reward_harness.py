@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from data.reward import RewardData
-from nb_lightning.config import plan_of
+from nb_lightning.config.compose import plan_of
 from tests.dpd_harness import checked, train_here
 from tests.harness import ROOT, environment
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from nb_lightning import ablate
-from nb_lightning.config import plan_of
+from nb_lightning.config.compose import plan_of
 from nb_lightning.run_folder import read_metrics
 from tests.harness import TINY, TRACE, environment, read_trace
 from tests.test_conf import composed

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from nb_lightning import accuracy
-from nb_lightning.accuracy import bootstrap, evaluate_tasks, pass_at
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.generate import generate
+from nb_lightning.evaluate import accuracy
+from nb_lightning.evaluate.accuracy import evaluate_tasks
+from nb_lightning.evaluate.statistics import bootstrap, pass_at
+from nb_lightning.generation.decoder import generate
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.rewards import Score
-from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task
 from tests.test_model import random_model
 

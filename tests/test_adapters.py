@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nb_lightning import adapters, bnb
-from nb_lightning.config import AdapterConfig
-from nb_lightning.config_checks import check
+from nb_lightning.config.checks import check
+from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.weights import fill

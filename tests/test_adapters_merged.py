@@ -11,10 +11,10 @@ import torch
 
 from nb_lightning import adapters
 from nb_lightning.checkpoints import hugging_face
-from nb_lightning.config import AdapterConfig, TrainerConfig
-from nb_lightning.generate import generate
+from nb_lightning.config.schema import AdapterConfig, TrainerConfig
+from nb_lightning.generation.decoder import generate
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model import Transformer
-from nb_lightning.sampling import Sampling
 from nb_lightning.strategies import build_model
 from nb_lightning.weights import fill
 from tests.adapters_harness import (

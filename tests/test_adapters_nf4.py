@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.config import AdapterConfig
+from nb_lightning.config.schema import AdapterConfig
 from tests.adapters_harness import (
     SHAPE,
     InMemory,

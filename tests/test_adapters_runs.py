@@ -12,7 +12,7 @@ import torch
 from nb_lightning import adapters
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.pretrained import find
-from nb_lightning.config import AdapterConfig
+from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import Transformer
 from nb_lightning.weights import fill
 from tests.adapters_harness import SHAPE, base_weights, write_hf

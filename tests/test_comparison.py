@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nb_lightning.ablate import compare, measured, table
-from nb_lightning.comparison import estimate, student
+from nb_lightning.evaluate.statistics import estimate, student
 
 
 def test_students_interval_by_hand() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from nb_lightning.config import Config, compose, register
-from nb_lightning.config_checks import check, check_targets
+from nb_lightning.config.checks import check, check_targets
+from nb_lightning.config.compose import compose, register
+from nb_lightning.config.schema import Config
 from tests.harness import ROOT, Train
 
 CONF = ROOT / "conf"

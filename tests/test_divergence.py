@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nb_lightning import head
 from nb_lightning.batch import IGNORE
-from nb_lightning.divergence import Divergence, Teacher, TopKTeacher
+from nb_lightning.losses import head
+from nb_lightning.losses.divergence import Divergence, Teacher, TopKTeacher
 from tests.test_head import CHUNKS, Allocations, D, N, V, inputs, naive_logprobs, per_token_weights
 
 KINDS = [

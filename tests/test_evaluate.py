@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from data.prepare.source_writer import SourceWriter
-from nb_lightning import evaluate
-from nb_lightning.accuracy import evaluate_tasks
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
 from nb_lightning.checkpoints.pretrained import load_pretrained
+from nb_lightning.evaluate import __main__ as evaluate
+from nb_lightning.evaluate.accuracy import evaluate_tasks
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model import Transformer
-from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import read_tasks, write_tasks
 from nb_lightning.token_source import SourceManifest
 from tests.harness import ROOT, environment

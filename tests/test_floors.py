@@ -169,7 +169,7 @@ def test_a_prefix_is_whole_names(name: str, ok: bool) -> None:
 @pytest.mark.parametrize(
     "module, absent",
     [
-        ("nb_lightning.config", ["torch", "numpy", "lightning"]),
+        ("nb_lightning.config.schema", ["torch", "numpy", "lightning"]),
         ("nb_lightning.rewards.math", ["torch", "numpy", "lightning", "sympy", "math_verify"]),
         (",".join(modules(*(name for name in MATHS if (ROOT / f"nb_lightning/{name}.py").exists()))), [
             "lightning", "hydra", "omegaconf", "torchmetrics", "transformers", "bitsandbytes", "xformers",

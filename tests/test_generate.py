@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from nb_lightning import generate as module
-from nb_lightning.generate import Completion, Decoder, generate
-from nb_lightning.kv_cache import SMALLEST
+from nb_lightning.generation import decoder as module
+from nb_lightning.generation.decoder import Completion, Decoder, generate
+from nb_lightning.generation.kv_cache import SMALLEST
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.sampling import Sampling
 from tests.harness import ROOT, environment
 from tests.test_model import TINY, llama, random_model
 from tests.test_sampling import expected, p_value

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nb_lightning import generate as module
-from nb_lightning.generate import Completion, Decoder, Request, generate, stream
+from nb_lightning.generation import decoder as module
+from nb_lightning.generation.decoder import Completion, Decoder, Request, generate, stream
 from nb_lightning.model import Transformer
 from tests.test_generate import PROMPT_LENGTHS, SAMPLED, collect, model_of, prompts, run_all
 

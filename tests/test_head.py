@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nb_lightning import head, token_walk
 from nb_lightning.batch import IGNORE
+from nb_lightning.losses import chunks, head
 
 N, D, V = 23, 6, 37
 CHUNKS = [1, 7, 23, 512]
@@ -94,7 +94,7 @@ def test_tiles_of_any_height_give_the_same(
     hidden, weight, labels = inputs()
     expected = function(hidden, weight, labels)
     gradients = torch.autograd.grad(expected.sum(), (hidden, weight))
-    monkeypatch.setattr(token_walk, "CPU_TILE", rows * V // torch.get_num_threads())
+    monkeypatch.setattr(chunks, "CPU_TILE", rows * V // torch.get_num_threads())
     out = function(hidden, weight, labels, chunk=6)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     for a, b in zip(torch.autograd.grad(out.sum(), (hidden, weight)), gradients):
@@ -133,23 +133,23 @@ def positions(parts: list[slice | Tensor], n: int) -> list[list[int]]:
 
 
 def test_chunks_are_of_nearly_equal_size_and_leave_out_what_is_ignored() -> None:
-    assert token_walk.parts_of(torch.arange(10), 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    assert chunks.parts_of(torch.arange(10), 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
     labels = torch.arange(10).masked_fill(torch.arange(10) % 2 == 0, IGNORE)
-    assert positions(token_walk.parts_of(labels, 4), 10) == [[1, 3], [5, 7, 9]]
-    assert token_walk.parts_of(torch.full((3,), IGNORE), 4) == token_walk.parts_of(torch.arange(0), 4) == []
+    assert positions(chunks.parts_of(labels, 4), 10) == [[1, 3], [5, 7, 9]]
+    assert chunks.parts_of(torch.full((3,), IGNORE), 4) == chunks.parts_of(torch.arange(0), 4) == []
 
 
 def test_no_chunk_ends_inside_a_group() -> None:
     groups = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 4])
     labels = torch.zeros(9, dtype=torch.int64)
-    assert token_walk.whole_groups(labels, groups, 5) == [slice(0, 5), slice(5, 9)]
-    assert token_walk.whole_groups(labels, groups, 3) == [slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 9)]
-    assert token_walk.whole_groups(labels, groups, 100) == [slice(0, 9)]
-    assert token_walk.whole_groups(labels, groups, 2) is None, "a group of 3"
-    assert token_walk.whole_groups(labels, torch.tensor([0, 0, 1, 1, 0, 2, 2, 2, 2]), 5) is None, "0 is in two places"
+    assert chunks.whole_groups(labels, groups, 5) == [slice(0, 5), slice(5, 9)]
+    assert chunks.whole_groups(labels, groups, 3) == [slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 9)]
+    assert chunks.whole_groups(labels, groups, 100) == [slice(0, 9)]
+    assert chunks.whole_groups(labels, groups, 2) is None, "a group of 3"
+    assert chunks.whole_groups(labels, torch.tensor([0, 0, 1, 1, 0, 2, 2, 2, 2]), 5) is None, "0 is in two places"
     labels[[0, 4, 8]] = IGNORE
-    assert positions(token_walk.whole_groups(labels, groups, 3), 9) == [[1, 2, 3], [5, 6, 7]]
-    assert token_walk.whole_groups(torch.full((9,), IGNORE), groups, 3) == []
+    assert positions(chunks.whole_groups(labels, groups, 3), 9) == [[1, 2, 3], [5, 6, 7]]
+    assert chunks.whole_groups(torch.full((9,), IGNORE), groups, 3) == []
 
 
 def test_weights_may_depend_on_the_log_probabilities_of_their_chunk() -> None:

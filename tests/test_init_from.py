@@ -20,8 +20,9 @@ from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.hugging_face import to_hf
 from nb_lightning.checkpoints.pretrained import find, shape_at
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.config import Config, plan_of, register
-from nb_lightning.config_checks import check
+from nb_lightning.config.checks import check
+from nb_lightning.config.compose import plan_of, register
+from nb_lightning.config.schema import Config
 from nb_lightning.stages.pretrain import PretrainStage
 from nb_lightning.tokenizer import byte_tokenizer
 from tests.harness import ROOT, TRACE, Train, read_trace, run_train

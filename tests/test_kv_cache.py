@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.kv_cache import SMALLEST, Decode, KVCache, Prefill
+from nb_lightning.generation.kv_cache import SMALLEST, Decode, KVCache, Prefill
 from nb_lightning.model import Transformer
 from tests.test_model import TINY, ids, random_model
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PreferenceBatch, pack
-from nb_lightning.divergence import Divergence, Teacher
+from nb_lightning.losses import dpd
+from nb_lightning.losses import pairwise as pairwise_loss
+from nb_lightning.losses.divergence import Divergence, Teacher
 from tests.test_divergence import naive_of, top_k
 
 V, D, TEACHER_D = 29, 6, 9
@@ -99,7 +100,7 @@ def test_dpd_and_its_gradients_equal_the_naive_loss(
     batch = rows(batch, width) if width else batch
     hidden, weight, teacher = states(batch)
     weights = (0.7, 0.5, 0.3)
-    loss, _ = losses.dpd_loss(
+    loss, _ = dpd.dpd_loss(
         hidden, weight, batch, batch.counts, teacher, beta=0.4, variant=variant, label_smoothing=smoothing,
         dpo_weight=weights[0], lambda_plus=weights[1], lambda_minus=weights[2], divergence=divergence, chunk=chunk,
     )  # fmt: skip
@@ -122,10 +123,10 @@ def test_pairs_that_lie_apart_are_still_pairs() -> None:
     order = torch.cat([documents[i] for i in (0, 3, 1, 4, 2, 5)])
     hidden, weight, teacher = states(apart)
     moved = hidden.detach()[:, order].requires_grad_()
-    expected, sums = losses.dpd_loss(
+    expected, sums = dpd.dpd_loss(
         moved, weight, together, together.counts, Teacher(teacher.hidden[order], teacher.weight), beta=2.0, chunk=9
     )
-    loss, found = losses.dpd_loss(hidden, weight, apart, apart.counts, teacher, beta=2.0, chunk=9)
+    loss, found = dpd.dpd_loss(hidden, weight, apart, apart.counts, teacher, beta=2.0, chunk=9)
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(found, sums, atol=1e-12, rtol=1e-12)
     (a, of_weight), (b, expected_of_weight) = (
@@ -143,10 +144,10 @@ def test_the_reference_is_computed_as_the_loss_computes_it(chunk: int, dpo_weigh
     hidden, weight, teacher = states(batch)
     hidden, weight = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
     teacher = Teacher(teacher.hidden.float(), teacher.weight.float())
-    batch.ref_logprobs = losses.response_logprobs(hidden, weight, batch, chunk).detach()
+    batch.ref_logprobs = dpd.response_logprobs(hidden, weight, batch, chunk).detach()
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            _, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, dpo_weight=dpo_weight, chunk=chunk)
+            _, sums = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, dpo_weight=dpo_weight, chunk=chunk)
         assert sums["margin"] == sums["chosen_reward"] == sums["rejected_reward"] == sums["accuracy"] == 0.0
 
 
@@ -154,11 +155,11 @@ def test_a_batch_of_no_pairs_adds_nothing() -> None:
     batch = PreferenceBatch.from_pairs(random_pairs())
     hidden, weight, teacher = states(batch)
     batch = replace(batch.silenced(), ref_logprobs=torch.zeros(0, 2))
-    loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher)
+    loss, sums = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher)
     loss.backward()
     assert loss == 0 and all(value == 0 for value in sums.values())
     assert not hidden.grad.any() and not weight.grad.any()
-    assert losses.response_logprobs(hidden, weight, batch).shape == (0, 2)
+    assert dpd.response_logprobs(hidden, weight, batch).shape == (0, 2)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
@@ -167,7 +168,7 @@ def test_each_term_by_its_knob(weights: tuple[float, float, float]) -> None:
     batch.ref_logprobs = reference(batch)
     hidden, weight, teacher = states(batch)
     knobs = dict(zip(("dpo_weight", "lambda_plus", "lambda_minus"), weights))
-    loss, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, **knobs)
+    loss, _ = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, **knobs)
     expected = naive_dpd(hidden, weight, batch, teacher, Divergence(), "sigmoid", 0.1, 0.0, weights)
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
@@ -180,7 +181,7 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
     whole = PreferenceBatch.from_pairs(pairs)
     whole.ref_logprobs = reference(whole)
     hidden, weight, teacher = states(whole)
-    loss, sums = losses.dpd_loss(hidden, weight, whole, whole.counts, teacher)
+    loss, sums = dpd.dpd_loss(hidden, weight, whole, whole.counts, teacher)
     expected = torch.autograd.grad(loss, (hidden, weight))
 
     parts = [PreferenceBatch.from_pairs(pairs[a:b], ref_logprobs=whole.ref_logprobs[a:b]) for a, b in ((0, 2), (2, 6))]
@@ -190,7 +191,7 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
     for part in parts:
         end = start + part.input_ids.numel()
         own = Teacher(teacher.hidden[start:end], teacher.weight)
-        loss_of_part, found = losses.dpd_loss(hidden[:, start:end], weight, part, counts, own)
+        loss_of_part, found = dpd.dpd_loss(hidden[:, start:end], weight, part, counts, own)
         gradients.append(torch.autograd.grad(loss_of_part, (hidden, weight)))
         total, start = total + loss_of_part.detach(), end
         logged = {name: logged.get(name, 0) + value for name, value in found.items()}
@@ -203,15 +204,15 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", losses.DPO_VARIANTS)
+@pytest.mark.parametrize("variant", dpd.DPO_VARIANTS)
 @pytest.mark.parametrize("chunk", [16, 70, 512])  # pairs longer than a chunk, one a chunk, all in one
 def test_at_step_0_the_margin_is_exactly_0(dtype: torch.dtype, variant: str, chunk: int) -> None:
     batch = PreferenceBatch.from_pairs(random_pairs([(3, 40, 25), (5, 9, 61), (2, 0, 1)]))
     hidden, weight, teacher = states(batch)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.no_grad():
-        batch.ref_logprobs = losses.response_logprobs(hidden, weight, batch, chunk=chunk)
-    _, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant, chunk=chunk)
+        batch.ref_logprobs = dpd.response_logprobs(hidden, weight, batch, chunk=chunk)
+    _, sums = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant, chunk=chunk)
     assert sums["margin"] == sums["chosen_reward"] == sums["rejected_reward"] == sums["accuracy"] == 0
 
 
@@ -220,10 +221,10 @@ def test_the_batchs_own_cached_teacher_is_used() -> None:
     batch.ref_logprobs = reference(batch)
     hidden, weight, teacher = states(batch)
     cached = top_k(teacher, 4)
-    expected, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, cached)
+    expected, _ = dpd.dpd_loss(hidden, weight, batch, batch.counts, cached)
     batch.teacher_ids, batch.teacher_logprobs = cached.ids.unsqueeze(0), cached.logprobs.unsqueeze(0)
-    loss, _ = losses.dpd_loss(hidden, weight, batch, batch.counts)
-    whole, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher)
+    loss, _ = dpd.dpd_loss(hidden, weight, batch, batch.counts)
+    whole, _ = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher)
     assert torch.equal(loss, expected) and loss < whole
 
 
@@ -231,8 +232,8 @@ def test_what_is_logged() -> None:
     batch = PreferenceBatch.from_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     hidden, weight, teacher = states(batch)
-    loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
-    rewards = 0.3 * (losses.response_logprobs(hidden, weight, batch) - batch.ref_logprobs)
+    loss, sums = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
+    rewards = 0.3 * (dpd.response_logprobs(hidden, weight, batch) - batch.ref_logprobs)
     margin = rewards[:, 0] - rewards[:, 1]
     pairs, chosen, rejected = map(int, batch.counts.values())
     assert (pairs, chosen, rejected) == (6, sum(c for _, c, _ in LENGTHS), sum(r for _, _, r in LENGTHS))
@@ -243,18 +244,18 @@ def test_what_is_logged() -> None:
     value = sums["dpo"] / pairs + sums["chosen_divergence"] / chosen + 0.5 * sums["rejected_divergence"] / rejected
     assert loss.item() == pytest.approx(value.item())
     assert 0 < sums["chosen_entropy"] < chosen * math.log(V)
-    assert sums.keys() == losses.DPD_PER.keys() and set(losses.DPD_PER.values()) == batch.counts.keys()
+    assert sums.keys() == dpd.DPD_PER.keys() and set(dpd.DPD_PER.values()) == batch.counts.keys()
     assert not any(value.requires_grad for value in sums.values())
     with torch.no_grad():
-        without, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
+        without, _ = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
     assert without.item() == pytest.approx(loss.item(), rel=1e-12) and not without.requires_grad
 
 
 def test_nothing_but_empty_responses_is_no_nan() -> None:
     batch = PreferenceBatch.from_pairs(random_pairs([(1, 0, 0), (3, 0, 0)]), ref_logprobs=torch.zeros(2, 2))
     hidden, weight, teacher = states(batch)
-    for variant in losses.DPO_VARIANTS:
-        loss, sums = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant)
+    for variant in dpd.DPO_VARIANTS:
+        loss, sums = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, variant=variant)
         assert loss.isfinite() and all(value.isfinite() for value in sums.values())
         assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
 
@@ -281,18 +282,18 @@ def test_short_pairs_take_four_products_and_long_ones_five(chunk: int, products:
     hidden, weight, teacher = states(batch)
     teacher = Teacher(teacher.hidden[:, :D], teacher.weight[:, :D])  # of the same width, to count alike
     with Products() as counted:
-        loss, _ = losses.dpd_loss(hidden, weight, batch, batch.counts, teacher, chunk=chunk)
+        loss, _ = dpd.dpd_loss(hidden, weight, batch, batch.counts, teacher, chunk=chunk)
         loss.backward()
     assert counted.total == products * 20 * V * D  # 20 tokens are trained; the prompts' are not projected
 
 
 def test_dpo_by_hand() -> None:
     ratios = torch.tensor([[1.0, -1.0], [-2.0, 0.5]])
-    sigmoid = losses.dpo_loss(ratios, 0.5)
+    sigmoid = dpd.dpo_loss(ratios, 0.5)
     assert sigmoid.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1.25))])
-    assert losses.dpo_loss(ratios, 0.5, "hinge").tolist() == pytest.approx([0.0, 2.25])
-    assert losses.dpo_loss(ratios, 0.5, "ipo").tolist() == pytest.approx([1.0, 12.25])
-    assert losses.dpo_loss(torch.tensor([[1e5, -1e5], [-1e5, 1e5]]), 1.0).isfinite().all()
+    assert dpd.dpo_loss(ratios, 0.5, "hinge").tolist() == pytest.approx([0.0, 2.25])
+    assert dpd.dpo_loss(ratios, 0.5, "ipo").tolist() == pytest.approx([1.0, 12.25])
+    assert dpd.dpo_loss(torch.tensor([[1e5, -1e5], [-1e5, 1e5]]), 1.0).isfinite().all()
 
 
 # Reward model -------------------------------------------------------------------------------------------------------
@@ -303,10 +304,10 @@ def test_pairwise_reward_loss_by_hand() -> None:
     hidden, weight = logits.unsqueeze(0).requires_grad_(), torch.eye(3, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([[0, IGNORE, 0]])  # answers are tokens 0 and 1; the second row says the wrong one
     counts = {"tokens": torch.tensor(2)}
-    reward_loss = partial(losses.pairwise_reward_loss, hidden, weight, counts=counts, answers=(0, 1))
+    reward_loss = partial(pairwise_loss.pairwise_reward_loss, hidden, weight, counts=counts, answers=(0, 1))
     loss, sums = reward_loss(labels)
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(0.5))) / 2)
-    assert sums == {"accuracy": 1} and sums.keys() == losses.REWARD_PER.keys()
+    assert sums == {"accuracy": 1} and sums.keys() == pairwise_loss.REWARD_PER.keys()
     (gradient,) = torch.autograd.grad(loss, hidden)
     a, b = 0.5 / (1 + math.exp(1.5)), 0.5 / (1 + math.exp(-0.5))
     assert gradient[0].flatten().tolist() == pytest.approx([-a, a, 0, 0, 0, 0, -b, b, 0])

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from nb_lightning.batch import PreferenceBatch, pack
-from nb_lightning.divergence import Teacher
-from nb_lightning.losses import dpd_loss, response_logprobs
+from nb_lightning.losses.divergence import Teacher
+from nb_lightning.losses.dpd import dpd_loss, response_logprobs
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.strategies import shard
 from tests.harness import ROOT, environment

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning import losses
 from nb_lightning.batch import IGNORE, RolloutBatch, pack
+from nb_lightning.losses import grpo
 from tests.test_losses import D, Products, V
 
 
@@ -43,7 +43,7 @@ def test_grpo_by_hand() -> None:
     token_losses = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
     every = [[1, 1, 1], [1, 1, 1]]
     hidden, weight, batch = rollout(logprobs, every, **fields)
-    loss, sums = losses.grpo_loss(hidden, weight, batch, batch.counts, clip_high=0.3)
+    loss, sums = grpo.grpo_loss(hidden, weight, batch, batch.counts, clip_high=0.3)
     assert loss.item() == pytest.approx(sum(map(sum, token_losses)) / 6)
     assert sums["clipped_low"] == 1 and sums["clipped_high"] == 1 and sums["ref_kl"] == sums["rollout_gap"] == 0
     # d loss / d logprob = -r A where not clipped, 0 where clipped; d logprob / d logit of the label = 1 - p
@@ -60,7 +60,7 @@ def test_grpo_by_hand() -> None:
         ("sequence", (-2.8 / 3 + 4.6 / 2) / 2),
         ("constant", (-2.8 + 4.6) / 10 / 2),
     ):
-        loss, _ = losses.grpo_loss(
+        loss, _ = grpo.grpo_loss(
             hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
         )
         assert loss.item() == pytest.approx(value), normalisation
@@ -69,7 +69,7 @@ def test_grpo_by_hand() -> None:
     hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
     assert batch.counts == {"tokens": 3, "completions": 1}
     for normalisation, value in (("token", -2.8 / 3), ("sequence", -2.8 / 3), ("constant", -0.28)):
-        loss, _ = losses.grpo_loss(
+        loss, _ = grpo.grpo_loss(
             hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
         )
         assert loss.item() == pytest.approx(value), normalisation
@@ -113,7 +113,7 @@ def naive_grpo(
     return torch.stack([x.sum() / 11 for x in sequences]).mean()
 
 
-@pytest.mark.parametrize("normalisation", losses.NORMALISATIONS)
+@pytest.mark.parametrize("normalisation", grpo.NORMALISATIONS)
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_policy: bool, kl_weight: float) -> None:
@@ -121,7 +121,7 @@ def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_poli
     expected = naive_grpo(hidden, weight, batch, on_policy, normalisation, kl_weight)
     if on_policy:
         batch.old_logprobs = None
-    loss, sums = losses.grpo_loss(
+    loss, sums = grpo.grpo_loss(
         hidden, weight, batch, batch.counts, clip_low=0.1, clip_high=0.4, normalisation=normalisation, max_tokens=11,
         kl_weight=kl_weight, chunk=3,
     )  # fmt: skip
@@ -129,13 +129,13 @@ def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_poli
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
     assert batch.counts == {"tokens": 8, "completions": 3} and sums["ref_kl"] > 0 and sums["rollout_gap"] > 0
-    assert sums.keys() == losses.GRPO_PER.keys()
+    assert sums.keys() == grpo.GRPO_PER.keys()
 
 
 def test_nothing_but_truncated_completions_is_no_nan() -> None:
     hidden, weight, batch = random_rollout([4, 2], truncated=[0, 1])
-    for normalisation in losses.NORMALISATIONS:
-        loss, _ = losses.grpo_loss(
+    for normalisation in grpo.NORMALISATIONS:
+        loss, _ = grpo.grpo_loss(
             hidden, weight, batch, batch.counts, normalisation=normalisation, max_tokens=5, kl_weight=1
         )
         assert batch.counts == {"tokens": 0, "completions": 0} and loss == 0
@@ -144,18 +144,18 @@ def test_nothing_but_truncated_completions_is_no_nan() -> None:
 
 def test_group_advantages() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 3.0]])
-    advantages, constant = losses.group_advantages(rewards)
+    advantages, constant = grpo.group_advantages(rewards)
     assert constant == 1 and (advantages[1] == 0).all()
     std = math.sqrt(4 * 0.25 / 3) + 1e-4
     assert advantages[0].tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std])
-    unscaled, _ = losses.group_advantages(rewards, scale=False)
+    unscaled, _ = grpo.group_advantages(rewards, scale=False)
     assert unscaled[2].tolist() == pytest.approx([-0.75, -0.75, -0.75, 2.25])
-    alone, constant = losses.group_advantages(torch.ones(3, 1))
+    alone, constant = grpo.group_advantages(torch.ones(3, 1))
     assert constant == 3 and (alone == 0).all()
 
 
 def test_grpo_takes_three_products_on_policy_or_not() -> None:
     hidden, weight, batch = random_rollout([4, 7, 3], truncated=[1])
     with Products() as counted:
-        losses.grpo_loss(hidden, weight, batch, batch.counts, kl_weight=0.1, chunk=2)[0].backward()
+        grpo.grpo_loss(hidden, weight, batch, batch.counts, kl_weight=0.1, chunk=2)[0].backward()
     assert counted.total == 3 * 7 * V * D

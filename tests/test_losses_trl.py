@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch, pack
-from nb_lightning.divergence import Divergence, Teacher
+from nb_lightning.losses import dpd, grpo
+from nb_lightning.losses.divergence import Divergence, Teacher
 from tests.test_losses import random_pairs
 
 pytest.importorskip("trl")
@@ -72,7 +72,7 @@ def test_distillation_equals_trls_gkd_loss(kind: str, beta: float, temperature: 
         hidden, of_teacher = states(student, batch), states(teacher, batch)
     hidden.requires_grad_()
     weights = (0.6, 0.4)
-    loss, _ = losses.dpd_loss(
+    loss, _ = dpd.dpd_loss(
         hidden, student.lm_head.weight, batch, batch.counts, Teacher(of_teacher[0], teacher.lm_head.weight),
         dpo_weight=0, lambda_plus=weights[0], lambda_minus=weights[1],
         divergence=Divergence(kind, beta or 0.5, temperature),
@@ -125,7 +125,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", losses.DPO_VARIANTS)
+@pytest.mark.parametrize("variant", dpd.DPO_VARIANTS)
 def test_dpo_equals_trls_dpo_trainer(trainer: Any, variant: str) -> None:
     policy, reference = llama(16, 0), llama(16, 1)
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(LENGTHS))])
@@ -135,8 +135,8 @@ def test_dpo_equals_trls_dpo_trainer(trainer: Any, variant: str) -> None:
 
     batch = PreferenceBatch.from_pairs(pairs())
     with torch.no_grad():
-        batch.ref_logprobs = losses.response_logprobs(states(reference, batch), reference.lm_head.weight, batch)
-    loss, sums = losses.dpd_loss(
+        batch.ref_logprobs = dpd.response_logprobs(states(reference, batch), reference.lm_head.weight, batch)
+    loss, sums = dpd.dpd_loss(
         states(policy, batch), policy.lm_head.weight, batch, batch.counts, beta=BETA, variant=variant
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -199,7 +199,7 @@ def test_grpo_equals_trls_grpo_trainer(loss_type: str, normalisation: str, kl_we
         "ref_per_token_logps": padded(batch.ref_logprobs), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     expected = GRPOTrainer._compute_loss(stand_in, None, inputs)
-    loss, sums = losses.grpo_loss(
+    loss, sums = grpo.grpo_loss(
         hidden, weight, batch, batch.counts, clip_low=0.1, clip_high=0.3,
         normalisation=normalisation, max_tokens=longest, kl_weight=kl_weight,
     )  # fmt: skip

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from nb_lightning import adapters
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.checkpoints.pretrained import GGUFOrigin
-from nb_lightning.config import AdapterConfig, Config, DPDConfig, OptimConfig, StageConfig, TrainerConfig
+from nb_lightning.config.schema import AdapterConfig, Config, DPDConfig, OptimConfig, StageConfig, TrainerConfig
 from nb_lightning.dry_run import memory_per_device
-from nb_lightning.head import cross_entropy
-from nb_lightning.losses import dpd_loss
+from nb_lightning.losses.dpd import dpd_loss
+from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer
 from nb_lightning.strategies import build_model

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from nb_lightning.config import plan_of, register
+from nb_lightning.config.compose import plan_of, register
 from nb_lightning.phases import LearningRate, Phase, PhasePlan, exact
 from tests.harness import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
-from nb_lightning.generate import Sampling, generate
+from nb_lightning.generation.decoder import Sampling, generate
 from nb_lightning.tokenizer import byte_tokenizer
 from tests.harness import Train
 from tests.test_weights import NANBEIGE, write

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nb_lightning.accuracy import bootstrap
+from nb_lightning.evaluate.statistics import bootstrap
 from nb_lightning.report.__main__ import fenced, gather, points, short, write
 from nb_lightning.report.results import at_the_end, while_training
 from nb_lightning.report.runs import read_runs

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning import sampling
-from nb_lightning.sampling import BLOCK, NUCLEUS, Sampling, choose
+from nb_lightning.generation import sampling
+from nb_lightning.generation.sampling import BLOCK, NUCLEUS, Sampling, choose
 
 ONE = Sampling(max_new_tokens=1)
 

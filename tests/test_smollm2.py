@@ -23,7 +23,7 @@ from nb_lightning.checkpoints.gguf import save_gguf
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.generate import Sampling, generate
+from nb_lightning.generation.decoder import Sampling, generate
 from tests.harness import run_train
 from tests.test_gguf import Random
 from tests.test_model import TINY

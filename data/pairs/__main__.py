@@ -25,8 +25,8 @@ from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import describe, make
 from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
-from nb_lightning.generate import MAX_BATCH
-from nb_lightning.sampling import Sampling
+from nb_lightning.generation.decoder import MAX_BATCH
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.tasks import Task, read_tasks
 from nb_lightning.token_source import sha256
 

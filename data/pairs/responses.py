@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.pairs.endpoint import asking, client
-from nb_lightning.accuracy import Attempts, evaluate_tasks
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
+from nb_lightning.evaluate.accuracy import Attempts, evaluate_tasks
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.messages import ChatError
 from nb_lightning.rewards import get_verifier
-from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task
 
 

@@ -1,1 +1,1 @@
-"""TODO nb_lightning/checkpoints"""
+"""Models on disk: run folders, Hugging Face folders, GGUF files, and the tokenizers beside them."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nb_lightning.adapters import peft_config
-from nb_lightning.config import AdapterConfig
+from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import ModelShape
 from nb_lightning.weights import Stored, Weights, parameter_shapes
 

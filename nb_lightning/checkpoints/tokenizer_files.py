@@ -1,4 +1,4 @@
-"""TODO nb_lightning/checkpoints/tokenizer_files.py"""
+"""Find and read tokenizer files: "bytes", tokenizer.json, SentencePiece's tokenizer.model, a .gguf file."""
 
 from __future__ import annotations
 

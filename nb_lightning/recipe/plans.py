@@ -14,7 +14,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nb_lightning.checkout import check_as_train, composed
-from nb_lightning.config import Config, run_dir
+from nb_lightning.config.compose import run_dir
+from nb_lightning.config.schema import Config
 from nb_lightning.recipe.steps import TRAIN, Step
 
 READ = ("--tasks", "--teacher", "--student", "--judge", "--model", "--from", "--input", "--tokenizer")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nb_lightning.comparison import estimate
+from nb_lightning.evaluate.statistics import estimate
 from nb_lightning.files import read_json
 from nb_lightning.report.runs import RUNS, Run
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from nb_lightning.batch import pack
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
-from nb_lightning.losses import answer_logits
+from nb_lightning.losses.pairwise import answer_logits
 from nb_lightning.messages import ChatError, Message
 from nb_lightning.model import Transformer
 from nb_lightning.pairwise import ComparisonForm, comparison

@@ -25,7 +25,7 @@ except ModuleNotFoundError:
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.hugging_face import read_json
 from nb_lightning.checkpoints.pretrained import find
-from nb_lightning.sampling import Sampling
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.engine import Engine, be_a_child
 from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers
 

@@ -21,7 +21,7 @@ from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, LoopResponseType
 
 from nb_lightning.checkpoints.pretrained import load_pretrained
-from nb_lightning.generate import Decoder, NewToken
+from nb_lightning.generation.decoder import Decoder, NewToken
 
 STEPS = "steps"  # the one LitServe response that all tokens are part of
 FAILED = "failed"  # finish_reason of a row that the worker could not go on with

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nb_lightning.generate import NewToken
-from nb_lightning.sampling import Sampling
+from nb_lightning.generation.decoder import NewToken
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.text import END, TOOL_CALL, Parts, TextStream, TokenBytes
 
 CHAT, TEXT = "chat.completion", "text_completion"

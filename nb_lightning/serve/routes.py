@@ -23,9 +23,9 @@ from litserve.utils import ResponseBufferItem
 from starlette.exceptions import HTTPException
 
 from nb_lightning.chat_tokens import ChatTokenizer
-from nb_lightning.generate import NewToken
+from nb_lightning.generation.decoder import NewToken
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.messages import ChatError
-from nb_lightning.sampling import Sampling
 from nb_lightning.serve.engine import FAILED, STEPS
 from nb_lightning.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nb_lightning.serve.replies import CHAT, TEXT, Job, Piece

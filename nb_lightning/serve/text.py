@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
-from nb_lightning.generate import NewToken
+from nb_lightning.generation.decoder import NewToken
 
 REASONING, TOOL_CALL = "<think>", "<tool_call>"
 END = {REASONING: "</think>", TOOL_CALL: "</tool_call>"}

@@ -24,7 +24,7 @@ from nb_lightning import adapters
 from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints.pretrained import Origin
-from nb_lightning.config import Config, plain
+from nb_lightning.config.schema import Config, plain
 from nb_lightning.errors import RunStopped
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.optim import build_optimizer, clip_grad_norm

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.checkpoints.pretrained import KEY, Origin, find, require_same_vocabulary
-from nb_lightning.config import Config, plain, run_dir
-from nb_lightning.divergence import Divergence, Teacher
-from nb_lightning.losses import DPD_PER, dpd_loss, response_logprobs
+from nb_lightning.config.compose import run_dir
+from nb_lightning.config.schema import Config, plain
+from nb_lightning.losses.divergence import Divergence, Teacher
+from nb_lightning.losses.dpd import DPD_PER, dpd_loss, response_logprobs
 from nb_lightning.phases import PhasePlan
 from nb_lightning.reference_cache import ReferenceKey, read_reference, write_reference
 from nb_lightning.stages.validated import ValidatedByMeans

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from nb_lightning.batch import PackedBatch
-from nb_lightning.head import cross_entropy
+from nb_lightning.losses.head import cross_entropy
 from nb_lightning.metrics import Perplexity
 from nb_lightning.stages.base import BaseStage
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nb_lightning.batch import PackedBatch
-from nb_lightning.config import plain
-from nb_lightning.losses import REWARD_PER, pairwise_reward_loss
+from nb_lightning.config.schema import plain
+from nb_lightning.losses.pairwise import REWARD_PER, pairwise_reward_loss
 from nb_lightning.pairwise import ComparisonForm
 from nb_lightning.stages.validated import ValidatedByMeans
 

@@ -11,13 +11,13 @@ import pytest
 
 from callbacks import on_policy_filter
 from callbacks.on_policy_filter import OnPolicyFilter
-from nb_lightning.accuracy import Attempts, Report, evaluate_tasks
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.pretrained import in_training, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.errors import RunStopped
+from nb_lightning.evaluate.accuracy import Attempts, Report, evaluate_tasks
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards import Score
-from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task, read_tasks
 from tests.rl_harness import make, run_here
 

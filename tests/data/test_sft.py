@@ -15,8 +15,8 @@ from data.bin_packing import to_batch
 from data.mixture import RowOrder
 from data.sft import SFTData
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
-from nb_lightning.config import plan_of
-from nb_lightning.head import cross_entropy
+from nb_lightning.config.compose import plan_of
+from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import ModelShape, Transformer
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.token_source import TRAINED

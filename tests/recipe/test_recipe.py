@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.config import run_dir
-from nb_lightning.config_checks import check
+from nb_lightning.config.checks import check
+from nb_lightning.config.compose import run_dir
 from nb_lightning.recipe.child import Screen
 from nb_lightning.recipe.steps import read_recipe
 from tests.harness import ROOT

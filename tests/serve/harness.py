@@ -19,8 +19,8 @@ import openai
 import psutil
 
 from nb_lightning.checkpoints.pretrained import Pretrained
-from nb_lightning.generate import Completion, generate
-from nb_lightning.sampling import Sampling
+from nb_lightning.generation.decoder import Completion, generate
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.text import REASONING, Parts
 from tests.harness import ROOT, environment
 

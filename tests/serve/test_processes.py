@@ -19,8 +19,8 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from nb_lightning.checkpoints.pretrained import Pretrained
-from nb_lightning.generate import Decoder, NewToken, generate
-from nb_lightning.sampling import Sampling
+from nb_lightning.generation.decoder import Decoder, NewToken, generate
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.engine import FAILED, DecodeLoop
 from nb_lightning.serve.replies import Job
 from nb_lightning.serve.routes import OpenAI, Served, _events

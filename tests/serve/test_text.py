@@ -7,7 +7,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nb_lightning.generate import NewToken
+from nb_lightning.generation.decoder import NewToken
 from nb_lightning.serve.replies import Choice, Piece
 from nb_lightning.serve.text import REASONING, TOOL_CALL, Parts, TextStream, TokenBytes, unfinished
 from nb_lightning.tokenizer import byte_tokenizer

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PreferenceBatch
 from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.checkpoints.pretrained import load_pretrained
-from nb_lightning.config_checks import DIVERGENCES, DPO_VARIANTS
-from nb_lightning.divergence import KINDS
+from nb_lightning.config.checks import DIVERGENCES, DPO_VARIANTS
+from nb_lightning.losses import chunks, dpd
+from nb_lightning.losses.divergence import KINDS
 from nb_lightning.model import Transformer
 from nb_lightning.reference_cache import StaleCache
 from nb_lightning.stages.dpd import REFERENCE, DPDStage
@@ -135,7 +135,7 @@ def test_before_the_first_step_every_margin_is_exactly_zero(
     """Of every pair when it is first drawn, to the last bit, when nothing is learnt meanwhile."""
     seen: set[int] = set()
     zero: list[float] = []
-    real = losses.segment_sum
+    real = chunks.segment_sum
 
     def watched(self: DPDStage, batch: PreferenceBatch, counts: Any) -> Any:
         new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair not in seen]
@@ -149,7 +149,7 @@ def test_before_the_first_step_every_margin_is_exactly_zero(
             return out
 
         with monkeypatch.context() as m:
-            m.setattr(losses, "segment_sum", segment_sum)
+            m.setattr(dpd, "segment_sum", segment_sum)
             out = loss(self, batch, counts)
         difference = sums[-1] - self.reference[batch.pair_ids]
         zero.extend(difference[new].flatten().tolist())
@@ -171,7 +171,7 @@ def test_it_learns_and_logs_every_term(unbroken: Path) -> None:
         assert len(divergence) == 8 and divergence[-1] < divergence[0]
         assert min(curve(unbroken, f"train/{side}_tokens")) > 0
     assert curve(unbroken, "train/margin")[0] == 0.0 and curve(unbroken, "train/dpo")[0] == pytest.approx(0.693147)
-    assert {key for row in logged(unbroken) for key in row} >= {f"train/{name}" for name in losses.DPD_PER}
+    assert {key for row in logged(unbroken) for key in row} >= {f"train/{name}" for name in dpd.DPD_PER}
     manifest = json.loads((unbroken / "manifest.json").read_text())
     assert manifest["finished"] and manifest["skipped_steps"] == 0
 
@@ -260,7 +260,7 @@ def test_other_divergences_and_variants_learn(made: Path, tmp_path: Path, more: 
 
 
 def test_the_config_knows_what_the_losses_know() -> None:
-    assert (DPO_VARIANTS, DIVERGENCES) == (losses.DPO_VARIANTS, KINDS)
+    assert (DPO_VARIANTS, DIVERGENCES) == (dpd.DPO_VARIANTS, KINDS)
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from data.reward import RewardData
-from nb_lightning import losses
 from nb_lightning.batch import IGNORE, PackedBatch
 from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.folders import read_info
 from nb_lightning.checkpoints.pretrained import load_pretrained
-from nb_lightning.config_checks import REWARD_LOSSES
+from nb_lightning.config.checks import REWARD_LOSSES
+from nb_lightning.losses.pairwise import REWARD_LOSSES as LOSSES_OF_THE_LIBRARY
 from nb_lightning.model import Transformer
 from tests.dpd_harness import make, trained
 from tests.harness import curve, read_trace
@@ -153,7 +153,7 @@ def test_a_checkpoint_says_how_comparisons_are_written(data: RewardData, unbroke
 
 
 def test_the_config_knows_what_the_losses_know() -> None:
-    assert REWARD_LOSSES == losses.REWARD_LOSSES
+    assert REWARD_LOSSES == LOSSES_OF_THE_LIBRARY
 
 
 @pytest.mark.parametrize(

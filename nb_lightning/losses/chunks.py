@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import IGNORE
-from nb_lightning.divergence import Divergence, Part, Scratch, Teacher, TopKTeacher, exp
+from nb_lightning.losses.divergence import Divergence, Part, Scratch, Teacher, TopKTeacher, exp
 
 Weigh = Callable[[Part, Tensor], Tensor]  # of a part and its log p(label) [n]: the weights [n] of these
 # The gradient of a loss with respect to each statistic, in the order of `TokenStatistics`, [N] each; None is 0.
@@ -173,3 +173,18 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+# Sums over segments -------------------------------------------------------------------------------------------------
+
+
+def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    """Sum of `values` [N] over each segment: [segments]. `index` [N] says which segment a token is of, -1 none."""
+    return values.new_zeros(segments + 1).index_add(0, index.long() + 1, values)[1:]
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], logprobs: Tensor) -> Tensor:
+    """d loss / d logprobs, [N]."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]

@@ -12,6 +12,7 @@ Two intervals, both of 95 %, because they answer different questions:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
@@ -50,3 +51,30 @@ def student(values: np.ndarray) -> Interval | None:
         return None
     half = T_95[min(len(values) - 1, len(T_95)) - 1] * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean() - half), float(values.mean() + half)
+
+
+RESAMPLES = 2000
+
+
+def pass_at(j: int, k: int, correct: int) -> float:
+    """The unbiased estimate, from k completions of which `correct` are, that one of j is: 1 - C(k - c, j) / C(k, j)."""
+    return 1 - comb(k - correct, j) / comb(k, j)
+
+
+def bootstrap(
+    values: np.ndarray, weights: np.ndarray | None = None, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of sum(values) / sum(weights), resampling pairs; weights are 1 if not given.
+
+    Always from the same random numbers: equal input gives equal intervals. One value says nothing of its spread: None.
+    """
+    if len(values) < 2:
+        return None
+    weights = np.ones(len(values)) if weights is None else weights
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(resamples):
+        chosen = rng.integers(len(values), size=len(values))
+        ratios.append(values[chosen].sum() / weights[chosen].sum())
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(low), float(high)

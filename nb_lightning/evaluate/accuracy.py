@@ -14,19 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from math import comb
 from typing import Any
 
 import numpy as np
 import torch
 
 from nb_lightning.checkpoints.pretrained import Pretrained
-from nb_lightning.generate import MAX_BATCH, Completion, Request, stream
+from nb_lightning.evaluate.statistics import bootstrap, pass_at
+from nb_lightning.generation.decoder import MAX_BATCH, Completion, Request, stream
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards import Score, Verifier, get_verifier
-from nb_lightning.sampling import Sampling
 from nb_lightning.tasks import Task
 
-RESAMPLES = 2000
 SCORERS = 4  # threads that score while the model goes on
 
 
@@ -90,30 +89,6 @@ def summarise(attempts: Sequence[Attempts], k: int) -> dict[str, Any]:
         "tokens": float(np.mean([n for a in attempts for n in a.tokens])),
         "statuses": dict(Counter(str(score.info["status"]) for a in attempts for score in a.scores)),
     }
-
-
-def pass_at(j: int, k: int, correct: int) -> float:
-    """The unbiased estimate, from k completions of which `correct` are, that one of j is: 1 - C(k - c, j) / C(k, j)."""
-    return 1 - comb(k - correct, j) / comb(k, j)
-
-
-def bootstrap(
-    values: np.ndarray, weights: np.ndarray | None = None, resamples: int = RESAMPLES
-) -> tuple[float, float] | None:
-    """The 95 % percentile interval of sum(values) / sum(weights), resampling pairs; weights are 1 if not given.
-
-    Always from the same random numbers: equal input gives equal intervals. One value says nothing of its spread: None.
-    """
-    if len(values) < 2:
-        return None
-    weights = np.ones(len(values)) if weights is None else weights
-    rng = np.random.default_rng(0)
-    ratios = []
-    for _ in range(resamples):
-        chosen = rng.integers(len(values), size=len(values))
-        ratios.append(values[chosen].sum() / weights[chosen].sum())
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def evaluate_tasks(

@@ -1,6 +1,6 @@
 """What cannot work, said before anything is built: one error that names the YAML key and what is allowed.
 
-Like the schema (nb_lightning/config.py) this imports no torch.
+Like the schema (nb_lightning/config/schema.py) this imports no torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nb_lightning.config import LINEARS, Config, plan_of
+from nb_lightning.config.compose import plan_of
+from nb_lightning.config.schema import LINEARS, Config
 
 # `_target_` runs code. Only these places may be named; a `pkg://` entry of hydra.searchpath adds its own package.
 TRUSTED_TARGETS = ("callbacks.", "nb_lightning.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
-# As in nb_lightning/losses.py and divergence.py, which import torch.
+# As in nb_lightning/losses/dpd.py and divergence.py, which import torch.
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 NORMALISATIONS = ("token", "sequence", "constant")

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nb_lightning.divergence import FORWARD_KL, Divergence, Part, Teacher, TopKTeacher
-from nb_lightning.token_walk import Walk, Weigh, parts_of, wide
+from nb_lightning.losses.chunks import Walk, Weigh, parts_of, wide
+from nb_lightning.losses.divergence import FORWARD_KL, Divergence, Part, Teacher, TopKTeacher
 
 CHUNK = 512
 

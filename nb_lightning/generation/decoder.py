@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nb_lightning.kv_cache import Decode, KVCache, Prefill
+from nb_lightning.generation.kv_cache import Decode, KVCache, Prefill
+from nb_lightning.generation.sampling import Sampling, choose
 from nb_lightning.model import Transformer
-from nb_lightning.sampling import Sampling, choose
 
 MAX_BATCH = 64
 PREFILL_TOKENS = 8192  # prompts are run together up to this many tokens

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nb_lightning.accuracy import bootstrap
 from nb_lightning.checkpoints.pretrained import Pretrained
-from nb_lightning.head import token_logprobs
+from nb_lightning.evaluate.statistics import bootstrap
+from nb_lightning.losses.head import token_logprobs
 from nb_lightning.model import Transformer
 
 PACKED_TOKENS = 8192  # windows are run together up to this many tokens

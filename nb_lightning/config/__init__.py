@@ -1,0 +1,1 @@
+"""The configuration: its schema, its checks, and how YAML files become one config."""

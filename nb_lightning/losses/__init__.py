@@ -1,0 +1,1 @@
+"""Every loss, over one chunked head that never holds [tokens, vocabulary]."""

@@ -1,0 +1,64 @@
+"""The pairwise reward model's loss (report, section on human preference)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nb_lightning.batch import IGNORE
+from nb_lightning.losses import head
+from nb_lightning.losses.chunks import wide
+
+REWARD_LOSSES = ("bradley_terry", "cross_entropy")
+REWARD_PER = {"accuracy": "tokens"}
+
+
+# Reward model -------------------------------------------------------------------------------------------------------
+
+
+def answer_logits(hidden: Tensor, weight: Tensor, labels: Tensor, answers: tuple[int, int]) -> Tensor:
+    """[n, 2] logits of the two tokens `answers` at the n positions that have a label. Arguments as below."""
+    dtype = wide(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden[labels != IGNORE].to(dtype) @ weight[list(answers)].to(dtype).T
+
+
+def pairwise_reward_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    counts: Mapping[str, Tensor],
+    answers: tuple[int, int],
+    *,
+    kind: str = "bradley_terry",
+    chunk: int = head.CHUNK,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a reward model that names the better of two responses with one token.
+
+    Args:
+        hidden: [B, T, D] last hidden states.
+        weight: [V, D] of the head.
+        labels: [B, T] int64: the right one of `answers` at the position that answers, -100 elsewhere.
+        counts: `PackedBatch.counts` of the whole optimizer step; its tokens are comparisons.
+        answers: ids of the two tokens.
+        kind: "bradley_terry" -log sigmoid(z_right - z_wrong) of the two tokens' logits; "cross_entropy"
+            -log p(right) over the whole vocabulary, which also teaches to answer with one of the two.
+
+    Returns:
+        This batch's part of the mean over comparisons, 0-d; and the sum of `REWARD_PER`: those with z_right > z_wrong.
+    """
+    assert kind in REWARD_LOSSES
+    asked = labels != IGNORE
+    right = labels[asked]
+    second = right == answers[1]
+    assert bool((second | (right == answers[0])).all())
+    logits = answer_logits(hidden, weight, labels, answers)
+    margin = torch.where(second, -1, 1) * (logits[:, 0] - logits[:, 1])
+    if kind == "bradley_terry":
+        loss = -F.logsigmoid(margin).sum()
+    else:
+        loss = head.cross_entropy(hidden, weight, labels, chunk)
+    return loss / counts["tokens"].clamp(min=1), {"accuracy": (margin > 0).to(margin.dtype).sum()}
