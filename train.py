@@ -62,9 +62,9 @@ def run(cfg: Config) -> None:
     import torch
 
     from nb_lightning import dry_run
-    from nb_lightning.adapters import trained_parameters
     from nb_lightning.checkpoints import folders
     from nb_lightning.checkpoints.pretrained import find
+    from nb_lightning.model.adapters import trained_parameters
     from nb_lightning.strategies import resolve_accelerator
 
     folder = run_dir(cfg)

@@ -33,7 +33,7 @@ from benchmarks.common import append_jsonl, table
 from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
 from nb_lightning.generation.decoder import Request, stream
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model.transformer import ModelShape, Transformer
 
 SHAPES = {
     "demo": ModelShape(260, 128, 4, 4, 2, 32, 352),

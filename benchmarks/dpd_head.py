@@ -67,7 +67,7 @@ def pairs_of(step: int, vocab: int) -> list[Pair]:
 
 
 def shape_of(a: argparse.Namespace) -> Any:
-    from nb_lightning.model import ModelShape
+    from nb_lightning.model.transformer import ModelShape
 
     s = Shape(a.vocab, a.layers)
     return ModelShape(
@@ -80,7 +80,7 @@ def models(a: argparse.Namespace, theirs: bool) -> list[Any]:
     """Policy, reference and teacher; the first two are equal."""
     import torch
 
-    from nb_lightning.model import Transformer
+    from nb_lightning.model.transformer import Transformer
 
     made = []
     for seed in (0, 0, 7):

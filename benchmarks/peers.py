@@ -29,7 +29,7 @@ def prepare(a: argparse.Namespace) -> None:
     from data.pretrain import PretrainData
     from nb_lightning.config.compose import plan_of
     from nb_lightning.config.schema import plain
-    from nb_lightning.model import ModelShape, Transformer
+    from nb_lightning.model.transformer import ModelShape, Transformer
 
     write_corpus(a.folder, 2 * a.steps * a.rows * a.seq_len, a.vocab)
     cfg = config(a)

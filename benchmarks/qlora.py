@@ -17,14 +17,14 @@ from pydoc_data.topics import topics
 
 import torch
 
-from nb_lightning import adapters
 from nb_lightning.checkpoints.pretrained import Origin, find
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.losses.head import cross_entropy
-from nb_lightning.model import Transformer
+from nb_lightning.model import adapters
+from nb_lightning.model.layout import build_model
+from nb_lightning.model.transformer import Transformer
+from nb_lightning.model.weights import Stored, Weights, fill
 from nb_lightning.optim import build_optimizer
-from nb_lightning.strategies import build_model
-from nb_lightning.weights import Stored, Weights, fill
 
 ROWS, LENGTH = 4, 256
 

@@ -13,7 +13,7 @@ from nb_lightning.files import read_json, write_json
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
-from nb_lightning.tasks import Task, read_tasks
+from nb_lightning.rewards.tasks import Task, read_tasks
 
 BEFORE = "before"
 
@@ -22,7 +22,7 @@ class TaskAccuracy(PhaseCallback):
     """Logs `val/greedy/<source>` and `val/avg@k/<source>`, keeps them in `accuracy.json`, prints a table at the end.
 
     Args:
-        tasks: .jsonl files of `nb_lightning.tasks.Task`.
+        tasks: .jsonl files of `nb_lightning.rewards.tasks.Task`.
         k: completions sampled for each task.
         limit: only the first so many tasks of each file.
         temperature, top_p, max_new_tokens: of the sampled completions (and the greedy one's length).

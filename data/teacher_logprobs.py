@@ -26,7 +26,7 @@ from data.teacher_cache import CacheWriter, record
 from nb_lightning.checkpoints.pretrained import find, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.losses.head import CHUNK
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 from nb_lightning.token_source import SPLITS, Source
 
 

@@ -39,7 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nb_lightning.checkout import CHECKOUT
 from nb_lightning.evaluate.statistics import Interval, estimate
 from nb_lightning.files import read_json, write_json, write_text
-from nb_lightning.outcome import ended, last_line
+from nb_lightning.recipe.child import ended, last_line
 from nb_lightning.run_folder import read_metrics
 
 FOLDER = CHECKOUT / "conf" / "ablation"

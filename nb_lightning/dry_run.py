@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from nb_lightning.adapters import frozen_dtype, trained_parameters
 from nb_lightning.checkpoints.pretrained import Origin, find
 from nb_lightning.config.compose import plan_of
 from nb_lightning.config.schema import Config, plain
 from nb_lightning.losses.chunks import CPU_TILE, GPU_TILE
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model.adapters import frozen_dtype, trained_parameters
+from nb_lightning.model.transformer import ModelShape, Transformer
 
 GIB = 2**30
 

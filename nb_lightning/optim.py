@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nb_lightning import bnb
+from nb_lightning.model import bnb
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 

@@ -10,16 +10,10 @@ time, so that no device ever holds more than its shard and one whole parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nb_lightning.config.schema import TrainerConfig
-from nb_lightning.model import ModelShape, Transformer
 
 
 def resolve_accelerator(cfg: TrainerConfig) -> str:
@@ -55,48 +49,3 @@ def lightning_precision(cfg: TrainerConfig) -> str:
     if cfg.strategy == "fsdp" and cfg.precision == "bf16-mixed":
         return "32-true"
     return cfg.precision
-
-
-def build_model(
-    shape: ModelShape,
-    cfg: TrainerConfig,
-    backend: str,
-    device: torch.device,
-    mesh: DeviceMesh | None,
-    seed: int | None,
-    change: Callable[[Transformer], None] | None = None,
-) -> Transformer:
-    """A `Transformer` on `device`, sharded over `mesh` when there is one.
-
-    Its weights are fresh ones of `seed`; without a seed they hold anything, for whoever fills them next. `change` is
-    applied while the model is on `meta`: adapters.
-    """
-    dtype = torch.bfloat16 if cfg.precision == "bf16-true" else torch.float32
-    with torch.device("meta"):
-        model = Transformer(shape).to(dtype)
-    model.attention_backend = backend
-    model.activation_checkpointing = cfg.activation_checkpointing
-    if change is not None:
-        change(model)
-    if mesh is not None:
-        shard(model, mesh, cfg.precision)
-    model.to_empty(device=device)
-    model.tie()
-    if seed is not None:
-        model.init_weights(seed)
-    if cfg.compile:
-        for layer in model.layers:
-            layer.compile()
-    return model
-
-
-def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
-    """FSDP2: each layer is gathered on its own, the embedding, last norm and head with the root."""
-    options: dict[str, Any] = {
-        "mesh": mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
-    }
-    if precision == "bf16-mixed":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)

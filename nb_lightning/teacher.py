@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from nb_lightning import bnb
 from nb_lightning.batch import PackedBatch
 from nb_lightning.checkpoints.pretrained import Origin
 from nb_lightning.config.schema import TrainerConfig, plain
 from nb_lightning.losses.divergence import Teacher
-from nb_lightning.model import ModelShape, Transformer, copy_into
-from nb_lightning.strategies import build_model
-from nb_lightning.weights import Weights
+from nb_lightning.model import bnb
+from nb_lightning.model.layout import build_model
+from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
+from nb_lightning.model.weights import Weights
 
 
 class FrozenTeacher:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nb_lightning import adapters
 from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.losses.head import cross_entropy
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model import adapters
+from nb_lightning.model.layout import build_model
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.model.weights import Stored, Weights, fill
 from nb_lightning.optim import build_optimizer
-from nb_lightning.strategies import build_model
-from nb_lightning.weights import Stored, Weights, fill
 from tests.test_model import ids
 
 SHAPE = ModelShape(260, 64, 2, 2, 1, 32, 128, init_std=0.1)

@@ -19,8 +19,8 @@ from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.checks import check
 from nb_lightning.config.compose import plan_of, run_dir
 from nb_lightning.config.schema import Config
-from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.weights import Stored, Weights
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.model.weights import Stored, Weights
 from tests.harness import ROOT, environment
 from tests.test_conf import composed
 

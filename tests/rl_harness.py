@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data.prompts import PromptData
 from nb_lightning.config.compose import plan_of
-from nb_lightning.model import ModelShape
-from nb_lightning.tasks import Task, read_tasks, write_tasks
+from nb_lightning.model.transformer import ModelShape
+from nb_lightning.rewards.tasks import Task, read_tasks, write_tasks
 from tests.dpd_harness import checked, random_model, save_model, train_here
 from tests.harness import ROOT, environment, logged
 

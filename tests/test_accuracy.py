@@ -19,9 +19,9 @@ from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.evaluate.statistics import bootstrap, pass_at
 from nb_lightning.generation.decoder import generate
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.rewards import Score
-from nb_lightning.tasks import Task
+from nb_lightning.rewards.tasks import Task
 from tests.test_model import random_model
 
 TOKENIZER = load_tokenizer("bytes")

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning import adapters
 from nb_lightning.checkpoints import hugging_face
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.generation.decoder import generate
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.model import Transformer
-from nb_lightning.strategies import build_model
-from nb_lightning.weights import fill
+from nb_lightning.model import adapters
+from nb_lightning.model.layout import build_model
+from nb_lightning.model.transformer import Transformer
+from nb_lightning.model.weights import fill
 from tests.adapters_harness import (
     SHAPE,
     InMemory,

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning import adapters
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.config.schema import AdapterConfig
-from nb_lightning.model import Transformer
-from nb_lightning.weights import fill
+from nb_lightning.model import adapters
+from nb_lightning.model.transformer import Transformer
+from nb_lightning.model.weights import fill
 from tests.adapters_harness import SHAPE, base_weights, write_hf
 from tests.dpd_harness import train_here
 from tests.harness import TINY, read_trace

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nb_lightning.attention import BACKENDS, AttentionMask, resolve_backend
+from nb_lightning.model.attention import BACKENDS, AttentionMask, resolve_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -16,7 +16,7 @@ from nb_lightning.checkpoints.hugging_face import config_from_shape
 from nb_lightning.config.compose import plan_of
 from nb_lightning.config.schema import plain
 from nb_lightning.dry_run import GIB, beside, describe, memory_per_device, missing
-from nb_lightning.model import ModelShape
+from nb_lightning.model.transformer import ModelShape
 from tests.harness import ROOT
 from tests.test_conf import composed
 

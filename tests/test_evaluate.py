@@ -21,8 +21,8 @@ from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.evaluate import __main__ as evaluate
 from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.model import Transformer
-from nb_lightning.tasks import read_tasks, write_tasks
+from nb_lightning.model.transformer import Transformer
+from nb_lightning.rewards.tasks import read_tasks, write_tasks
 from nb_lightning.token_source import SourceManifest
 from tests.harness import ROOT, environment
 from tests.test_accuracy import COIN, TOKENIZER, chain, tasks_of

@@ -19,7 +19,7 @@ from nb_lightning.generation import decoder as module
 from nb_lightning.generation.decoder import Completion, Decoder, generate
 from nb_lightning.generation.kv_cache import SMALLEST
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model.transformer import ModelShape, Transformer
 from tests.harness import ROOT, environment
 from tests.test_model import TINY, llama, random_model
 from tests.test_sampling import expected, p_value
@@ -279,7 +279,7 @@ def two_ranks() -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
 
-    from nb_lightning.strategies import shard
+    from nb_lightning.model.layout import shard
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")

@@ -10,7 +10,7 @@ import torch
 
 from nb_lightning.generation import decoder as module
 from nb_lightning.generation.decoder import Completion, Decoder, Request, generate, stream
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 from tests.test_generate import PROMPT_LENGTHS, SAMPLED, collect, model_of, prompts, run_all
 
 

@@ -18,9 +18,9 @@ from nb_lightning.checkpoints.gguf import GGUFWeights, is_ours, read_metadata, s
 from nb_lightning.checkpoints.gguf_tokenizer import SPLITS, tokenizer_from_gguf, tokenizer_to_gguf
 from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.model import ModelShape
+from nb_lightning.model.transformer import ModelShape
+from nb_lightning.model.weights import Stored, Weights, parameter_shapes
 from nb_lightning.tokenizer import TextTokenizer, text_tokenizer
-from nb_lightning.weights import Stored, Weights, parameter_shapes
 from tests.test_model import TINY
 
 TEXTS = [

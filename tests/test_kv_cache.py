@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.generation.kv_cache import SMALLEST, Decode, KVCache, Prefill
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 from tests.test_model import TINY, ids, random_model
 
 CPU = torch.device("cpu")

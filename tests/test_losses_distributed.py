@@ -17,8 +17,8 @@ import torch.distributed as dist
 from nb_lightning.batch import PreferenceBatch, pack
 from nb_lightning.losses.divergence import Teacher
 from nb_lightning.losses.dpd import dpd_loss, response_logprobs
-from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.strategies import shard
+from nb_lightning.model.layout import shard
+from nb_lightning.model.transformer import ModelShape, Transformer
 from tests.harness import ROOT, environment
 from tests.test_losses import V, random_pairs
 

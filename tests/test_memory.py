@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nb_lightning import adapters
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.checkpoints.pretrained import GGUFOrigin
 from nb_lightning.config.schema import AdapterConfig, Config, DPDConfig, OptimConfig, StageConfig, TrainerConfig
 from nb_lightning.dry_run import memory_per_device
 from nb_lightning.losses.dpd import dpd_loss
 from nb_lightning.losses.head import cross_entropy
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model import adapters
+from nb_lightning.model.layout import build_model
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.model.weights import Stored, Weights
 from nb_lightning.optim import build_optimizer
-from nb_lightning.strategies import build_model
 from nb_lightning.teacher import FrozenTeacher
-from nb_lightning.weights import Stored, Weights
 from tests.harness import ROOT
 from tests.test_model import ids
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nb_lightning import attention
 from nb_lightning.batch import PackedBatch
-from nb_lightning.model import ModelShape, RoPE, Transformer
+from nb_lightning.model import attention
+from nb_lightning.model.transformer import ModelShape, RoPE, Transformer
 
 TINY = ModelShape(
     vocab_size=61, d_model=24, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=8, d_mlp=40, norm_eps=1e-5, rope_theta=1e4

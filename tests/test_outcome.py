@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.outcome import HINT, ended, last_line
+from nb_lightning.recipe.child import HINT, ended, last_line
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from data.prepare.source_writer import SourceWriter
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.evaluate import perplexity as module
 from nb_lightning.evaluate.perplexity import Document, perplexity, source_documents, text_documents
-from nb_lightning.model import ModelShape
+from nb_lightning.model.transformer import ModelShape
 from nb_lightning.token_source import SourceManifest
 from tests.test_accuracy import TOKENIZER, chain, pretrained_of
 from tests.test_model import random_model

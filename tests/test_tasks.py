@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.tasks import Task, read_tasks, write_tasks
+from nb_lightning.rewards.tasks import Task, read_tasks, write_tasks
 
 GOOD = {"id": "a", "source": "s", "messages": [{"role": "user", "content": "é?"}], "verifier": "exact", "reference": 1}
 

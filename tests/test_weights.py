@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from nb_lightning.checkpoints.gguf import from_gguf, to_gguf
 from nb_lightning.checkpoints.hugging_face import HFWeights, config_from_shape, from_hf, shape_from_config, to_hf
-from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.weights import fill, parameter_shapes
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.model.weights import fill, parameter_shapes
 from tests.harness import ROOT
 from tests.test_model import TINY, ids
 

@@ -18,9 +18,9 @@ import torch
 import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
-from nb_lightning import weights
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.hugging_face import HFWeights, shape_from_config
+from nb_lightning.model import weights
 from tests.test_model import TINY
 from tests.test_weights import NANBEIGE, load, write
 

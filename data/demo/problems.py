@@ -50,7 +50,7 @@ class Problem:
     Attributes:
         key: what makes it a different problem, however it is worded: splits are kept apart by it.
         messages: the whole chat, worked answer included; the assistant's reasoning is in `reasoning_content`.
-        verifier, reference: how an answer is judged; as in `nb_lightning.tasks.Task`.
+        verifier, reference: how an answer is judged; as in `nb_lightning.rewards.tasks.Task`.
     """
 
     key: str

@@ -2,7 +2,7 @@
 
     <folder>/chats/train/<family>.jsonl     {"messages": [...]}: what SFT trains on
              chats/val/<family>.jsonl       the same of held-out problems
-             tasks/train/<family>.jsonl     `nb_lightning.tasks.Task`: prompts for preference pairs and RL
+             tasks/train/<family>.jsonl     `nb_lightning.rewards.tasks.Task`: prompts for preference pairs and RL
              tasks/train/<family>_preference.jsonl    of `PREFERENCE`: the same prompts, for a reward model to judge
              tasks/val/<family>.jsonl       held-out tasks for evaluation
              tasks.json                     what was built
@@ -24,7 +24,7 @@ from pathlib import Path
 from data.demo.problems import FAMILIES, Problem
 from data.prepare.source_writer import locked
 from nb_lightning.files import write_json
-from nb_lightning.tasks import Task, write_tasks
+from nb_lightning.rewards.tasks import Task, write_tasks
 
 VERSION = 4  # of the problems: raise it when their text changes
 MANIFEST = "tasks.json"

@@ -27,7 +27,7 @@ from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.tasks import Task, read_tasks
+from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.token_source import sha256
 
 

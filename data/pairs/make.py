@@ -15,7 +15,7 @@ from data.pairs.responses import Journal, Response, Sampler, key_of, sample_all
 from data.pairs.rule import NOT_PREFERRED, Rule
 from data.prepare.source_writer import locked
 from nb_lightning.files import unfinished, whole, write_json
-from nb_lightning.tasks import Task
+from nb_lightning.rewards.tasks import Task
 
 CLAIM, PAIRS, REPORT = "claim.json", "pairs.jsonl", "report.json"
 TEACHER, STUDENT, JUDGE = "teacher.jsonl", "student.jsonl", "judge.jsonl"

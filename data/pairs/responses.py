@@ -23,7 +23,7 @@ from nb_lightning.evaluate.accuracy import Attempts, evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.messages import ChatError
 from nb_lightning.rewards import get_verifier
-from nb_lightning.tasks import Task
+from nb_lightning.rewards.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from nb_lightning.model import ModelShape
-from nb_lightning.weights import Stored, Weights
+from nb_lightning.model.transformer import ModelShape
+from nb_lightning.model.weights import Stored, Weights
 
 STATE = "state"
 MANIFEST = "checkpoint.json"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nb_lightning.checkpoints.hugging_face import LARGEST
-from nb_lightning.model import ModelShape
-from nb_lightning.weights import Stored, Weights, parameter_shapes
+from nb_lightning.model.transformer import ModelShape
+from nb_lightning.model.weights import Stored, Weights, parameter_shapes
 
 MARK = "nb_lightning.version"  # in the files that `save_gguf` wrote
 TYPES = ("float32", "float16", "bfloat16", "q8_0")

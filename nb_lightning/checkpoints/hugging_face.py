@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nb_lightning.adapters import peft_config
 from nb_lightning.config.schema import AdapterConfig
-from nb_lightning.model import ModelShape
-from nb_lightning.weights import Stored, Weights, parameter_shapes
+from nb_lightning.model.adapters import peft_config
+from nb_lightning.model.transformer import ModelShape
+from nb_lightning.model.weights import Stored, Weights, parameter_shapes
 
 CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

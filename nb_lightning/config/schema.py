@@ -152,7 +152,7 @@ class RewardModelConfig(TokensConfig):
 
 @dataclass
 class ModelConfig:
-    """The backbone's shape; see `nb_lightning.model.ModelShape` for the letters."""
+    """The backbone's shape; see `nb_lightning.model.transformer.ModelShape` for the letters."""
 
     vocab_size: int = MISSING
     d_model: int = MISSING
@@ -207,7 +207,7 @@ class PreferenceDataConfig(ChatDataConfig):
 
 @dataclass
 class PromptDataConfig(ChatDataConfig):
-    """Sources of prompts: .jsonl files of tasks (`nb_lightning.tasks.Task`)."""
+    """Sources of prompts: .jsonl files of tasks (`nb_lightning.rewards.tasks.Task`)."""
 
     demo_tasks: bool = False  # build the embedded demo tasks where they are missing
 

@@ -28,7 +28,7 @@ from nb_lightning.evaluate.perplexity import perplexity, source_documents, text_
 from nb_lightning.files import whole, write_json
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.tasks import Task, read_tasks
+from nb_lightning.rewards.tasks import Task, read_tasks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from nb_lightning.evaluate.statistics import bootstrap, pass_at
 from nb_lightning.generation.decoder import MAX_BATCH, Completion, Request, stream
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards import Score, Verifier, get_verifier
-from nb_lightning.tasks import Task
+from nb_lightning.rewards.tasks import Task
 
 SCORERS = 4  # threads that score while the model goes on
 

@@ -20,7 +20,7 @@ import torch
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.evaluate.statistics import bootstrap
 from nb_lightning.losses.head import token_logprobs
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 
 PACKED_TOKENS = 8192  # windows are run together up to this many tokens
 READ_TOKENS = 2**20

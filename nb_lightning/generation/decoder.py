@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nb_lightning.generation.kv_cache import Decode, KVCache, Prefill
 from nb_lightning.generation.sampling import Sampling, choose
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 
 MAX_BATCH = 64
 PREFILL_TOKENS = 8192  # prompts are run together up to this many tokens

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nb_lightning.attention import AttentionMask
+from nb_lightning.model.attention import AttentionMask
 
 SMALLEST = 64  # capacity of a new cache in tokens
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nb_lightning.errors import RunStopped
-from nb_lightning.outcome import last_line
+from nb_lightning.recipe.child import last_line
 from nb_lightning.recipe.plans import check_configurations, show_plans
 from nb_lightning.recipe.runner import Progress, Runner, clock, to_go_on
 from nb_lightning.recipe.steps import Step, read_recipe

@@ -23,8 +23,8 @@ from typing import Any
 
 from nb_lightning.errors import RunStopped
 from nb_lightning.files import read_json, write_json
-from nb_lightning.outcome import ended, last_line
 from nb_lightning.recipe import child
+from nb_lightning.recipe.child import ended, last_line
 from nb_lightning.recipe.steps import Step
 
 CLEARING, RUNNING, FINISHED = "clearing", "running", "finished"

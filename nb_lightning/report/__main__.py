@@ -20,10 +20,10 @@ import jinja2
 
 from nb_lightning.files import read_json
 from nb_lightning.recipe.runner import clock
+from nb_lightning.report.examples import before_and_after
 from nb_lightning.report.pictures import plot_accuracy
 from nb_lightning.report.results import at_the_end, while_training
 from nb_lightning.report.runs import Run, read_runs
-from nb_lightning.report.samples import before_and_after
 
 HERE = Path(__file__).parent
 

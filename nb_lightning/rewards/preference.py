@@ -24,9 +24,9 @@ from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.losses.pairwise import answer_logits
 from nb_lightning.messages import ChatError, Message
-from nb_lightning.model import Transformer
-from nb_lightning.pairwise import ComparisonForm, comparison
+from nb_lightning.model.transformer import Transformer
 from nb_lightning.rewards import Score
+from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
 
 FORWARD_TOKENS = 16_384  # packed comparisons of one forward, unless a single one is longer
 

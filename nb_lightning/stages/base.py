@@ -20,18 +20,18 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from nb_lightning import adapters
-from nb_lightning.attention import resolve_backend
 from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints.pretrained import Origin
 from nb_lightning.config.schema import Config, plain
 from nb_lightning.errors import RunStopped
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model import adapters
+from nb_lightning.model.attention import resolve_backend
+from nb_lightning.model.layout import build_model
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.model.weights import fill
 from nb_lightning.optim import build_optimizer, clip_grad_norm
 from nb_lightning.phases import Phase, PhasePlan
-from nb_lightning.strategies import build_model
 from nb_lightning.teacher import FrozenTeacher
-from nb_lightning.weights import fill
 
 
 class BaseStage(pl.LightningModule):

@@ -1,7 +1,7 @@
 """The reward model: which of two responses is better, said in one token (report, section on human preference).
 
 The backbone as it is, without a head of its own: what counts is its logits for "A" and "B" after a comparison
-(nb_lightning/pairwise.py). nb_lightning/rewards/preference.py is where it judges.
+(nb_lightning/rewards/comparison_form.py). nb_lightning/rewards/preference.py is where it judges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config.schema import plain
 from nb_lightning.losses.pairwise import REWARD_PER, pairwise_reward_loss
-from nb_lightning.pairwise import ComparisonForm
+from nb_lightning.rewards.comparison_form import ComparisonForm
 from nb_lightning.stages.validated import ValidatedByMeans
 
 

@@ -26,13 +26,13 @@ from nb_lightning.evaluate.accuracy import attempt, verifiers_of
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.losses.grpo import GRPO_PER, grpo_loss
 from nb_lightning.losses.head import token_logprobs
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards import Guarded, Verifier
 from nb_lightning.rewards.preference import Preference, load_reward_model
+from nb_lightning.rewards.tasks import Task
 from nb_lightning.rollouts import Group, batches, gathered, statistics
 from nb_lightning.stages.base import BaseStage
-from nb_lightning.tasks import Task
 from nb_lightning.teacher import FrozenTeacher
 
 

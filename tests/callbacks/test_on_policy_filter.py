@@ -18,7 +18,7 @@ from nb_lightning.errors import RunStopped
 from nb_lightning.evaluate.accuracy import Attempts, Report, evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards import Score
-from nb_lightning.tasks import Task, read_tasks
+from nb_lightning.rewards.tasks import Task, read_tasks
 from tests.rl_harness import make, run_here
 
 SAMPLES = ("callbacks.on_policy_filter.samples=16",)

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from nb_lightning.tasks import Task, write_tasks
+from nb_lightning.rewards.tasks import Task, write_tasks
 from tests.sft_harness import make_sources, run_sft
 
 

@@ -17,7 +17,7 @@ from data.demo.__main__ import main
 from data.demo.problems import FAMILIES, Problem
 from nb_lightning.chat import ChatTemplate
 from nb_lightning.rewards import get_verifier
-from nb_lightning.tasks import read_tasks
+from nb_lightning.rewards.tasks import read_tasks
 
 SMALL = {"chats/train": 40, "tasks/train": 12, "val": 8}
 

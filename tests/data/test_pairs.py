@@ -18,8 +18,8 @@ from data.pairs.responses import Response
 from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, Rule
 from data.prepare.__main__ import main as prepare
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.model import ModelShape, Transformer
-from nb_lightning.tasks import Task, write_tasks
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.rewards.tasks import Task, write_tasks
 from nb_lightning.token_source import Source
 from tests.dpd_harness import save_model
 

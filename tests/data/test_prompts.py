@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.prompts import PromptData
-from nb_lightning.tasks import read_tasks
+from nb_lightning.rewards.tasks import read_tasks
 from tests.rl_harness import make, opened
 
 KEPT = {"stem": {"words": ["words/1", "words/4", "words/5"], "digits": [f"digits/{i}" for i in range(0, 12, 2)]}}

@@ -17,7 +17,7 @@ from data.sft import SFTData
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
 from nb_lightning.config.compose import plan_of
 from nb_lightning.losses.head import cross_entropy
-from nb_lightning.model import ModelShape, Transformer
+from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.token_source import TRAINED
 from tests.sft_harness import make_sources, overrides

@@ -20,8 +20,8 @@ from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.messages import ChatError
-from nb_lightning.pairwise import ComparisonForm, comparison
 from nb_lightning.rewards import Guarded, Score, get_verifier, preference
+from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
 from nb_lightning.rewards.preference import Preference, RewardModel, load_reward_model
 from tests.dpd_harness import make
 from tests.reward_harness import opened, run_here
@@ -211,7 +211,7 @@ def test_other_comparisons_than_it_was_trained_on_are_refused(
     template.write_text(template.read_text() + " ")
     with pytest.raises(ValueError, match="other was trained on comparisons written in another way"):
         load_reward_model(str(other))
-    monkeypatch.setattr("nb_lightning.pairwise.FORM", 2)
+    monkeypatch.setattr("nb_lightning.rewards.comparison_form.FORM", 2)
     with pytest.raises(ValueError, match="by another version of nb_lightning; train it again"):
         load_reward_model(str(run))
 

@@ -12,7 +12,7 @@ import pytest
 
 from nb_lightning.rewards import Guarded, get_verifier
 from nb_lightning.rewards.reasoning_gym import EXACT, SCORED, tasks
-from nb_lightning.tasks import read_tasks
+from nb_lightning.rewards.tasks import read_tasks
 from tests.harness import ROOT
 
 pytest.importorskip("reasoning_gym")

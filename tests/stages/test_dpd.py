@@ -26,7 +26,7 @@ from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.config.checks import DIVERGENCES, DPO_VARIANTS
 from nb_lightning.losses import chunks, dpd
 from nb_lightning.losses.divergence import KINDS
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 from nb_lightning.reference_cache import StaleCache
 from nb_lightning.stages.dpd import REFERENCE, DPDStage
 from tests.dpd_harness import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.checkpoints.folders import CheckpointWeights
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 from nb_lightning.rewards import ifeval
 from nb_lightning.rollouts import Group
 from nb_lightning.stages.rl import RLStage

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nb_lightning import bnb
 from nb_lightning.config.schema import AdapterConfig
-from nb_lightning.model import ModelShape, Transformer, copy_into
-from nb_lightning.weights import Weights, parameter_shapes
+from nb_lightning.model import bnb
+from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
+from nb_lightning.model.weights import Weights, parameter_shapes
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nb_lightning.model import Transformer
+from nb_lightning.model.transformer import Transformer
 
 # On some CPUs its import (peft imports it too) advises to install a package that would download kernels.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

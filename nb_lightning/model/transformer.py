@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from nb_lightning.attention import AttentionMask
+from nb_lightning.model.attention import AttentionMask
 
 R = TypeVar("R")
 

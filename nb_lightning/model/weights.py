@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nb_lightning.model import ModelShape, Transformer, copy_into
+from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
 
 # Weights: one tensor at a time --------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""The backbone: transformer, attention, adapters, weights, and how it is laid out over devices."""
