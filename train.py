@@ -65,7 +65,7 @@ def run(cfg: Config) -> None:
     from nb_lightning.checkpoints import folders
     from nb_lightning.checkpoints.pretrained import find
     from nb_lightning.model.adapters import trained_parameters
-    from nb_lightning.strategies import resolve_accelerator
+    from nb_lightning.stages.strategies import resolve_accelerator
 
     folder = run_dir(cfg)
     if cfg.dry_run:
@@ -106,12 +106,12 @@ def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
     """The stage and its data."""
     if cfg.stage.name == "pretrain":
         from data.pretrain import PretrainData
-        from nb_lightning.stages.pretrain import PretrainStage
+        from nb_lightning.stages.next_token import PretrainStage
 
         return PretrainStage(cfg, plan), PretrainData(cfg, plan)
     if cfg.stage.name == "sft":
         from data.sft import SFTData
-        from nb_lightning.stages.sft import SFTStage
+        from nb_lightning.stages.next_token import SFTStage
 
         return SFTStage(cfg, plan), SFTData(cfg, plan)
     if cfg.stage.name == "dpd":
@@ -136,7 +136,7 @@ def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-    from nb_lightning.strategies import build_strategy, lightning_precision
+    from nb_lightning.stages.strategies import build_strategy, lightning_precision
 
     t = cfg.trainer
     callbacks = [hydra.utils.instantiate(node) for node in cfg.callbacks.values() if node is not None]

@@ -74,7 +74,7 @@ def composed(words: Sequence[str]):
 def fit(cfg, callbacks: Sequence[str], clock) -> None:
     """train.py's own stage, data and trainer, with these of its callbacks (none: no logger either) and `clock`."""
     from nb_lightning.config.compose import plan_of, run_dir
-    from nb_lightning.strategies import resolve_accelerator
+    from nb_lightning.stages.strategies import resolve_accelerator
     from train import build_stage, build_trainer, quieten
 
     cfg.callbacks = {name: cfg.callbacks[name] for name in callbacks}

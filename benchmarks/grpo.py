@@ -94,7 +94,7 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
 
     from benchmarks.corpus import base, composed, fit
     from nb_lightning import rewards
-    from nb_lightning.tokenizer import SPECIAL
+    from nb_lightning.text.tokenizer import SPECIAL
 
     rewards.BUILT_IN["even"] = "benchmarks.grpo:Even"
     word_tokenizer(SPECIAL).save(str(folder / "tokenizer.json"))

@@ -24,7 +24,7 @@ from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.model.weights import Stored, Weights, fill
-from nb_lightning.optim import build_optimizer
+from nb_lightning.stages.optim import build_optimizer
 
 ROWS, LENGTH = 4, 256
 

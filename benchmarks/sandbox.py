@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import table
 from nb_lightning.rewards import get_verifier
 from nb_lightning.rewards.code import SETUP
-from nb_lightning.rewards.sandbox import Limits, Sandbox, describe
+from nb_lightning.rewards.sandbox.pool import Limits, Sandbox, describe
 
 FUNCTION = {"entry": "f", "tests": [{"args": [i], "expect": i * i} for i in range(5)]}
 PROGRAM = {"tests": [{"stdin": "3 4\n", "expect": "7\n"}]}

@@ -50,8 +50,8 @@ def run_ours(folder: Path, steps: int) -> None:
     from benchmarks.peers import PER_STEP
     from data.prepare.chats import template_digest
     from data.prepare.source_writer import SampleWriter
-    from nb_lightning.chat import ChatTemplate
     from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+    from nb_lightning.text.chat_template import ChatTemplate
     from nb_lightning.token_source import TRAINED, SourceManifest
 
     tokenizer = load_tokenizer("bytes")  # only names the vocabulary here

@@ -16,7 +16,7 @@ from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.files import read_json, write_json
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
-from nb_lightning.rollouts import judged_in_group
+from nb_lightning.rollouts.groups import judged_in_group
 
 KEPT = "on_policy_filter.json"
 

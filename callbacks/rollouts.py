@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nb_lightning.files import write_text
-from nb_lightning.rollouts import Group
+from nb_lightning.rollouts.groups import Group
 
 ROLLOUTS = "rollouts.jsonl"
 

@@ -20,8 +20,8 @@ from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.schema import Config
 from nb_lightning.phases import PhasePlan
+from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import Source
-from nb_lightning.tokenizer import TextTokenizer
 
 WORKER_TIMEOUT_S = 300  # a worker that stopped answering is an error, not a hang
 

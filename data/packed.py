@@ -19,10 +19,10 @@ from data.bin_packing import Packing, pack
 from data.mixture import Row, RowOrder, shuffled
 from data.prepare.chats import template_digest
 from nb_lightning.batch import PackedBatch
-from nb_lightning.chat import ChatTemplate
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.config.schema import ChatDataConfig, Config
 from nb_lightning.phases import PhasePlan
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.token_source import Source
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import numpy as np
 from data.bin_packing import OVER_LONG, Packing
 from data.packed import PackedSource, describe
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import SPLITS, TRAINED, Source
-from nb_lightning.tokenizer import TextTokenizer
 
 PERCENTILES = (0, 10, 25, 50, 75, 90, 95, 99, 100)
 

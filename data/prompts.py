@@ -19,10 +19,10 @@ from data.base import PlannedData
 from data.mixture import RowOrder, shuffled
 from data.packed import read_template
 from nb_lightning.batch import RolloutStep
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.config.schema import Config, PromptDataConfig
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.token_source import sha256
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from data.bin_packing import Packing, pack
 from data.packed import PackedData, PackedSource
 from data.preference import require_pairs
 from data.sft import conversations
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.config.schema import Config
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.token_source import TRAINED, Source
 
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from nb_lightning import __version__
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints import folders, gguf, hugging_face
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.model_card import model_card
 from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find
 from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import weights
-from nb_lightning.tokenizer import TextTokenizer
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.tokenizer import TextTokenizer
 
 DECODING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # report, section "Evaluation"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

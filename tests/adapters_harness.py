@@ -16,7 +16,7 @@ from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import Stored, Weights, fill
-from nb_lightning.optim import build_optimizer
+from nb_lightning.stages.optim import build_optimizer
 from tests.test_model import ids
 
 SHAPE = ModelShape(260, 64, 2, 2, 1, 32, 128, init_std=0.1)

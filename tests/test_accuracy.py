@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.evaluate import accuracy
@@ -22,6 +21,7 @@ from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.text.chat_template import ChatTemplate
 from tests.test_model import random_model
 
 TOKENIZER = load_tokenizer("bytes")

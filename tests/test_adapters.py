@@ -14,7 +14,7 @@ from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import adapters, bnb
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.model.weights import fill
-from nb_lightning.optim import build_optimizer
+from nb_lightning.stages.optim import build_optimizer
 from tests.adapters_harness import SHAPE, adapted, base_weights, loss_of, train, trained
 from tests.test_conf import composed
 

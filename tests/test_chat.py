@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nb_lightning.chat import ChatTemplate
-from nb_lightning.messages import ChatError, check_messages
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.messages import ChatError, check_messages
 from tests.harness import ROOT
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -10,11 +10,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nb_lightning.chat import ChatTemplate
-from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.messages import ChatError
-from nb_lightning.tokenizer import TextTokenizer, text_tokenizer
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens
+from nb_lightning.text.messages import ChatError
+from nb_lightning.text.tokenizer import TextTokenizer, text_tokenizer
 from tests.test_chat import AGENT, TOOL, TWO_TURNS, style
 
 START, END = 257, 258  # <|im_start|> and <|im_end|> of the byte tokenizer

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from data.prepare.source_writer import SourceWriter
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.evaluate import __main__ as evaluate
@@ -23,6 +22,7 @@ from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.rewards.tasks import read_tasks, write_tasks
+from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.token_source import SourceManifest
 from tests.harness import ROOT, environment
 from tests.test_accuracy import COIN, TOKENIZER, chain, tasks_of

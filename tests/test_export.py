@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from nb_lightning import export
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.gguf import GGUFWeights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.checkpoints.hugging_face import HFWeights
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.text.chat_template import ChatTemplate
 from tests.harness import run_train
 from tests.test_model import ids
 from tests.test_weights import NANBEIGE, write

@@ -20,7 +20,7 @@ from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import Stored, Weights, parameter_shapes
-from nb_lightning.tokenizer import TextTokenizer, text_tokenizer
+from nb_lightning.text.tokenizer import TextTokenizer, text_tokenizer
 from tests.test_model import TINY
 
 TEXTS = [

@@ -23,8 +23,8 @@ from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.checks import check
 from nb_lightning.config.compose import plan_of, register
 from nb_lightning.config.schema import Config
-from nb_lightning.stages.pretrain import PretrainStage
-from nb_lightning.tokenizer import byte_tokenizer
+from nb_lightning.stages.next_token import PretrainStage
+from nb_lightning.text.tokenizer import byte_tokenizer
 from tests.harness import ROOT, TRACE, Train, read_trace, run_train
 from tests.test_distributed import losses, torchrun
 from tests.test_weights import NANBEIGE, write

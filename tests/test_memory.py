@@ -27,8 +27,8 @@ from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import Stored, Weights
-from nb_lightning.optim import build_optimizer
-from nb_lightning.teacher import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.optim import build_optimizer
 from tests.harness import ROOT
 from tests.test_model import ids
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nb_lightning.model.transformer import ModelShape, Transformer
-from nb_lightning.optim import OPTIMIZERS, build_optimizer, clip_grad_norm, parameter_groups
+from nb_lightning.stages.optim import OPTIMIZERS, build_optimizer, clip_grad_norm, parameter_groups
 
 SHAPE = ModelShape(vocab_size=20, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, d_mlp=12)
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1

@@ -11,7 +11,7 @@ import torch
 
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.generation.decoder import Sampling, generate
-from nb_lightning.tokenizer import byte_tokenizer
+from nb_lightning.text.tokenizer import byte_tokenizer
 from tests.harness import Train
 from tests.test_weights import NANBEIGE, write
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from nb_lightning.reference_cache import ReferenceKey, StaleCache, read_reference, weights_digest, write_reference
+from nb_lightning.stages.reference_cache import (
+    ReferenceKey,
+    StaleCache,
+    read_reference,
+    weights_digest,
+    write_reference,
+)
 
 KEY = ReferenceKey(data="d1", model="m1", template="t1")
 VALUES = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))

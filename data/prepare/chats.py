@@ -2,7 +2,7 @@
 
 | a record has | which is |
 |---|---|
-| `messages` | a list of {role, content, ...} (nb_lightning/messages.py) |
+| `messages` | a list of {role, content, ...} (nb_lightning/text/messages.py) |
 | `conversations` | ShareGPT's list of {from, value} |
 | `prompt` and `completion` | two texts (a user's and an assistant's turn), or two lists of messages |
 
@@ -24,9 +24,9 @@ from typing import Any
 from data.prepare.documents import Settings
 from data.prepare.records import Part, Record, read_objects
 from data.prepare.source_writer import SampleWriter
-from nb_lightning.chat import ChatTemplate
-from nb_lightning.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
-from nb_lightning.messages import ChatError, check_messages, outcome
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
+from nb_lightning.text.messages import ChatError, check_messages, outcome
 from nb_lightning.token_source import TRAINED, SourceManifest
 
 FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")

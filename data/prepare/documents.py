@@ -11,8 +11,8 @@ from typing import Any
 from data.prepare.records import Part, Record, read
 from data.prepare.source_writer import CHUNK_TOKENS, SourceWriter
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import SourceManifest
-from nb_lightning.tokenizer import TextTokenizer
 
 ENCODE_CHARACTERS = 2**20
 

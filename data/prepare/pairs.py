@@ -20,7 +20,7 @@ from typing import Any
 
 from data.prepare.chats import Chats, question, side, tools_of, words_of
 from data.prepare.source_writer import SampleWriter
-from nb_lightning.messages import ChatError, check_messages, outcome
+from nb_lightning.text.messages import ChatError, check_messages, outcome
 from nb_lightning.token_source import TRAINED
 
 SIDES = ("chosen", "rejected")

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from nb_lightning.checkpoints import sentencepiece
-from nb_lightning.tokenizer import END_OF_TURN, ROLES, TextTokenizer, begin_with, text_tokenizer
+from nb_lightning.text.tokenizer import END_OF_TURN, ROLES, TextTokenizer, begin_with, text_tokenizer
 
 NO_MERGES = "<none> <none>"  # llama.cpp wants at least one; nothing ever makes the left side of this one
 KEY = "tokenizer.ggml."

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from nb_lightning.chat import ChatTemplate
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints import folders, hugging_face
 from nb_lightning.checkpoints.gguf import GGUFWeights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.model import adapters, weights
 from nb_lightning.model.transformer import ModelShape, Transformer
-from nb_lightning.tokenizer import END_OF_TURN, TextTokenizer
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.tokenizer import END_OF_TURN, TextTokenizer
 
 EXPORT = "nb_lightning.json"  # in a Hugging Face folder of ours: its files, and what is known of the model
 _DECODING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -11,7 +11,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nb_lightning.checkpoints import sentencepiece
-from nb_lightning.tokenizer import SPECIAL, TextTokenizer, begin_with, byte_tokenizer, special_tokens, text_tokenizer
+from nb_lightning.text.tokenizer import (
+    SPECIAL,
+    TextTokenizer,
+    begin_with,
+    byte_tokenizer,
+    special_tokens,
+    text_tokenizer,
+)
 
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}  # LlamaTokenizer's own
 

@@ -21,14 +21,15 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
-from nb_lightning.evaluate.accuracy import Attempts, Report, evaluate_tasks
+from nb_lightning.evaluate.accuracy import Report, evaluate_tasks
 from nb_lightning.evaluate.perplexity import perplexity, source_documents, text_documents
 from nb_lightning.files import whole, write_json
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.rollouts.attempts import Attempts
+from nb_lightning.text.chat_template import ChatTemplate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

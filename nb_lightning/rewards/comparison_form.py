@@ -4,7 +4,7 @@
 
 The prompt stands before each, so that every response is read exactly as its author wrote it: in the same tokens, at the
 same distance from what was asked. What lies between the two are the template's own control tokens, which no response
-can spell (nb_lightning/chat_tokens.py): none can write its rival's part, or a verdict.
+can spell (nb_lightning/text/chat_tokens.py): none can write its rival's part, or a verdict.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from nb_lightning.chat_tokens import ChatTokenizer
+from nb_lightning.text.chat_tokens import ChatTokenizer
 
 FORM = 1  # raise it when the tokens of a comparison change: an older reward model is then refused
 ANSWERS = ("A", "B")

@@ -22,7 +22,7 @@ from typing import Any
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
-from nb_lightning.rewards.sandbox import Limits, Outcome, Sandbox, failure, shared, with_packages
+from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox, failure, shared, with_packages
 from nb_lightning.rewards.tasks import Task
 
 # One right answer, in one form: compared with it here, letter for letter.

@@ -22,12 +22,12 @@ try:
 except ModuleNotFoundError:
     sys.exit("nb_lightning.serve needs LitServe: pip install 'nb_lightning[serve]'")
 
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.hugging_face import read_json
 from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.engine import Engine, be_a_child
 from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers
+from nb_lightning.text.chat_tokens import ChatTokenizer
 
 MAX_BODY = 8 * 2**20  # bytes of a request
 GRACE_S = 5  # for answers that are on their way when the server is stopped

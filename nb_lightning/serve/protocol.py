@@ -65,7 +65,7 @@ class GenerationRequest(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """Messages and tools are passed to the chat template, which checks messages (nb_lightning/messages.py)."""
+    """Messages and tools are passed to the chat template, which checks messages (nb_lightning/text/messages.py)."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)

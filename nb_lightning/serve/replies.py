@@ -11,7 +11,7 @@ from typing import Any
 
 from nb_lightning.generation.decoder import NewToken
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.serve.text import END, TOOL_CALL, Parts, TextStream, TokenBytes
+from nb_lightning.serve.text_stream import END, TOOL_CALL, Parts, TextStream, TokenBytes
 
 CHAT, TEXT = "chat.completion", "text_completion"
 LEAST_LOGPROB = -9999.0  # JSON has neither infinity nor NaN

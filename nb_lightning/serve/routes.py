@@ -22,15 +22,15 @@ from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
 from starlette.exceptions import HTTPException
 
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.generation.decoder import NewToken
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.messages import ChatError
 from nb_lightning.serve.engine import FAILED, STEPS
 from nb_lightning.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from nb_lightning.serve.replies import CHAT, TEXT, Job, Piece
-from nb_lightning.serve.text import REASONING, TOOL_CALL, TokenBytes
-from nb_lightning.tokenizer import TextTokenizer
+from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, TokenBytes
+from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.messages import ChatError
+from nb_lightning.text.tokenizer import TextTokenizer
 
 T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default for completions

@@ -29,9 +29,10 @@ from nb_lightning.model.attention import resolve_backend
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import fill
-from nb_lightning.optim import build_optimizer, clip_grad_norm
 from nb_lightning.phases import Phase, PhasePlan
-from nb_lightning.teacher import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.metrics import Means
+from nb_lightning.stages.optim import build_optimizer, clip_grad_norm
 
 
 class BaseStage(pl.LightningModule):
@@ -260,3 +261,31 @@ class BaseStage(pl.LightningModule):
         self.tokens_seen = saved["tokens_seen"]
         self.skipped_steps = saved["skipped_steps"]
         self.context = saved["context"]
+
+
+class ValidatedByMeans(BaseStage):
+    """Logs `val/<statistic>/<source>` over the held-out rows of each source."""
+
+    # Each statistic of `held_out` -> which of the batch's `counts` it is a mean over.
+    validated: ClassVar[Mapping[str, str]] = {}
+
+    def held_out(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sums of the statistics that `validated` names; by default those of the loss."""
+        _, sums = self.loss(batch, counts)
+        return sums
+
+    def on_validation_epoch_start(self) -> None:
+        names = self.trainer.datamodule.val_names
+        self._means = {name: Means(self.validated).to(self.device) for name in names}
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        counts = batch.counts
+        self._means[self.trainer.datamodule.val_names[dataloader_idx]].update(self.held_out(batch, counts), counts)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {
+            f"val/{key}/{name}": value.float()
+            for name, means in self._means.items()
+            for key, value in means.compute().items()
+        }
+        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)

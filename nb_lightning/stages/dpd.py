@@ -25,9 +25,9 @@ from nb_lightning.config.schema import Config, plain
 from nb_lightning.losses.divergence import Divergence, Teacher
 from nb_lightning.losses.dpd import DPD_PER, dpd_loss, response_logprobs
 from nb_lightning.phases import PhasePlan
-from nb_lightning.reference_cache import ReferenceKey, read_reference, write_reference
-from nb_lightning.stages.validated import ValidatedByMeans
-from nb_lightning.teacher import FrozenTeacher
+from nb_lightning.stages.base import ValidatedByMeans
+from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.reference_cache import ReferenceKey, read_reference, write_reference
 
 REFERENCE = "reference.safetensors"
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nb_lightning.batch import PackedBatch
 from nb_lightning.losses.head import cross_entropy
-from nb_lightning.metrics import Perplexity
 from nb_lightning.stages.base import BaseStage
+from nb_lightning.stages.metrics import Perplexity
 
 
 class NextTokenStage(BaseStage):
@@ -34,3 +34,11 @@ class NextTokenStage(BaseStage):
     def on_validation_epoch_end(self) -> None:
         values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
         self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+
+
+class PretrainStage(NextTokenStage):
+    """FG-WSD pretraining over packed rows of tokenized sources (data/pretrain.py)."""
+
+
+class SFTStage(NextTokenStage):
+    """Fine-tuning on packed rows of conversations (data/sft.py)."""

@@ -16,7 +16,7 @@ from nb_lightning.batch import PackedBatch
 from nb_lightning.config.schema import plain
 from nb_lightning.losses.pairwise import REWARD_PER, pairwise_reward_loss
 from nb_lightning.rewards.comparison_form import ComparisonForm
-from nb_lightning.stages.validated import ValidatedByMeans
+from nb_lightning.stages.base import ValidatedByMeans
 
 
 class RewardModelStage(ValidatedByMeans):

@@ -22,7 +22,6 @@ from torch import Tensor
 from nb_lightning.batch import PackedBatch, RolloutBatch, RolloutStep
 from nb_lightning.checkpoints.pretrained import find, in_training
 from nb_lightning.config.schema import Config
-from nb_lightning.evaluate.accuracy import attempt, verifiers_of
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.losses.grpo import GRPO_PER, grpo_loss
 from nb_lightning.losses.head import token_logprobs
@@ -31,9 +30,10 @@ from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards import Guarded, Verifier
 from nb_lightning.rewards.preference import Preference, load_reward_model
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.rollouts import Group, batches, gathered, statistics
+from nb_lightning.rollouts.attempts import attempt, verifiers_of
+from nb_lightning.rollouts.groups import Group, batches, gathered, statistics
 from nb_lightning.stages.base import BaseStage
-from nb_lightning.teacher import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenTeacher
 
 
 class RLStage(BaseStage):

@@ -11,14 +11,15 @@ import pytest
 
 from callbacks import on_policy_filter
 from callbacks.on_policy_filter import OnPolicyFilter
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.pretrained import in_training, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.errors import RunStopped
-from nb_lightning.evaluate.accuracy import Attempts, Report, evaluate_tasks
+from nb_lightning.evaluate.accuracy import Report, evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards import Score
 from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.rollouts.attempts import Attempts
+from nb_lightning.text.chat_template import ChatTemplate
 from tests.rl_harness import make, run_here
 
 SAMPLES = ("callbacks.on_policy_filter.samples=16",)

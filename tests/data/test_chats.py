@@ -18,9 +18,9 @@ from data.prepare.__main__ import main
 from data.prepare.chats import Chats, chat_of
 from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import BadRecord, prepare
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.messages import ChatError
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.messages import ChatError
 from nb_lightning.token_source import TRAINED, Source, SourceManifest
 from tests.data.test_prepare import content
 from tests.data.test_source import s3_server
@@ -216,7 +216,7 @@ def mixed(tmp_path: Path) -> tuple[Path, Settings]:
     good = iter(dialogue(i) for i in range(60))
     write(tmp_path / "mixed.jsonl", [BAD[n][0] if n in BAD else next(good) for n in range(1, 61)])
     raising = "{% if messages[0].content == 'boom' %}{{ raise_exception('bang') }}{% endif %}"
-    template = raising + (ROOT / "nb_lightning/chatml.jinja").read_text()
+    template = raising + (ROOT / "nb_lightning/text/chatml.jinja").read_text()
     return tmp_path / "mixed.jsonl", Settings("bytes", val_fraction=0.2, chat=ChatSettings(template))
 
 

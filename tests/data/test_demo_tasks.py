@@ -15,9 +15,9 @@ import pytest
 from data.demo import build_demo_tasks, problems, tasks
 from data.demo.__main__ import main
 from data.demo.problems import FAMILIES, Problem
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.rewards import get_verifier
 from nb_lightning.rewards.tasks import read_tasks
+from nb_lightning.text.chat_template import ChatTemplate
 
 SMALL = {"chats/train": 40, "tasks/train": 12, "val": 8}
 

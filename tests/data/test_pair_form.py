@@ -12,9 +12,9 @@ from data.prepare.__main__ import main
 from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
 from data.prepare.pairs import Pairs
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.messages import ChatError
+from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.messages import ChatError
 from nb_lightning.token_source import TRAINED, Source
 
 SETTINGS = Settings("bytes", chat=ChatSettings(), pairs=True)

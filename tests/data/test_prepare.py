@@ -22,8 +22,8 @@ from data.prepare.__main__ import main
 from data.prepare.make import BadRecord, Settings, prepare
 from data.prepare.source_writer import locked
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.text.tokenizer import byte_tokenizer
 from nb_lightning.token_source import Source, SourceManifest
-from nb_lightning.tokenizer import byte_tokenizer
 from tests.data.test_source import everything, s3_server
 from tests.harness import ROOT, environment
 

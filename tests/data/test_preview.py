@@ -10,7 +10,7 @@ import pytest
 from data.demo import chats as demo
 from data.demo import tasks
 from data.preview import main
-from nb_lightning.chat import ChatTemplate
+from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.token_source import SourceManifest
 from tests.sft_harness import make_sources
 

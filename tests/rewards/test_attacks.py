@@ -16,9 +16,9 @@ import numpy
 import psutil
 import pytest
 
-from nb_lightning.rewards import sandbox as sandbox_module
 from nb_lightning.rewards.code import SETUP
-from nb_lightning.rewards.sandbox import Limits, Outcome, Sandbox
+from nb_lightning.rewards.sandbox import pool as sandbox_module
+from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox
 from tests.rewards.attacks import FILES, HARNESS, KERNEL, MEMORY, NETWORK, PREAMBLE, PROCESSES, TIME, Attack
 
 LIMITS = Limits(cpu_seconds=5.0, wall_seconds=20.0, memory_mb=256)

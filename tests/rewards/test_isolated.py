@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nb_lightning.rewards import Guarded, get_verifier, sandbox, statuses
+from nb_lightning.rewards import Guarded, get_verifier, statuses
+from nb_lightning.rewards.sandbox import pool
 from tests.harness import ROOT
 
 HOSTILE = '''
@@ -132,7 +133,7 @@ def test_all_names_are_listed(hostile: Guarded) -> None:
 
 def test_one_that_cannot_be_made(hostile: Guarded, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class loads, but making one fails: said when the verifier is asked for, not in the middle of a run."""
-    monkeypatch.setattr(sandbox, "_shared", {})
+    monkeypatch.setattr(pool, "_shared", {})
     (site / "nb_hostile.py").write_text(HOSTILE.replace("self.calls = 0", "raise OSError('no model here')"))
     try:
         with pytest.raises(ValueError, match=r"'hostile' .* cannot be loaded: OSError: no model here"):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nb_lightning.rewards import Guarded, Score, get_verifier, statuses
-from nb_lightning.rewards import sandbox as sandbox_module
 from nb_lightning.rewards.math import Math
-from nb_lightning.rewards.sandbox import Limits
+from nb_lightning.rewards.sandbox import pool as sandbox_module
+from nb_lightning.rewards.sandbox.pool import Limits
 
 pytest.importorskip("math_verify")
 

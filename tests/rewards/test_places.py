@@ -18,7 +18,7 @@ from tests.harness import ROOT
 
 HEADER = """
 import ctypes, errno, json, os, struct, sys
-from nb_lightning.rewards.jail import seccomp
+from nb_lightning.rewards.sandbox.jail import seccomp
 libc = ctypes.CDLL(None, use_errno=True)
 
 def without(*numbers):  # system calls that this kernel is not to have
@@ -147,7 +147,7 @@ def test_a_bubblewrap_that_does_not_work_is_left_out(tmp_path: Any, script: str,
     fake.write_text(f"#!/bin/sh\necho used >> {tmp_path}/log\n{script}\n")
     fake.chmod(0o755)
     found = place(
-        "import nb_lightning.rewards.worker as w; w.PROBE_SECONDS = 1", PATH=f"{tmp_path}:{os.environ['PATH']}"
+        "import nb_lightning.rewards.sandbox.worker as w; w.PROBE_SECONDS = 1", PATH=f"{tmp_path}:{os.environ['PATH']}"
     )
     contained(found)
     assert ((tmp_path / "log").read_text().count("used") > 1) == used

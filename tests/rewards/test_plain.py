@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nb_lightning.rewards.jail.plain import DEPTH, decode, encode, from_json, same, show
+from nb_lightning.rewards.sandbox.jail.plain import DEPTH, decode, encode, from_json, same, show
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 10**5000, 0.0, -0.0, 1.5, 1e300, math.inf, -math.inf, 1 + 2j, b"", b"\x00\xff", "",

@@ -16,13 +16,13 @@ import torch
 from data.pairs.__main__ import main as pairs_command
 from data.pairs.judge import Comparison, RewardModelJudge
 from nb_lightning import export, rewards
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.pretrained import find
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.messages import ChatError
 from nb_lightning.rewards import Guarded, Score, get_verifier, preference
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
 from nb_lightning.rewards.preference import Preference, RewardModel, load_reward_model
+from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.messages import ChatError
 from tests.dpd_harness import make
 from tests.reward_harness import opened, run_here
 

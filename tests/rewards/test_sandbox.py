@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from nb_lightning.rewards import sandbox as module
-from nb_lightning.rewards import worker
 from nb_lightning.rewards.code import SETUP
-from nb_lightning.rewards.sandbox import Limits, Sandbox, SandboxError, Setup, describe
+from nb_lightning.rewards.sandbox import pool as module
+from nb_lightning.rewards.sandbox import worker
+from nb_lightning.rewards.sandbox.pool import Limits, Sandbox, SandboxError, Setup, describe
 from tests.harness import ROOT
 
 SHORT = Limits(cpu_seconds=0.1, wall_seconds=3.0, memory_mb=128, output_bytes=10_000)

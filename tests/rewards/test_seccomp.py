@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.rewards.jail import seccomp
-from nb_lightning.rewards.jail.seccomp import ALLOW, ARCHITECTURES, ERRNO, KILL_PROCESS, NUMBERS
+from nb_lightning.rewards.sandbox.jail import seccomp
+from nb_lightning.rewards.sandbox.jail.seccomp import ALLOW, ARCHITECTURES, ERRNO, KILL_PROCESS, NUMBERS
 
 X86_HEADERS = [Path(f"/usr/include/{place}asm/unistd_64.h") for place in ("", "x86_64-linux-gnu/")]
 ARM_HEADER = Path("/usr/include/asm-generic/unistd.h")

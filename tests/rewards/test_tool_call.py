@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.rewards import get_verifier
 from nb_lightning.rewards.tool_call import calls_of
+from nb_lightning.text.chat_template import ChatTemplate
 
 ROME = {"name": "weather", "arguments": {"city": "Rome", "days": 2}}
 ADD = {"name": "add", "arguments": {"a": [1, {"b": None}]}}

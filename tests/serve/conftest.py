@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nb_lightning.chat import ChatTemplate
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.text.chat_template import ChatTemplate
 from tests.serve.harness import (
     CONTEXT,
     DEFAULTS,

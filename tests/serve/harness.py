@@ -21,7 +21,7 @@ import psutil
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generation.decoder import Completion, generate
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.serve.text import REASONING, Parts
+from nb_lightning.serve.text_stream import REASONING, Parts
 from tests.harness import ROOT, environment
 
 CONTEXT = 100_000

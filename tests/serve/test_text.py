@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nb_lightning.generation.decoder import NewToken
 from nb_lightning.serve.replies import Choice, Piece
-from nb_lightning.serve.text import REASONING, TOOL_CALL, Parts, TextStream, TokenBytes, unfinished
-from nb_lightning.tokenizer import byte_tokenizer
+from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, Parts, TextStream, TokenBytes, unfinished
+from nb_lightning.text.tokenizer import byte_tokenizer
 
 SAMPLE = "Zürich, 東京 and 🏔🏔: <think>naïve</think> résumé -- ééé. " * 3
 

@@ -27,8 +27,8 @@ from nb_lightning.config.checks import DIVERGENCES, DPO_VARIANTS
 from nb_lightning.losses import chunks, dpd
 from nb_lightning.losses.divergence import KINDS
 from nb_lightning.model.transformer import Transformer
-from nb_lightning.reference_cache import StaleCache
 from nb_lightning.stages.dpd import REFERENCE, DPDStage
+from nb_lightning.stages.reference_cache import StaleCache
 from tests.dpd_harness import (
     POLICY,
     TEACHER,

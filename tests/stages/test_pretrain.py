@@ -17,7 +17,7 @@ from callbacks.fg_wsd import FGWSD
 from data.pretrain import PretrainData
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config.compose import plan_of
-from nb_lightning.stages.pretrain import PretrainStage
+from nb_lightning.stages.next_token import PretrainStage
 from tests.harness import TINY, TRACE, read_trace, run_train
 from tests.test_conf import composed
 

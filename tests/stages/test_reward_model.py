@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from data.reward import RewardData
 from nb_lightning.batch import IGNORE, PackedBatch
-from nb_lightning.chat_tokens import ChatTokenizer
 from nb_lightning.checkpoints.folders import read_info
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.config.checks import REWARD_LOSSES
 from nb_lightning.losses.pairwise import REWARD_LOSSES as LOSSES_OF_THE_LIBRARY
 from nb_lightning.model.transformer import Transformer
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from tests.dpd_harness import make, trained
 from tests.harness import curve, read_trace
 from tests.reward_harness import TRACE, opened, run_here, run_two

@@ -14,7 +14,7 @@ from torch import Tensor
 from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.rewards import ifeval
-from nb_lightning.rollouts import Group
+from nb_lightning.rollouts.groups import Group
 from nb_lightning.stages.rl import RLStage
 from tests.dpd_harness import random_model
 from tests.harness import curve

@@ -29,7 +29,7 @@ def unbroken(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     root = tmp_path_factory.mktemp("unbroken")
     run_sft(chats, root, *TRACE)
     run = root / "runs/sft"
-    assert load_tokenizer(str(run / "tokenizer")).chat_template == (ROOT / "nb_lightning/chatml.jinja").read_text()
+    assert load_tokenizer(str(run / "tokenizer")).chat_template == (ROOT / "nb_lightning/text/chatml.jinja").read_text()
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["finished"] and set(manifest["data"]) >= {"maths_sort", "tools_calls"}
     return read_trace(run)

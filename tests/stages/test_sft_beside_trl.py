@@ -15,7 +15,7 @@ from callbacks.fg_wsd import FGWSD
 from nb_lightning.batch import PackedBatch, StepBatch, pack
 from nb_lightning.checkpoints.hugging_face import to_hf
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
-from nb_lightning.stages.sft import SFTStage
+from nb_lightning.stages.next_token import SFTStage
 from tests.test_conf import composed
 
 STEPS, SAMPLES_A_STEP, LR, VOCAB = 20, 4, 1e-3, 260

@@ -21,9 +21,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nb_lightning.chat import ChatTemplate, Turn
-from nb_lightning.messages import ChatError, Message, outcome
-from nb_lightning.tokenizer import TextTokenizer
+from nb_lightning.text.chat_template import ChatTemplate, Turn
+from nb_lightning.text.messages import ChatError, Message, outcome
+from nb_lightning.text.tokenizer import TextTokenizer
 
 # One character of the private planes for each special token: CONTROL stands for it where the template wrote it, and
 # LITERAL where a message did. Used only for conversations in which a message spells one.

@@ -1,6 +1,6 @@
 """The process that renders a chat template, as its caller sees it: started when needed, reused, killed past its limits.
 
-What happens inside is in nb_lightning/chat_worker.py.
+What happens inside is in nb_lightning/text/template_worker.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from nb_lightning.messages import ChatError
+from nb_lightning.text.messages import ChatError
 
 WALL_S = 60.0  # for a process that was stopped, and does not use up its CPU time
 WORKER_BYTES = 2**30
@@ -82,7 +82,7 @@ def _start(owner: TemplateProcess) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
         # -P: beside the script lie modules of ours whose names others have too.
-        [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))],
+        [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,  # nothing may be left in a buffer when the process is killed

@@ -1,6 +1,6 @@
 """Chat templates: messages into the text a model sees, and which characters of it the assistant wrote.
 
-A template comes with a checkpoint and is never trusted: it runs in a process of its own (nb_lightning/chat_worker.py)
+A template comes with a checkpoint and is never trusted: it runs in a process of its own (nb_lightning/text/template_worker.py)
 that is reused, and killed when it takes too long.
 
 Which characters are the assistant's is marked by `{% generation %}` blocks, as in ours. Templates without them (most
@@ -19,8 +19,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from nb_lightning.chat_process import TemplateProcess
-from nb_lightning.messages import ChatError, Message, check_messages, outcome
+from nb_lightning.text.messages import ChatError, Message, check_messages, outcome
+from nb_lightning.text.template_process import TemplateProcess
 
 T = TypeVar("T")
 CPU_S = 2.0  # per call; to render a long conversation takes about a millisecond

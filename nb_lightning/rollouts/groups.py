@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import RolloutBatch
-from nb_lightning.evaluate.accuracy import Attempts
 from nb_lightning.losses.grpo import group_advantages
 from nb_lightning.rewards import statuses
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rollouts.attempts import Attempts
 
 
 @dataclass

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nb_lightning.rewards.worker import Limits, Outcome, Worker, bubblewrap
+from nb_lightning.rewards.sandbox.worker import Limits, Outcome, Worker, bubblewrap
 
 UNSAFE = "NB_UNSAFE_SANDBOX"
 LIMITS = Limits()

@@ -1,0 +1,1 @@
+"""Rollouts: completions of prompts with their rewards, grouped by prompt. RL and evaluation sample through here."""
