@@ -93,10 +93,10 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
     from omegaconf import OmegaConf
 
     from benchmarks.corpus import base, composed, fit
-    from nb_lightning import rewards
+    from nb_lightning.rewards import registry
     from nb_lightning.text.tokenizer import SPECIAL
 
-    rewards.BUILT_IN["even"] = "benchmarks.grpo:Even"
+    registry.BUILT_IN["even"] = "benchmarks.grpo:Even"
     word_tokenizer(SPECIAL).save(str(folder / "tokenizer.json"))
     tasks = [
         {"id": str(i), "source": "bench", "verifier": "even", "reference": None,

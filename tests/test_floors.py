@@ -17,11 +17,24 @@ import pytest
 from tests.harness import ROOT
 
 STDLIB = frozenset(sys.stdlib_module_names)
-MATHS = (
-    "model", "attention", "head", "token_walk", "divergence", "losses", "reference_cache", "optim", "kv_cache",
-    "sampling", "generate", "weights", "hf_config", "gguf_file", "bnb",
-)  # fmt: skip
-F0 = ("config", "config_checks", "phases", "batch")
+
+# The house, from the ground up. A package imports only from floors below its own; packages of one floor not each other.
+FLOORS = [
+    ["nb_lightning.phases", "nb_lightning.batch", "nb_lightning.errors", "nb_lightning.files", "nb_lightning.text",
+     "nb_lightning.run_folder"],
+    ["nb_lightning.config", "nb_lightning.losses", "nb_lightning.token_source", "nb_lightning.phase_callback"],
+    ["nb_lightning.model"],
+    ["nb_lightning.checkpoints", "nb_lightning.generation"],
+    ["nb_lightning.rewards", "nb_lightning.serve", "nb_lightning.export", "nb_lightning.dry_run",
+     "nb_lightning.checkout", "data.prepare"],
+    ["nb_lightning.rollouts", "nb_lightning.recipe", "nb_lightning.submit", "data.demo"],
+    ["nb_lightning.stages", "nb_lightning.evaluate", "data"],
+    ["nb_lightning.report", "nb_lightning.ablate", "callbacks", "data.pairs"],
+    ["train"],
+    ["benchmarks"],
+]  # fmt: skip
+APPLICATION = ("callbacks", "data", "train", "tests", "benchmarks")
+EVERYWHERE = ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py")
 
 
 @dataclass(frozen=True)
@@ -35,51 +48,42 @@ class Rule:
     but: tuple[str, ...] = ()  # files of `files` that are exempt
 
 
-def library(*names: str) -> tuple[str, ...]:
-    return tuple(f"nb_lightning/{name}.py" for name in names)
-
-
 def modules(*names: str) -> tuple[str, ...]:
     return tuple(f"nb_lightning.{name}" for name in names)
 
 
+def one_place(name: str, packages: tuple[str, ...], *files: str) -> Rule:
+    return Rule(f"one place for {name}", EVERYWHERE, never=packages, but=files)
+
+
 RULES = [
-    Rule("phases: stdlib and F0", library("phases"), only=modules(*F0)),
-    Rule("batch: stdlib, torch and F0", library("batch"), only=("torch", *modules(*F0))),
-    Rule("config: stdlib, Hydra and F0", library("config", "config_checks"),
-         only=("hydra", "omegaconf", *modules(*F0))),
-    Rule("maths: no frameworks, no higher floor", library(*MATHS), never=(
-        "lightning", "pytorch_lightning", "torchmetrics", "hydra", "omegaconf", "callbacks", "data",
-        *modules("config", "stages", "strategies", "checkpoints", "phase_callback"),
-    )),
-    Rule("the library knows no application", ("nb_lightning/**/*.py",), never=("callbacks", "data", "train", "tests")),
+    Rule("phases: standard library", ("nb_lightning/phases.py",), only=()),
+    Rule("batch: torch", ("nb_lightning/batch.py",), only=("torch",)),
+    Rule("config: Hydra and phases", ("nb_lightning/config/*.py",),
+         only=("hydra", "omegaconf", *modules("config", "phases"))),
+    Rule("maths: no frameworks", tuple(f"nb_lightning/{name}/*.py" for name in ("losses", "model", "generation")),
+         never=("lightning", "pytorch_lightning", "torchmetrics", "hydra", "omegaconf")),
+    Rule("text: no file formats, no model", ("nb_lightning/text/*.py",),
+         only=("tokenizers", "jinja2", *modules("text"))),
+    Rule("training does not evaluate", ("nb_lightning/stages/*.py", "nb_lightning/rollouts/*.py"),
+         never=modules("evaluate")),
+    Rule("the library knows no application", ("nb_lightning/**/*.py",), never=APPLICATION),
     Rule("callbacks: no data, no stages", ("callbacks/**/*.py",), never=("data", "train", *modules("stages"))),
     Rule("data: no callbacks, no stages", ("data/**/*.py",), never=("callbacks", "train", *modules("stages"))),
-    Rule("the jail: standard library and itself", ("nb_lightning/rewards/jail/*.py",), only=(
+    Rule("the jail: standard library and itself", ("nb_lightning/rewards/sandbox/jail/*.py",), only=(
         *"canary landlock lockdown plain runner seccomp".split(), "math_verify", "reasoning_gym",
     )),
-    Rule("one place for xformers", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("xformers",), but=library("attention")),
-    Rule("one place for bitsandbytes", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("bitsandbytes",), but=library("bnb")),
-    Rule("one place for peft", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("peft",), but=library("adapters")),
-    Rule("chat: stdlib", library("messages", "chat", "chat_process"),
-         only=modules("messages", "chat", "chat_process")),
-    Rule("chat tokens: stdlib, tokenizers and chat", library("chat_tokens"),
-         only=("tokenizers", *modules("messages", "chat", "tokenizer"))),
-    Rule("one place for OpenAI's client", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("openai",), but=("data/pairs/endpoint.py",)),
-    Rule("one place for Jinja", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("jinja2",), but=library("chat_worker", "report/__main__")),
-    Rule("the chat worker: stdlib and Jinja", library("chat_worker"), only=("jinja2",)),
-    Rule("one place for gguf", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("gguf",), but=library("gguf_file")),
-    Rule("one place for the server", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "train.py"),
-         never=("litserve", "fastapi", "starlette", "pydantic"),
-         but=library("serve/__main__", "serve/engine", "serve/protocol", "serve/routes")),
-    Rule("one place for Hydra", ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py"),
-         never=("hydra",), but=library("config")),
+    Rule("the template worker: standard library and Jinja", ("nb_lightning/text/template_worker.py",),
+         only=("jinja2",)),
+    one_place("xformers", ("xformers",), "nb_lightning/model/attention.py"),
+    one_place("bitsandbytes", ("bitsandbytes",), "nb_lightning/model/bnb.py"),
+    one_place("peft", ("peft",), "nb_lightning/model/adapters.py"),
+    one_place("OpenAI's client", ("openai",), "data/pairs/endpoint.py"),
+    one_place("Jinja", ("jinja2",), "nb_lightning/text/template_worker.py", "nb_lightning/report/__main__.py"),
+    one_place("gguf", ("gguf",), "nb_lightning/checkpoints/gguf.py"),
+    one_place("the server", ("litserve", "fastapi", "starlette", "pydantic"),
+              *(f"nb_lightning/serve/{name}.py" for name in ("__main__", "engine", "protocol", "routes"))),
+    one_place("Hydra", ("hydra",), "nb_lightning/config/compose.py", "train.py"),
 ]  # fmt: skip
 
 
@@ -123,6 +127,71 @@ def broken(rule: Rule) -> list[str]:
             if not allowed(rule, name):
                 lines.append(f"{place}:{line} imports {name}")
     return lines
+
+
+# Who imports whom ---------------------------------------------------------------------------------------------------
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+PROGRAM = [
+    path for folder in ("nb_lightning", "callbacks", "data", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    if "jail" not in path.parts
+] + [ROOT / "train.py"]  # fmt: skip
+MODULES = frozenset(map(name_of, PROGRAM))
+
+
+def imported_modules() -> dict[str, set[str]]:
+    """Module -> the modules of this checkout that it imports, anywhere in it."""
+    graph: dict[str, set[str]] = {}
+    for path in PROGRAM:
+        targets = graph.setdefault(name_of(path), set())
+        for _, name in imports(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts)):
+            parts = name.split(".")
+            prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            targets.update(next(([prefix] for prefix in prefixes if prefix in MODULES), []))
+        targets.discard(name_of(path))
+    return graph
+
+
+def floor_of(module: str) -> int:
+    """By the longest name in `FLOORS`; -1 for the package itself (`nb_lightning.__version__`)."""
+    if module == "nb_lightning":
+        return -1
+    names = {name: floor for floor, row in enumerate(FLOORS) for name in row}
+    return names[max((name for name in names if below(module, (name,))), key=len)]
+
+
+def room_of(module: str) -> str:
+    return max((name for row in FLOORS for name in row if below(module, (name,))), key=len, default=module)
+
+
+def test_a_package_imports_only_from_lower_floors() -> None:
+    up = [
+        f"{module} (floor {floor_of(module)}) imports {target} (floor {floor_of(target)})"
+        for module, targets in imported_modules().items()
+        for target in targets
+        if room_of(module) != room_of(target) and floor_of(target) >= floor_of(module)
+    ]
+    assert up == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = imported_modules()
+    left = set(graph)
+    while ground := {module for module in left if not graph[module] & left}:
+        left -= ground
+    assert left == set()
+
+
+def test_every_package_has_its_floor() -> None:
+    rooms = {f"nb_lightning.{path.stem}" for path in (ROOT / "nb_lightning").iterdir() if not path.stem.startswith("_")}
+    assert {name for row in FLOORS for name in row if name.startswith("nb_lightning")} == rooms - {"nb_lightning.py"}
+
+
+# Rules --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -171,7 +240,7 @@ def test_a_prefix_is_whole_names(name: str, ok: bool) -> None:
     [
         ("nb_lightning.config.schema", ["torch", "numpy", "lightning"]),
         ("nb_lightning.rewards.math", ["torch", "numpy", "lightning", "sympy", "math_verify"]),
-        (",".join(modules(*(name for name in MATHS if (ROOT / f"nb_lightning/{name}.py").exists()))), [
+        (", ".join(sorted(name for name in MODULES if below(name, modules("losses", "model", "generation")))), [
             "lightning", "hydra", "omegaconf", "torchmetrics", "transformers", "bitsandbytes", "xformers",
         ]),
     ],

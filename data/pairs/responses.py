@@ -20,7 +20,7 @@ from data.pairs.endpoint import asking, client
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.rewards import get_verifier
+from nb_lightning.rewards.registry import get_verifier
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.text.chat_tokens import ChatTokenizer

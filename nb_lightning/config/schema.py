@@ -1,7 +1,7 @@
-"""The schema of every YAML under conf/, as dataclasses; the only library file that knows Hydra.
+"""The schema of every YAML under conf/, as dataclasses
 
 Values live in the YAML files; a field without a default must be given there. Hydra refuses unknown keys and wrong
-types against these classes, `config_checks.check` refuses values that cannot work together. Nothing here imports torch,
+types against these classes, `checks.check` refuses values that cannot work together. Nothing here imports torch,
 so that a wrong key fails before anything heavy is loaded.
 """
 

@@ -22,8 +22,8 @@ from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.evaluate.statistics import bootstrap, pass_at
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.rewards import Verifier
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import Verifier
 from nb_lightning.rollouts.attempts import Attempts, attempt, encode, verifiers_of
 
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import bnb
 from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
 from nb_lightning.model.weights import Weights, parameter_shapes
+
+if TYPE_CHECKING:  # the schema imports OmegaConf
+    from nb_lightning.config.schema import AdapterConfig
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nb_lightning.config.schema import TrainerConfig
 from nb_lightning.model.transformer import ModelShape, Transformer
+
+if TYPE_CHECKING:  # the schema imports OmegaConf
+    from nb_lightning.config.schema import TrainerConfig
 
 
 def build_model(

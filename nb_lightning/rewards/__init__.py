@@ -1,120 +1,13 @@
-"""Verifiers: what a completion is worth. Interface, lookup by name, and the simplest of them, "exact".
+"""Verifiers: what a completion is worth.
 
     verifier = get_verifier("math")
-    scores = verifier.score(prompt, completions, reference)     # one Score a completion, in order
+    scores = verifier.score(prompt, completions, reference)     # one Score per completion, in order
 
-A verifier that raises, hangs or is killed costs rewards of 0 and a status, never the run. docs/rewards.md has each
-verifier's reference format.
+A verifier that raises, hangs or is killed costs rewards of 0 and a status, never the run. docs/rewards.md lists the
+reference format of each verifier.
 """
 
-from __future__ import annotations
+from nb_lightning.rewards.registry import get_verifier
+from nb_lightning.rewards.verifier import Guarded, Score, Verifier, statuses
 
-import importlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from math import isfinite  # `math` in here is the verifier
-from typing import Any, Protocol
-
-GROUP = "nb_lightning.rewards"  # entry points of other packages: name -> a callable that returns a Verifier
-BUILT_IN = {
-    "exact": "nb_lightning.rewards.exact:Exact",
-    "code": "nb_lightning.rewards.code:Code",
-    "math": "nb_lightning.rewards.math:Math",
-    "reasoning_gym": "nb_lightning.rewards.reasoning_gym:ReasoningGym",
-    "tool_call": "nb_lightning.rewards.tool_call:ToolCall",
-    "ifeval": "nb_lightning.rewards.ifeval:IFEval",
-    "preference": "nb_lightning.rewards.preference:unnamed",
-}
-
-
-@dataclass(frozen=True)
-class Score:
-    """The worth of one completion.
-
-    `info` says at least "status": "correct", "wrong", "no_answer", "timeout", "memory", "flood", "crash" or
-    "verifier_error"; of "preference" also "compared", "alone", "too_long" or "unreadable". And whatever else helps to
-    see why. Its values are plain data.
-    """
-
-    reward: float  # in [0, 1]
-    info: Mapping[str, Any]
-
-
-class Verifier(Protocol):
-    """Scores completions of one prompt. Called from any thread, from several at once.
-
-    Optional beside `score`: `check(reference)`, which raises ValueError when the reference is not of the form this
-    verifier reads, so that a bad data set is refused before training. And for verifiers of other packages, which run
-    in a process of their own (isolated.py): `in_process = True` to run in this one instead (it needs the GPU, say), or
-    `limits`, a `sandbox.Limits`.
-    """
-
-    def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]: ...
-
-
-class Guarded:
-    """A verifier whose failures are rewards of 0 with the status "verifier_error".
-
-    Only a bad reference is raised (ValueError, from a built-in verifier's `check`): that is a mistake in the data.
-    """
-
-    def __init__(self, name: str, verifier: Verifier) -> None:
-        self.name, self.verifier = name, verifier
-
-    def check(self, reference: Any) -> None:
-        """Raise ValueError when `reference` is not of the form this verifier reads."""
-        check = getattr(self.verifier, "check", None)
-        if check is not None:
-            check(reference)
-
-    def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
-        if not getattr(self.verifier, "slow_check", False):
-            self.check(reference)
-        try:
-            scores = list(self.verifier.score(prompt, completions, reference))
-            if len(scores) != len(completions):
-                raise ValueError(f"{len(scores)} scores for {len(completions)} completions")
-            return [self._checked(score) for score in scores]
-        except (Exception, SystemExit) as error:
-            why = f"{self.name}: {type(error).__name__}: {error}"
-            return [Score(0.0, {"status": "verifier_error", "why": why})] * len(completions)
-
-    def _checked(self, score: Score) -> Score:
-        reward = float(score.reward)
-        if not (isfinite(reward) and 0 <= reward <= 1):
-            why = f"{self.name}: a reward of {reward} is not in [0, 1]"
-            return Score(0.0, {"status": "verifier_error", "why": why})
-        return Score(reward, {"status": "correct" if reward == 1 else "wrong", **score.info})
-
-
-def get_verifier(name: str) -> Guarded:
-    """The verifier of that name: built in, or from an installed package's entry points (`GROUP`).
-
-    Raises:
-        ValueError: no verifier of this name, or its package cannot be imported. The message lists the names. Or
-            "preference", which needs a reward model: `Guarded("preference", Preference(model))`.
-    """
-    if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
-        return Guarded(name, getattr(importlib.import_module(module), attribute)())
-    outside = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in outside:
-        raise ValueError(f"no verifier is called {name!r}; there are: {', '.join(sorted({*BUILT_IN, *outside}))}")
-    return Guarded(name, _load(outside[name]))
-
-
-def statuses(scores: Iterable[Score]) -> dict[str, int]:
-    """How many scores have each status: the counters to log."""
-    return dict(Counter(score.info["status"] for score in scores))
-
-
-def _load(entry: EntryPoint) -> Verifier:
-    try:
-        make = entry.load()
-        if getattr(make, "in_process", False):
-            return make()
-        return importlib.import_module("nb_lightning.rewards.isolated").Isolated(entry, getattr(make, "limits", None))
-    except Exception as error:
-        raise ValueError(f"verifier {entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
+__all__ = ["Guarded", "Score", "Verifier", "get_verifier", "statuses"]

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.extract import after_thinking, code_block
 from nb_lightning.rewards.sandbox.jail import plain
 from nb_lightning.rewards.sandbox.pool import Limits, Setup, error_status, failure, readable, shared
+from nb_lightning.rewards.verifier import Score
 
 # What solutions use most: imported once, in the zygote. The rest of the standard library is imported when asked for.
 PRELOAD = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.extract import after_mark, after_thinking, fold
+from nb_lightning.rewards.verifier import Score
 
 
 class Exact:

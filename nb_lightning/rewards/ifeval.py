@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.extract import after_thinking, fold
+from nb_lightning.rewards.verifier import Score
 
 CHECKS: dict[str, Callable[..., bool]] = {}
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")

@@ -8,8 +8,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Setup, shared
+from nb_lightning.rewards.verifier import Score
 
 LIMITS = Limits(cpu_seconds=30.0, wall_seconds=60.0, memory_mb=4096, threads=256)
 FAILED = ("timeout", "flood", "crash", "verifier_error")

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from math import isclose
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.code import SETUP as CODE
 from nb_lightning.rewards.extract import after_thinking, answer_line, boxed, fold
 from nb_lightning.rewards.sandbox.jail import plain
 from nb_lightning.rewards.sandbox.pool import Limits, Outcome, failure, readable, shared, with_packages
+from nb_lightning.rewards.verifier import Score
 
 PACKAGES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")
 LONGEST = 2000  # characters of an answer

@@ -23,8 +23,8 @@ from nb_lightning.batch import pack
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.losses.pairwise import answer_logits
 from nb_lightning.model.transformer import Transformer
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
+from nb_lightning.rewards.verifier import Score
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError, Message
 

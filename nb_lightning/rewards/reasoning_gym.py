@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
 from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox, failure, shared, with_packages
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import Score
 
 # One right answer, in one form: compared with it here, letter for letter.
 EXACT = frozenset(

@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from nb_lightning.rewards import Score
 from nb_lightning.rewards.extract import after_thinking
+from nb_lightning.rewards.verifier import Score
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

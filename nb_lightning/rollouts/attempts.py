@@ -10,8 +10,9 @@ from typing import Any
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generation.decoder import MAX_BATCH, Completion, Request, stream
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.rewards import Score, Verifier, get_verifier
+from nb_lightning.rewards.registry import get_verifier
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import Score, Verifier
 
 SCORERS = 4  # threads that score while the model goes on
 

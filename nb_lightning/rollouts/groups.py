@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nb_lightning.batch import RolloutBatch
 from nb_lightning.losses.grpo import group_advantages
-from nb_lightning.rewards import statuses
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import statuses
 from nb_lightning.rollouts.attempts import Attempts
 
 

@@ -27,9 +27,9 @@ from nb_lightning.losses.grpo import GRPO_PER, grpo_loss
 from nb_lightning.losses.head import token_logprobs
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.phases import PhasePlan
-from nb_lightning.rewards import Guarded, Verifier
 from nb_lightning.rewards.preference import Preference, load_reward_model
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import Guarded, Verifier
 from nb_lightning.rollouts.attempts import attempt, verifiers_of
 from nb_lightning.rollouts.groups import Group, batches, gathered, statistics
 from nb_lightning.stages.base import BaseStage

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from nb_lightning import rewards
-from nb_lightning.rewards import Score, get_verifier, statuses
+from nb_lightning.rewards import Guarded, Score, get_verifier, registry, statuses
 
 
 @pytest.mark.parametrize(
@@ -73,10 +72,10 @@ class Bad:
 
 
 @pytest.fixture
-def bad(monkeypatch: pytest.MonkeyPatch) -> rewards.Guarded:
-    entry = EntryPoint("bad", f"{__name__}:Bad", rewards.GROUP)
+def bad(monkeypatch: pytest.MonkeyPatch) -> Guarded:
+    entry = EntryPoint("bad", f"{__name__}:Bad", registry.GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: Bad)
-    monkeypatch.setattr(rewards, "entry_points", lambda group: [entry] if group == rewards.GROUP else [])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == registry.GROUP else [])
     return get_verifier("bad")
 
 
@@ -93,21 +92,21 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> rewards.Guarded:
         ("-0.1", "a reward of -0.1 is not in [0, 1]"),
     ],
 )
-def test_a_failing_verifier_costs_zeros(bad: rewards.Guarded, reference: str, words: str) -> None:
+def test_a_failing_verifier_costs_zeros(bad: Guarded, reference: str, words: str) -> None:
     scores = bad.score("", ["a", "b"], reference)
     assert [score.reward for score in scores] == [0, 0]
     assert statuses(scores) == {"verifier_error": 2}
     assert words in scores[0].info["why"]
 
 
-def test_a_verifier_from_outside(bad: rewards.Guarded) -> None:
+def test_a_verifier_from_outside(bad: Guarded) -> None:
     half, whole = bad.score("", ["a"], "0.5") + bad.score("", ["a"], "1")
     assert (half.reward, half.info) == (0.5, {"status": "wrong", "note": 1})
     assert (whole.reward, whole.info) == (1, {"status": "correct", "note": 1})
 
 
 def test_a_verifier_from_outside_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("gone", "no_such_package:Gone", rewards.GROUP)
-    monkeypatch.setattr(rewards, "entry_points", lambda group: [entry])
+    entry = EntryPoint("gone", "no_such_package:Gone", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     with pytest.raises(ValueError, match=r"verifier 'gone' \(no_such_package:Gone\) cannot be loaded: No module"):
         get_verifier("gone")
