@@ -10,8 +10,8 @@ Both sides have the same weights, the same prompts of 8 to 40 tokens, and the sa
 | ragged | exponential with mean `--tokens`, at most four times it: rows end at different times |
 | queue | as ragged, four batches of prompts that wait |
 
-Greedy, float32. Ours: `nb_lightning.generation.decoder.stream`. Theirs: left-padded batches, each run until its last row ends.
-Random weights unless `--model` names some (a run, a Hugging Face folder, a .gguf file).
+Greedy, float32. Ours: `nb_lightning.generation.decoder.stream`. Theirs: left-padded batches, each run until its last
+row ends. Random weights unless `--model` names some (a run, a Hugging Face folder, a .gguf file).
 """
 
 from __future__ import annotations

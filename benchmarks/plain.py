@@ -1,7 +1,7 @@
 """The floor: a Llama and a training loop as one would write them by hand, with torch alone.
 
-Same maths as nb_lightning.model.transformer.Transformer: SDPA, fused AdamW, q, k and v from one matrix product. Gate and up stay
-two products: one was no faster, compiled or not.
+Same maths as nb_lightning.model.transformer.Transformer: SDPA, fused AdamW, q, k and v from one matrix product. Gate
+and up stay two products: one was no faster, compiled or not.
 """
 
 from __future__ import annotations

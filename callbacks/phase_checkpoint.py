@@ -1,7 +1,7 @@
 """Checkpoints: one at each phase boundary, which is kept; the newest few in between; one more when asked to stop.
 
-Each is written whole or not at all (nb_lightning/checkpoints/folders.py). SIGTERM and Ctrl-C end the step in hand, save, and
-leave with 128 + the signal's number, so that a scheduler sees that the run did not finish.
+Each is written whole or not at all (nb_lightning/checkpoints/folders.py). SIGTERM and Ctrl-C end the current step,
+save, and exit with 128 + the signal's number, so that a scheduler sees that the run did not finish.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from nb_lightning.config.compose import plan_of, run_dir
 from nb_lightning.config.schema import Config
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import Stored, Weights
-from tests.harness import ROOT, environment
-from tests.test_conf import composed
+from tests.config.harness import composed
+from tests.harness import ROOT, environment, read_trace
 
 POLICY = ModelShape(260, 32, 2, 2, 1, 16, 64, rope_theta=1e5, init_std=0.3)
 TEACHER = ModelShape(260, 64, 1, 2, 1, 32, 64, rope_theta=5e4, init_std=0.3)
@@ -133,3 +133,8 @@ def opened(made: Path, root: Path, *more: str) -> PreferenceData:
 def trained(run: Path) -> CheckpointWeights:
     """The weights of a run's last checkpoint."""
     return CheckpointWeights(sorted((run / "checkpoints").iterdir())[-1])
+
+
+def loss_curve(run: Path, rank: int | None = None) -> list[float]:
+    trace = read_trace(run, rank)
+    return [float.fromhex(trace[step]["loss"]) for step in sorted(trace)]

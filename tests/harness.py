@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,3 +74,9 @@ def logged(run: Path, version: int = 0) -> list[dict[str, float]]:
 
 def curve(run: Path, name: str, version: int = 0) -> list[float]:
     return [row[name] for row in logged(run, version) if name in row]
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

@@ -14,8 +14,8 @@ import yaml
 from nb_lightning import ablate
 from nb_lightning.config.compose import plan_of
 from nb_lightning.run_folder import read_metrics
+from tests.config.harness import composed
 from tests.harness import TINY, TRACE, environment, read_trace
-from tests.test_conf import composed
 
 ARMS = {"slow": ["stage.phases.warmup.lr.end=1e-4"], "fast": [], "broken": ["stage.phases.warmup.mixture.docs=0.9"]}
 

@@ -17,8 +17,8 @@ from nb_lightning.config.compose import plan_of
 from nb_lightning.config.schema import plain
 from nb_lightning.dry_run import GIB, beside, describe, memory_per_device, missing
 from nb_lightning.model.transformer import ModelShape
+from tests.config.harness import composed
 from tests.harness import ROOT
-from tests.test_conf import composed
 
 
 def test_the_paper_run() -> None:

@@ -17,9 +17,9 @@ from nb_lightning.checkpoints.hugging_face import HFWeights
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate
+from tests.checkpoints.harness import NANBEIGE, write
 from tests.harness import run_train
-from tests.test_model import ids
-from tests.test_weights import NANBEIGE, write
+from tests.model.harness import ids
 
 TEXT = "def f(x):\n    return x + 1  # naïve 你好\n\n\t<|im_start|>user\nWhat is 12,345?<|im_end|>"
 CHAT = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, TRACE, command, environment, read_trace, run_train
+from tests.harness import ROOT, TRACE, command, environment, free_port, read_trace, run_train
 
 LAUNCH = ROOT / "docs/examples/launch"
 
@@ -68,12 +67,6 @@ def wait_for_step(root: Path, step: int, *processes: subprocess.Popen[str]) -> N
     while not (trace.exists() and trace.read_text().count("\n") > step):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.002)
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

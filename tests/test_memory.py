@@ -30,7 +30,7 @@ from nb_lightning.model.weights import Stored, Weights
 from nb_lightning.stages.frozen import FrozenTeacher
 from nb_lightning.stages.optim import build_optimizer
 from tests.harness import ROOT
-from tests.test_model import ids
+from tests.model.harness import ids
 
 
 class Peak(TorchDispatchMode):

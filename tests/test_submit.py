@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from nb_lightning.submit import gpus, main
-from tests.harness import ROOT, TRACE, command, environment, read_trace
-from tests.test_launch import free_port
+from tests.harness import ROOT, TRACE, command, environment, free_port, read_trace
 
 CLUSTER = "stage=pretrain model=nanbeige4_3b trainer=fsdp paths.root=/teamspace/shared".split()
 

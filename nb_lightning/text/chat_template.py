@@ -1,7 +1,7 @@
 """Chat templates: messages into the text a model sees, and which characters of it the assistant wrote.
 
-A template comes with a checkpoint and is never trusted: it runs in a process of its own (nb_lightning/text/template_worker.py)
-that is reused, and killed when it takes too long.
+A template comes with a checkpoint and is never trusted: it runs in a process of its own (template_worker.py), which
+is reused, and killed when it takes too long.
 
 Which characters are the assistant's is marked by `{% generation %}` blocks, as in ours. Templates without them (most
 that come with tokenizers) are asked again with each assistant turn replaced by a word that occurs nowhere else: what

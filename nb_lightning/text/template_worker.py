@@ -1,4 +1,4 @@
-"""The process in which chat templates run: a script that nb_lightning/text/template_process.py starts, outside the library.
+"""The process in which chat templates run: a script that template_process.py starts, outside the library.
 
 A template is somebody else's program. Here it meets Jinja's immutable sandbox, a limit on CPU time that the kernel
 enforces (the default action of SIGPROF ends the process, whatever it is doing), a limit on memory, and no files to

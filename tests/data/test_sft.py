@@ -20,8 +20,8 @@ from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.token_source import TRAINED
+from tests.config.harness import composed
 from tests.sft_harness import make_sources, overrides
-from tests.test_conf import composed
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from data.teacher_cache import TeacherCache
 from data.teacher_logprobs import main
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.token_source import TRAINED, Source
-from tests.dpd_harness import TEACHER, TRACE, make, opened, random_model, run_here, save_model
-from tests.stages.test_dpd import curve, loss_curve
+from tests.dpd_harness import TEACHER, TRACE, loss_curve, make, opened, random_model, run_here, save_model
+from tests.harness import curve
 
 SOURCES = ("demo_pairs/tasks/source", "words")
 CACHED = ("stage.teacher=null", "data.cached_teacher=true")

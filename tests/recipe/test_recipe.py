@@ -18,8 +18,8 @@ from nb_lightning.config.checks import check
 from nb_lightning.config.compose import run_dir
 from nb_lightning.recipe.child import Screen
 from nb_lightning.recipe.steps import read_recipe
+from tests.config.harness import composed
 from tests.harness import ROOT
-from tests.test_conf import composed
 
 STARTS = ("--model", "--from", "--teacher", "--student")  # flags that name what a step begins from
 

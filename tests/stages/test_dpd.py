@@ -33,6 +33,7 @@ from tests.dpd_harness import (
     POLICY,
     TEACHER,
     TRACE,
+    loss_curve,
     make,
     opened,
     overrides,
@@ -54,11 +55,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_here(made, tmp_path_factory.mktemp("unbroken"), *TRACE)
-
-
-def loss_curve(run: Path, rank: int | None = None) -> list[float]:
-    trace = read_trace(run, rank)
-    return [float.fromhex(trace[step]["loss"]) for step in sorted(trace)]
 
 
 # What is computed ---------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from data.pretrain import PretrainData
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config.compose import plan_of
 from nb_lightning.stages.next_token import PretrainStage
+from tests.config.harness import composed
 from tests.harness import TINY, TRACE, read_trace, run_train
-from tests.test_conf import composed
 
 
 def fit(corpus: Path, root: Path, kind: type[PretrainStage], *callbacks: pl.Callback, **options: Any) -> PretrainStage:

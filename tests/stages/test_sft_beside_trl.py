@@ -16,7 +16,7 @@ from nb_lightning.batch import PackedBatch, StepBatch, pack
 from nb_lightning.checkpoints.hugging_face import to_hf
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.stages.next_token import SFTStage
-from tests.test_conf import composed
+from tests.config.harness import composed
 
 STEPS, SAMPLES_A_STEP, LR, VOCAB = 20, 4, 1e-3, 260
 MODEL = dict(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_mlp=64)

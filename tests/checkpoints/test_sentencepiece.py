@@ -1,0 +1,108 @@
+"""SentencePiece's tokenizers beside SentencePiece itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nb_lightning.checkpoints import sentencepiece as spm
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from tests.checkpoints.harness import texts, train
+
+# As in Nanbeige4's tokenizer_config.json: more tokens where the pieces end, one of them the first of every text.
+ADDED = {"<|im_start|>": True, "<|im_end|>": True, "<|endoftext|>": True, "<think>": False, "</think>": False}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder as released, and SentencePiece on it."""
+    folder = tmp_path_factory.mktemp("spm")
+    model = train(folder, add_dummy_prefix=request.param)
+    decoder = {str(1000 + i): {"content": t, "special": s} for i, (t, s) in enumerate(ADDED.items())}
+    config = {"add_bos_token": True, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>",
+              "added_tokens_decoder": decoder, "chat_template": "{{ messages[0].content }}"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder, model
+
+
+def test_the_same_ids_as_sentencepiece(trained: tuple[Path, Any]) -> None:
+    folder, model = trained
+    tokenizer = load_tokenizer(str(folder))
+    for text in texts():
+        ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == model.encode(text)
+        assert tokenizer.decode(ids) == model.decode(ids) == text
+
+
+def test_added_tokens_and_the_first_one(trained: tuple[Path, Any]) -> None:
+    """Each part between them is a text of its own, as for transformers' LlamaTokenizer (`legacy`)."""
+    folder, model = trained
+    tokenizer = load_tokenizer(str(folder))
+    text = "<|im_start|>user\nSort: b a<|im_end|>\n<|im_start|>assistant\n<think>\nhm</think> a b<|im_end|>"
+    expected = [1000]
+    for part in re.split(f"({'|'.join(map(re.escape, ADDED))})", text):
+        expected += [1000 + list(ADDED).index(part)] if part in ADDED else model.encode(part)
+    assert tokenizer.tokenizer.encode(text).ids == expected
+    assert tokenizer.tokenizer.encode(text, add_special_tokens=False).ids == expected[1:]
+    assert tokenizer.vocab_size == 1005 and tokenizer.eos_id == 1002
+    assert tokenizer.special["eos_token"] == "<|im_end|>" and tokenizer.chat_template
+
+
+def test_saved_as_json_and_in_a_gguf_file(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(trained[0]))
+    tokenizer.save(tmp_path)
+    metadata = tokenizer_to_gguf(tokenizer, 1010)
+    types = metadata["tokenizer.ggml.token_type"]
+    assert types[:4] == [spm.UNKNOWN, spm.CONTROL, spm.CONTROL, spm.BYTE]
+    assert types[1000:] == [spm.CONTROL] * 3 + [spm.USER_DEFINED] * 2 + [spm.UNUSED] * 5
+    for other in (load_tokenizer(str(tmp_path)), tokenizer_from_gguf(metadata, Path("x.gguf"))):
+        for text in (*texts(), "<|im_start|>user\nHi<|im_end|>\n<think>"):
+            assert other.tokenizer.encode(text).ids == tokenizer.tokenizer.encode(text).ids
+        assert (other.eos_id, other.special) == (tokenizer.eos_id, tokenizer.special)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model_type": "unigram"}, "is not byte-fallback BPE, the one kind of SentencePiece model that is read"),
+        ({"byte_fallback": False}, "is not byte-fallback BPE, the one kind of SentencePiece model that is read"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes the text before it is split"),
+        ({"remove_extra_whitespaces": True}, "changes the text before it is split"),
+    ],
+)
+def test_another_kind_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    train(tmp_path, **options)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{tmp_path}/tokenizer.model {words}")):
+        load_tokenizer(str(tmp_path))
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    train(tmp_path)
+    path = tmp_path / "tokenizer.model"
+    data = path.read_bytes()
+    for content in (data[:-100], data[:7], b"\xff" * 50, b"\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer.model is not ") as caught:
+            load_tokenizer(str(tmp_path))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "added, words",
+    [
+        ({"1001": {"content": "<x>", "special": True}}, "the added token '<x>' has id 1001, but 1000 is the next free"),
+        ({"1000": {"content": "<x>"}}, "added_tokens_decoder is damaged"),
+        ({"one": {"content": "<x>", "special": True}}, "added_tokens_decoder is damaged"),
+        ([1], "added_tokens_decoder is damaged"),
+    ],
+)
+def test_added_tokens_that_cannot_be(tmp_path: Path, added: Any, words: str) -> None:
+    train(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_tokenizer(str(tmp_path))

