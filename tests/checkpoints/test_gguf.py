@@ -1,4 +1,4 @@
-"""GGUF files: tokenizers there and back, and what is refused. Weights: tests/test_export.py, tests/checkpoints/test_smollm2.py."""
+"""GGUF files: tokenizers there and back, and what is refused. For weights see test_export.py and test_smollm2.py."""
 
 from __future__ import annotations
 

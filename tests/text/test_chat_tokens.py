@@ -15,6 +15,7 @@ from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens
 from nb_lightning.text.messages import ChatError
 from nb_lightning.text.tokenizer import TextTokenizer, text_tokenizer
+from tests.harness import ROOT
 from tests.text.harness import AGENT, TOOL, TWO_TURNS, style
 
 START, END = 257, 258  # <|im_start|> and <|im_end|> of the byte tokenizer
@@ -41,7 +42,7 @@ def bpe() -> TextTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    texts = [path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))]
     tokenizer.train_from_iterator([*texts, *["\n\n\n a\n\n"] * 50], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
