@@ -177,7 +177,7 @@ class _Sizes:
         return rest + linears * (_nf4(adapter.double_quant) if self.quantised else self.stored)
 
     def beside(self, name: str, shape: ModelShape, ranks: int) -> float:
-        """Of a frozen model (`teacher.FrozenTeacher`, `rewards.preference.load_reward_model`)."""
+        """Of a frozen model (`stages.frozen.FrozenModel`, `rewards.preference.load_reward_model`)."""
         if name == "reward model":  # whole on every device
             return shape.parameters() * (4 if self.cfg.trainer.accelerator == "cpu" else 2)
         linears = shape.n_layers * _linears(shape)

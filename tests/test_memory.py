@@ -27,7 +27,7 @@ from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import Stored, Weights
-from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenModel
 from nb_lightning.stages.optim import build_optimizer
 from tests.harness import ROOT
 from tests.model.harness import ids
@@ -150,7 +150,7 @@ def test_a_teacher_of_another_shape_is_counted(precision: str) -> None:
     estimate = memory_per_device(cfg, shape, tokens, {"teacher": other})
     model = build(cfg, shape)
     origin = GGUFOrigin(Path(), other, None, Random(other))  # any that opens these weights
-    teacher = FrozenTeacher(origin, cfg.trainer, "sdpa", torch.device("cpu"), None)
+    teacher = FrozenModel(origin, cfg.trainer, "sdpa", torch.device("cpu"), None)
     assert estimate["teacher"] == sum(p.untyped_storage().nbytes() for p in teacher.model.parameters())
     responses = ids(1, tokens, shape.vocab_size).view(4, 2, 96).tolist()
     batch = PreferenceBatch.from_pairs([([1], *pair) for pair in responses], ref_logprobs=torch.zeros(4, 2))

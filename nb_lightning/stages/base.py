@@ -30,7 +30,7 @@ from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import fill
 from nb_lightning.phases import Phase, PhasePlan
-from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenModel
 from nb_lightning.stages.metrics import Means
 from nb_lightning.stages.optim import build_optimizer, clip_grad_norm
 
@@ -118,9 +118,9 @@ class BaseStage(pl.LightningModule):
                     f"were made with {self.origin.shape.rope_theta:g}"
                 )
 
-    def frozen(self, origin: Origin, nf4: bool = False) -> FrozenTeacher:
+    def frozen(self, origin: Origin, nf4: bool = False) -> FrozenModel:
         """A model beside the one that trains, laid out like it."""
-        return FrozenTeacher(origin, self.cfg.trainer, *self._layout(), nf4)
+        return FrozenModel(origin, self.cfg.trainer, *self._layout(), nf4)
 
     def _layout(self) -> tuple[str, torch.device, DeviceMesh | None]:
         """Attention's backend, the device, and where parameters are sharded the mesh."""

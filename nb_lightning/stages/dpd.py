@@ -1,7 +1,7 @@
 """DPD: dual-level preference distillation (report, section on DPD).
 
 Between the two responses of a pair DPO, with the policy that the run begins with as reference; at each of their tokens
-the distribution of a frozen teacher. The loss is `losses.dpd_loss`; the teacher is held in no module (`FrozenTeacher`),
+the distribution of a frozen teacher. The loss is `losses.dpd_loss`; the teacher is held in no module (`FrozenModel`),
 and the reference's log-probabilities are computed once, before the first step, and kept in the run's folder.
 """
 
@@ -26,7 +26,7 @@ from nb_lightning.losses.divergence import Divergence, Teacher
 from nb_lightning.losses.dpd import DPD_PER, dpd_loss, response_logprobs
 from nb_lightning.phases import PhasePlan
 from nb_lightning.stages.base import ValidatedByMeans
-from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenModel
 from nb_lightning.stages.reference_cache import ReferenceKey, read_reference, write_reference
 
 REFERENCE = "reference.safetensors"
@@ -57,7 +57,7 @@ class DPDStage(ValidatedByMeans):
             chunk=s.head_chunk,
         )
         self._teacher_origin: Origin | None = None
-        self.teacher: FrozenTeacher | None = None
+        self.teacher: FrozenModel | None = None
         self.reference: Tensor | None = None
         self._began_as: dict[str, str] = {}  # digests of the starting policy and of the teacher
 

@@ -22,7 +22,7 @@ from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
 from nb_lightning.model.weights import Weights
 
 
-class FrozenTeacher:
+class FrozenModel:
     """A teacher, on its device.
 
     Args:

@@ -33,7 +33,7 @@ from nb_lightning.rewards.verifier import Guarded, Verifier
 from nb_lightning.rollouts.attempts import attempt, verifiers_of
 from nb_lightning.rollouts.groups import Group, batches, gathered, statistics
 from nb_lightning.stages.base import BaseStage
-from nb_lightning.stages.frozen import FrozenTeacher
+from nb_lightning.stages.frozen import FrozenModel
 
 
 class RLStage(BaseStage):
@@ -62,7 +62,7 @@ class RLStage(BaseStage):
         self.sampling = Sampling(s.max_new_tokens)  # temperature 1 and nothing cut off: else it is another policy
         self.verifiers: Mapping[str, Verifier] = {}
         self.groups: list[Group] = []
-        self.reference: FrozenTeacher | None = None
+        self.reference: FrozenModel | None = None
 
     # Building -------------------------------------------------------------------------------------------------------
 
