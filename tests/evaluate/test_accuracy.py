@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nb_lightning.evaluate import accuracy
 from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.evaluate.statistics import bootstrap, pass_at
 from nb_lightning.generation.decoder import generate
@@ -108,7 +107,7 @@ class Half:
 
 def test_partial_rewards_count_for_the_mean_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     half = Half()
-    monkeypatch.setattr(accuracy, "get_verifier", lambda name: half)
+    monkeypatch.setattr("nb_lightning.rollouts.attempts.get_verifier", lambda name: half)
     seen = []
     found = evaluate_tasks(pretrained_of(chain(COIN)), tasks_of([1, 2]), SAMPLING, k=3, on_scored=seen.append)
     assert found.summary()["all"]["mean"] == 0.5 and found.summary()["all"]["pass"] == {1: 0, 2: 0, 3: 0}
@@ -174,7 +173,7 @@ def test_the_model_is_in_the_mode_it_was_in() -> None:
 def test_a_mistake_is_found_before_anything_is_sampled(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(accuracy, "stream", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("nb_lightning.rollouts.attempts.stream", lambda *_: pytest.fail("sampled"))
     given = {"pretrained": pretrained_of(chain({})), "tasks": tasks_of("a"), "sampling": SAMPLING, "k": 1, **change}
     with pytest.raises(ValueError, match=message):
         evaluate_tasks(**given)
@@ -185,6 +184,6 @@ def test_what_a_verifier_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
         def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
             raise RuntimeError("bug")
 
-    monkeypatch.setattr(accuracy, "get_verifier", lambda name: Broken())
+    monkeypatch.setattr("nb_lightning.rollouts.attempts.get_verifier", lambda name: Broken())
     with pytest.raises(RuntimeError, match="bug"):
         evaluate_tasks(pretrained_of(chain(COIN)), tasks_of([1, 2]), SAMPLING)
