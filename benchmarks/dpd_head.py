@@ -98,7 +98,7 @@ def ours(a: argparse.Namespace, cached: bool) -> Callable[[int], Any]:
     import torch
 
     from nb_lightning.batch import PreferenceBatch
-    from nb_lightning.losses.divergence import Teacher
+    from nb_lightning.losses.divergence import TeacherOutputs
     from nb_lightning.losses.dpd import dpd_loss, response_logprobs
 
     policy, reference, teacher = models(a, theirs=False)
@@ -121,7 +121,7 @@ def ours(a: argparse.Namespace, cached: bool) -> Callable[[int], Any]:
         if not cached:
             batch.ref_logprobs = of_reference(batch)
         with torch.no_grad():
-            of_teacher = run(teacher, batch, lambda hidden, weight: Teacher(hidden.flatten(0, 1), weight))
+            of_teacher = run(teacher, batch, lambda hidden, weight: TeacherOutputs(hidden.flatten(0, 1), weight))
         weights = {"beta": BETA, "lambda_plus": LAMBDA, "lambda_minus": LAMBDA}
         head = partial(dpd_loss, batch=batch, counts=batch.counts, teacher=of_teacher, **weights)
         return run(policy, batch, head)[0]
@@ -275,7 +275,7 @@ def case(a: argparse.Namespace) -> None:
     import torch
 
     from nb_lightning.batch import PreferenceBatch
-    from nb_lightning.losses.divergence import Teacher
+    from nb_lightning.losses.divergence import TeacherOutputs
     from nb_lightning.losses.dpd import dpd_loss
 
     torch.set_num_threads(1)
@@ -285,10 +285,10 @@ def case(a: argparse.Namespace) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(1, tokens, a.dim).requires_grad_()
     weight = (torch.randn(a.vocab, a.dim) * 0.02).requires_grad_()
-    teacher = Teacher(torch.randn(tokens, a.dim), torch.randn(a.vocab, a.dim) * 0.02)
+    teacher = TeacherOutputs(torch.randn(tokens, a.dim), torch.randn(a.vocab, a.dim) * 0.02)
     reset_peak()
     base, start = memory_mb("VmRSS"), time.process_time()
-    loss, _ = dpd_loss(hidden, weight, batch, batch.counts, teacher, chunk=a.chunk)
+    loss, _ = dpd_loss(hidden, weight, batch, batch.counts, teacher, chunk_size=a.chunk)
     loss.backward()
     gradients = (hidden.numel() + weight.numel()) * 4 / 2**20
     found = {"cpu": time.process_time() - start, "peak_mb": memory_mb("VmHWM") - base - gradients, "loss": loss.item()}

@@ -25,7 +25,7 @@ from data.bin_packing import to_batch
 from data.teacher_cache import CacheWriter, record
 from nb_lightning.checkpoints.pretrained import find, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.losses.head import CHUNK
+from nb_lightning.losses.head import CHUNK_SIZE
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.token_source import SPLITS, Source
 
@@ -123,7 +123,7 @@ def top_k(model: Transformer, words: list[np.ndarray], first: list[int], k: int,
 def _top_k(hidden: Tensor, weight: Tensor, at: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     ids: list[Any] = []
     logprobs: list[Any] = []
-    for h in hidden.flatten(0, 1)[at].split(CHUNK):
+    for h in hidden.flatten(0, 1)[at].split(CHUNK_SIZE):
         values, indices = ((h @ weight.T).float() / temperature).log_softmax(-1).topk(k)
         ids.append(indices.int())
         logprobs.append(values)

@@ -88,7 +88,9 @@ class PackedBatch(_Movable):
         return cls(input_ids, labels, position_ids, cu_seqlens)
 
 
-def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Tensor]:
+def pack_responses(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> tuple[dict[str, Tensor], Tensor]:
     """Put documents behind each other into one row, without padding. Only the responses are trained.
 
     Args:
@@ -143,9 +145,9 @@ class PreferenceBatch(PackedBatch):
     def from_pairs(
         cls, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], **fields: Any
     ) -> PreferenceBatch:
-        """Pack (prompt, chosen, rejected) token ids into one row, see `pack`; `fields` are the optional ones."""
+        """Pack (prompt, chosen, rejected) token ids into one row; `fields` are the optional ones."""
         prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
-        packed, index = pack(prompts, [response for pair in pairs for response in pair[1:]])
+        packed, index = pack_responses(prompts, [response for pair in pairs for response in pair[1:]])
         return cls(**packed, pairs=len(pairs), response_index=index, **fields)
 
     @property
@@ -192,14 +194,14 @@ class RolloutBatch(PackedBatch):
         logprobs: Sequence[Sequence[float]],
         masked: Sequence[bool],
     ) -> RolloutBatch:
-        """Pack prompts and completions, token ids, into one row, see `pack`.
+        """Pack prompts and completions, token ids, into one row, see `pack_responses`.
 
         Args:
             advantages: [C] float32.
             logprobs: the sampler's, of each completion's tokens.
             masked: completions that are read and not trained.
         """
-        packed, index = pack(prompts, completions)
+        packed, index = pack_responses(prompts, completions)
         rollout_logprobs = torch.zeros(index.shape)
         rollout_logprobs[index >= 0] = torch.tensor([value for row in logprobs for value in row])
         hidden = torch.tensor([*masked, False])[index]  # -1, of prompts, is the last

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.batch import IGNORE, PackedBatch, PreferenceBatch, StepBatch, pack
+from nb_lightning.batch import IGNORE, PackedBatch, PreferenceBatch, StepBatch, pack_responses
 
 EOS = 9
 
@@ -162,7 +162,7 @@ def test_pinned_memory_is_pinned() -> None:
 
 def test_pack_by_hand() -> None:
     """The first response token is predicted by the last prompt token, the last token is read by nothing."""
-    packed, index = pack([[1, 2], [3], [4], [5, 6]], [[7, 8], [], [9], []])
+    packed, index = pack_responses([[1, 2], [3], [4], [5, 6]], [[7, 8], [], [9], []])
     batch = PackedBatch(**packed)
     assert batch.input_ids.tolist() == [[1, 2, 7, 3, 4, 5]]
     assert batch.labels.tolist() == [[IGNORE, 7, 8, IGNORE, 9, IGNORE]]

@@ -101,7 +101,7 @@ def step(model: Transformer, cfg: Config, tokens: int) -> tuple[Callable[[], Non
     def run() -> None:
         for _ in range(2):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
-                head = partial(cross_entropy, labels=x.roll(-1, 1), chunk=cfg.stage.head_chunk)
+                head = partial(cross_entropy, labels=x.roll(-1, 1), chunk_size=cfg.stage.head_chunk)
                 loss = model(x, head=head)
             loss.backward()
         optimizer.step()
@@ -160,7 +160,7 @@ def test_a_teacher_of_another_shape_is_counted(precision: str) -> None:
     def run() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
             known = teacher(batch)
-            head = partial(dpd_loss, batch=batch, counts=batch.counts, teacher=known, chunk=cfg.stage.head_chunk)
+            head = partial(dpd_loss, batch=batch, counts=batch.counts, teacher=known, chunk_size=cfg.stage.head_chunk)
             loss, _ = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
         loss.backward()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import IGNORE
-from nb_lightning.losses.divergence import Divergence, Part, Scratch, Teacher, TopKTeacher, exp
+from nb_lightning.losses.divergence import Divergence, Part, Scratch, TeacherOutputs, TopKTeacherOutputs, exp
 
 Weigh = Callable[[Part, Tensor], Tensor]  # of a part and its log p(label) [n]: the weights [n] of these
 # The gradient of a loss with respect to each statistic, in the order of `TokenStatistics`, [N] each; None is 0.
@@ -30,14 +30,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def parts_of(labels: Tensor, chunk: int) -> list[Part]:
+def parts_of(labels: Tensor, chunk_size: int) -> list[Part]:
     """The trained tokens in chunks of nearly equal size: slices where all tokens are trained, positions otherwise."""
     kept = (labels != IGNORE).nonzero().squeeze(1)
-    pieces = -(-kept.numel() // chunk)
+    pieces = -(-kept.numel() // chunk_size)
     return _cut(kept, labels.numel(), [i * kept.numel() // pieces for i in range(pieces + 1)] if pieces else [])
 
 
-def whole_groups(labels: Tensor, groups: Tensor, chunk: int) -> list[Part] | None:
+def whole_groups(labels: Tensor, groups: Tensor, chunk_size: int) -> list[Part] | None:
     """The same, but no chunk ends inside a group. None where a group is longer than a chunk or lies in several places.
 
     Args:
@@ -48,11 +48,11 @@ def whole_groups(labels: Tensor, groups: Tensor, chunk: int) -> list[Part] | Non
         return []
     own = groups[kept]
     ends = [0, *((own.diff() != 0).nonzero().squeeze(1) + 1).tolist(), kept.numel()]
-    if max(b - a for a, b in pairwise(ends)) > chunk or len(ends) - 1 > own.unique().numel():
+    if max(b - a for a, b in pairwise(ends)) > chunk_size or len(ends) - 1 > own.unique().numel():
         return None
     cuts = [0]
     for end, after in pairwise(ends[1:]):
-        if after - cuts[-1] > chunk:
+        if after - cuts[-1] > chunk_size:
             cuts.append(end)
     return _cut(kept, labels.numel(), [*cuts, kept.numel()])
 
@@ -66,7 +66,7 @@ class Walk:
     """The way over the tokens: chunks, and tiles of a few rows inside each."""
 
     labels: Tensor
-    teacher: Teacher | TopKTeacher | None
+    teacher: TeacherOutputs | TopKTeacherOutputs | None
     divergence: Divergence
     parts: Sequence[Part]
     entropy: bool
@@ -74,33 +74,39 @@ class Walk:
     def run(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        head_weight: Tensor,
         upstream: Upstream | None = None,
         needed: tuple[bool, bool] = (True, True),
         weigh: Weigh | None = None,
     ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-        """The statistics; and with `upstream` the gradients of `hidden` and `weight`, as far as `needed`.
+        """The statistics; and with `upstream` the gradients of `hidden` and `head_weight`, as far as `needed`.
 
         `weigh` fills in the first of `upstream`, part by part.
         """
-        (N, _), V, dtype, device, sums = hidden.shape, weight.shape[0], hidden.dtype, hidden.device, wide(hidden.dtype)
+        (N, _), V, dtype, device, sums = (
+            hidden.shape,
+            head_weight.shape[0],
+            hidden.dtype,
+            hidden.device,
+            wide(hidden.dtype),
+        )
         lengths = [part.stop - part.start if isinstance(part, slice) else part.numel() for part in self.parts]
         size = max(lengths, default=0)
         teacher = self.teacher and self.teacher.prepare(N, V, dtype)
         buffer = torch.empty(size, V, dtype=dtype, device=device)
-        teacher_buffer = torch.empty_like(buffer) if isinstance(teacher, Teacher) else buffer
+        teacher_buffer = torch.empty_like(buffer) if isinstance(teacher, TeacherOutputs) else buffer
         tile = CPU_TILE * torch.get_num_threads() if device.type == "cpu" else GPU_TILE
         rows = max(1, min(size, tile // V))
         scratch = Scratch(rows, V, sums, device)
         present = (True, self.entropy, teacher is not None)
         found = [torch.zeros(N, dtype=sums, device=device) if x else None for x in present]
         grad_hidden = torch.zeros_like(hidden) if upstream and needed[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if upstream and needed[1] else None
+        grad_weight = torch.zeros_like(head_weight, dtype=sums) if upstream and needed[1] else None
         factors = [x if x is None else x.to(sums).unsqueeze(1) for x in upstream or ()]  # what `weigh` fills: a view
         with torch.autocast(device.type, enabled=False):
             for part, n in zip(self.parts, lengths):
                 h, label = hidden[part], self.labels[part].unsqueeze(1)
-                logits = torch.mm(h, weight.T, out=buffer[:n])
+                logits = torch.mm(h, head_weight.T, out=buffer[:n])
                 tiles = [slice(start, start + rows) for start in range(0, n, rows)]
                 if weigh is not None:
                     logprobs = torch.cat([_logprobs(logits[tile], label[tile], scratch)[1] for tile in tiles])
@@ -112,7 +118,7 @@ class Walk:
                     if whole is not None:
                         whole[part] = torch.cat(pieces)
                 if grad_hidden is not None:
-                    grad_hidden[part] = logits @ weight
+                    grad_hidden[part] = logits @ head_weight
                 if grad_weight is not None:
                     _accumulate(grad_weight, logits.T, h)
         return found, grad_hidden, grad_weight

@@ -3,8 +3,8 @@
 A tile is [R, V] log-probabilities of R tokens in float32 or wider. Each divergence returns its value [R] in nats and
 its gradient [R, V] with respect to the student's logits; the head multiplies that with the weights it knows.
 
-The teacher is given whole (hidden states and the weight of its own head, of any width) or as the `k` most likely tokens
-of each position, cached. Of the latter all other tokens are one bucket: see `TopKTeacher`.
+The teacher is given whole (hidden states and its head weight, of any width) or as the `k` most likely tokens of each
+position, cached. Of the latter all other tokens are one bucket: see `TopKTeacherOutputs`.
 """
 
 from __future__ import annotations
@@ -99,34 +99,34 @@ FORWARD_KL = Divergence()
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherOutputs:
     """A teacher of which everything is known.
 
     Attributes:
         hidden: [N, Dt] its last hidden states, of any width.
-        weight: [V, Dt] of its head, over the student's vocabulary.
+        head_weight: [V, Dt] of its head, over the student's vocabulary.
     """
 
     hidden: Tensor
-    weight: Tensor
+    head_weight: Tensor
 
-    def prepare(self, n: int, vocab: int, dtype: torch.dtype) -> Teacher:
+    def prepare(self, n: int, vocab: int, dtype: torch.dtype) -> TeacherOutputs:
         """Without gradients, in the dtype of the products.
 
         Raises:
             ValueError: the vocabularies differ.
         """
-        if self.weight.shape[0] != vocab:
+        if self.head_weight.shape[0] != vocab:
             raise ValueError(
-                f"the teacher's vocabulary has {self.weight.shape[0]:,} tokens and the student's {vocab:,}: their "
+                f"the teacher's vocabulary has {self.head_weight.shape[0]:,} tokens and the student's {vocab:,}: their "
                 "distributions are compared token by token, so both need the same tokenizer"
             )
-        assert self.hidden.shape == (n, self.weight.shape[1])
-        return Teacher(self.hidden.detach().to(dtype), self.weight.detach().to(dtype))
+        assert self.hidden.shape == (n, self.head_weight.shape[1])
+        return TeacherOutputs(self.hidden.detach().to(dtype), self.head_weight.detach().to(dtype))
 
     def open(self, part: Part, buffer: Tensor) -> tuple[Tensor, ...]:
         """What `tile` needs of the tokens of `part`: their logits, written into `buffer` [n, V]."""
-        return (torch.mm(self.hidden[part], self.weight.T, out=buffer),)
+        return (torch.mm(self.hidden[part], self.head_weight.T, out=buffer),)
 
     @staticmethod
     def tile(
@@ -142,7 +142,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class TopKTeacher:
+class TopKTeacherOutputs:
     """The k most likely tokens of a teacher at each position.
 
     All other tokens are one bucket, for teacher and student alike, and the divergence is that of the k + 1 buckets.
@@ -158,8 +158,8 @@ class TopKTeacher:
     ids: Tensor
     logprobs: Tensor
 
-    def prepare(self, n: int, vocab: int, dtype: torch.dtype) -> TopKTeacher:
-        """As `Teacher.prepare`; ids are not compared with the vocabulary."""
+    def prepare(self, n: int, vocab: int, dtype: torch.dtype) -> TopKTeacherOutputs:
+        """As `TeacherOutputs.prepare`; ids are not compared with the vocabulary."""
         assert self.ids.shape == self.logprobs.shape and self.ids.shape[0] == n and self.ids.shape[1] <= vocab
         return self
 
@@ -170,7 +170,7 @@ class TopKTeacher:
     def tile(
         divergence: Divergence, s: Tensor, p: Tensor, scratch: Callable[[str], Tensor], ids: Tensor, logprobs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `Teacher.tile`."""
+        """As `TeacherOutputs.tile`."""
         limits = torch.finfo(s.dtype)
         t = logprobs.double().clamp(min=math.log(limits.tiny))
         mass = t.logsumexp(1, keepdim=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.losses import head
 from nb_lightning.losses.chunks import _gradient, segment_sum, whole_groups, wide
-from nb_lightning.losses.divergence import FORWARD_KL, Divergence, Part, Teacher, TopKTeacher
+from nb_lightning.losses.divergence import FORWARD_KL, Divergence, Part, TeacherOutputs, TopKTeacherOutputs
 
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 DPD_PER = {
@@ -50,23 +50,27 @@ def dpo_loss(logratios: Tensor, beta: float, variant: str = "sigmoid", label_smo
     return (margin - 1 / (2 * beta)).square()
 
 
-def response_logprobs(hidden: Tensor, weight: Tensor, batch: PreferenceBatch, chunk: int = head.CHUNK) -> Tensor:
+def response_logprobs(
+    hidden: Tensor, head_weight: Tensor, batch: PreferenceBatch, chunk_size: int = head.CHUNK_SIZE
+) -> Tensor:
     """log pi(y), summed over each response: [P, 2] nats (chosen, rejected). Arguments as `dpd_loss`.
 
     In the chunks of `dpd_loss`: of equal hidden states both compute the same to the last bit.
     """
     labels, index = batch.labels.flatten(), batch.response_index.flatten()
-    parts = whole_groups(labels, index // 2, chunk)
-    found = head.token_statistics(hidden.flatten(0, 1), weight, labels, chunk=chunk, parts=parts, entropy=False)
+    parts = whole_groups(labels, index // 2, chunk_size)
+    found = head.token_statistics(
+        hidden.flatten(0, 1), head_weight, labels, chunk_size=chunk_size, parts=parts, entropy=False
+    )
     return segment_sum(found.logprobs, index, 2 * batch.pairs).view(batch.pairs, 2)
 
 
 def dpd_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head_weight: Tensor,
     batch: PreferenceBatch,
     counts: Mapping[str, Tensor],
-    teacher: Teacher | TopKTeacher | None = None,
+    teacher: TeacherOutputs | TopKTeacherOutputs | None = None,
     *,
     beta: float = 0.1,
     variant: str = "sigmoid",
@@ -75,7 +79,7 @@ def dpd_loss(
     lambda_plus: float = 1.0,
     lambda_minus: float = 1.0,
     divergence: Divergence = FORWARD_KL,
-    chunk: int = head.CHUNK,
+    chunk_size: int = head.CHUNK_SIZE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Dual-level preference distillation: DPO between responses, distillation at each of their tokens.
 
@@ -84,7 +88,7 @@ def dpd_loss(
 
     Args:
         hidden: [B, T, D] last hidden states of the policy.
-        weight: [V, D] of its head.
+        head_weight: [V, D] of its head.
         counts: `batch.counts` of the whole optimizer step.
         teacher: of the same tokens, flattened to [B * T, ...]; None takes the batch's cached one, where it has one.
         beta, variant, label_smoothing: see `dpo_loss`. DPO needs `batch.ref_logprobs`.
@@ -97,7 +101,7 @@ def dpd_loss(
     """
     labels, index, segments = batch.labels.flatten(), batch.response_index.flatten(), 2 * batch.pairs
     if teacher is None and batch.teacher_ids is not None:
-        teacher = TopKTeacher(batch.teacher_ids.flatten(0, 1), batch.teacher_logprobs.flatten(0, 1))
+        teacher = TopKTeacherOutputs(batch.teacher_ids.flatten(0, 1), batch.teacher_logprobs.flatten(0, 1))
     assert not dpo_weight or batch.ref_logprobs is not None
 
     def logratios(logprobs: Tensor, index: Tensor) -> Tensor:
@@ -119,16 +123,18 @@ def dpd_loss(
         own = index[part]
         return _gradient(lambda x: dpo_weight / pairs * dpo(logratios(x, own), own).sum(), logprobs)
 
-    weights, parts = zero.expand(labels.shape), whole_groups(labels, index // 2, chunk)
+    weights, parts = zero.expand(labels.shape), whole_groups(labels, index // 2, chunk_size)
     if dpo_weight and torch.is_grad_enabled():
         weights = weigh
         if parts is None:  # a pair is longer than a chunk
             with torch.no_grad():
-                weights = weigh(slice(None), head.token_logprobs(hidden, weight, labels, chunk))
+                weights = weigh(slice(None), head.token_logprobs(hidden, head_weight, labels, chunk_size))
     of_divergence = None
     if teacher is not None:
         of_divergence = torch.stack([zero, lambda_plus / chosen, lambda_minus / rejected])[_side(index)]
-    total, found = head.weighted_sum(hidden, weight, labels, weights, teacher, divergence, of_divergence, chunk, parts)
+    total, found = head.weighted_sum(
+        hidden, head_weight, labels, weights, teacher, divergence, of_divergence, chunk_size, parts
+    )
 
     sums = dict.fromkeys(DPD_PER, zero) | _by_side("entropy", found.entropy, index)
     value = zero

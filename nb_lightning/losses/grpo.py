@@ -39,7 +39,7 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> 
 
 def grpo_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head_weight: Tensor,
     batch: RolloutBatch,
     counts: Mapping[str, Tensor],
     *,
@@ -48,7 +48,7 @@ def grpo_loss(
     normalisation: str = "token",
     max_tokens: int | None = None,
     kl_weight: float = 0.0,
-    chunk: int = head.CHUNK,
+    chunk_size: int = head.CHUNK_SIZE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy gradient with one advantage for all tokens of a completion.
 
@@ -57,7 +57,7 @@ def grpo_loss(
 
     Args:
         hidden: [B, T, D] last hidden states.
-        weight: [V, D] of the head.
+        head_weight: [V, D] of the head.
         counts: `batch.counts` of the whole optimizer step.
         normalisation: "token" is the mean over tokens (DAPO), "sequence" the mean over completions of the mean over
             their tokens (GRPO), "constant" the mean over completions of the sum over `max_tokens` (Dr.GRPO).
@@ -94,7 +94,7 @@ def grpo_loss(
     def weigh(part: Part, logprobs: Tensor) -> Tensor:
         return _gradient(lambda x: objective(x, part), logprobs)
 
-    total, found = head.weighted_sum(hidden, weight, labels, weigh, chunk=chunk)
+    total, found = head.weighted_sum(hidden, head_weight, labels, weigh, chunk_size=chunk_size)
 
     everything = slice(None)
     r, sums = ratio(found.logprobs, everything), dict.fromkeys(GRPO_PER, total.new_zeros(()))

@@ -1,4 +1,4 @@
-"""The chunked head: statistics of `hidden @ weight.T` without ever holding [tokens, vocabulary].
+"""The chunked head: statistics of `hidden @ head_weight.T` without ever holding [tokens, vocabulary].
 
 At 64 K tokens x 166 144 words that tensor is 43 GB in float32. All functions below walk over the trained tokens in
 chunks and hold one chunk of logits (two with a whole teacher), so they need [chunk, V] memory whatever the number of
@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nb_lightning.losses.chunks import Walk, Weigh, parts_of, wide
-from nb_lightning.losses.divergence import FORWARD_KL, Divergence, Part, Teacher, TopKTeacher
+from nb_lightning.losses.divergence import FORWARD_KL, Divergence, Part, TeacherOutputs, TopKTeacherOutputs
 
-CHUNK = 512
+CHUNK_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -45,43 +45,43 @@ class TokenStatistics:
     divergence: Tensor | None = None
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+def cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_size: int = CHUNK_SIZE) -> Tensor:
     """Sum over tokens of -log p(label), in nats.
 
     Args:
         hidden: [..., D]; the products run in its dtype (or autocast's), the softmax in float32.
-        weight: [V, D] of the head.
+        head_weight: [V, D] of the head.
         labels: [...] int64, already shifted; `IGNORE` (-100) counts nothing.
-        chunk: tokens of logits held at a time.
+        chunk_size: tokens of logits held at a time.
 
     Returns:
         0-d float32 sum (float64 for float64 input). Divide by the *global* number of trained tokens.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     minus = torch.full(labels.shape, -1.0, dtype=wide(hidden.dtype), device=labels.device)
-    return weighted_sum(hidden, weight, labels, minus, chunk=chunk, entropy=False)[0]
+    return weighted_sum(hidden, head_weight, labels, minus, chunk_size=chunk_size, entropy=False)[0]
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+def token_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_size: int = CHUNK_SIZE) -> Tensor:
     """log p(label) of every token: [N] float32 nats, 0 where the label is `IGNORE`. Arguments as `cross_entropy`."""
-    return token_statistics(hidden, weight, labels, chunk=chunk, entropy=False).logprobs
+    return token_statistics(hidden, head_weight, labels, chunk_size=chunk_size, entropy=False).logprobs
 
 
 def token_statistics(
     hidden: Tensor,
-    weight: Tensor,
+    head_weight: Tensor,
     labels: Tensor,
-    teacher: Teacher | TopKTeacher | None = None,
+    teacher: TeacherOutputs | TopKTeacherOutputs | None = None,
     divergence: Divergence = FORWARD_KL,
-    chunk: int = CHUNK,
+    chunk_size: int = CHUNK_SIZE,
     parts: Sequence[Part] | None = None,
     entropy: bool = True,
 ) -> TokenStatistics:
-    """What is known of every token, differentiable in `hidden` and `weight`.
+    """What is known of every token, differentiable in `hidden` and `head_weight`.
 
     Args:
         teacher: of the same N tokens; gets no gradient.
-        parts: the chunks; by default `parts_of(labels, chunk)`.
+        parts: the chunks; by default `parts_of(labels, chunk_size)`.
         entropy: whether to compute it.
 
     The other arguments are as in `cross_entropy`.
@@ -89,20 +89,20 @@ def token_statistics(
     Raises:
         ValueError: the teacher has another vocabulary.
     """
-    parts = parts_of(labels, chunk) if parts is None else parts
+    parts = parts_of(labels, chunk_size) if parts is None else parts
     walk = Walk(labels, teacher, divergence, parts, entropy)
-    return TokenStatistics(*_TokenStatistics.apply(*_in_compute_dtype(hidden, weight), walk))
+    return TokenStatistics(*_TokenStatistics.apply(*_in_compute_dtype(hidden, head_weight), walk))
 
 
 def weighted_sum(
     hidden: Tensor,
-    weight: Tensor,
+    head_weight: Tensor,
     labels: Tensor,
     weights: Tensor | Weigh,
-    teacher: Teacher | TopKTeacher | None = None,
+    teacher: TeacherOutputs | TopKTeacherOutputs | None = None,
     divergence: Divergence = FORWARD_KL,
     divergence_weights: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk_size: int = CHUNK_SIZE,
     parts: Sequence[Part] | None = None,
     entropy: bool = True,
 ) -> tuple[Tensor, TokenStatistics]:
@@ -118,43 +118,43 @@ def weighted_sum(
     The other arguments are as in `token_statistics`.
 
     Returns:
-        The sum, 0-d, differentiable in `hidden` and `weight`; and the statistics, which are not. Where no gradient is
+        The sum, 0-d, differentiable; and the statistics, which are not. Where no gradient is
         needed, weights that are to be asked for are not, and count as 0.
     """
     assert (teacher is None) == (divergence_weights is None)
-    parts = parts_of(labels, chunk) if parts is None else parts
+    parts = parts_of(labels, chunk_size) if parts is None else parts
     walk = Walk(labels, teacher, divergence, parts, entropy)
-    total, *found = _WeightedSum.apply(*_in_compute_dtype(hidden, weight), walk, weights, divergence_weights)
+    total, *found = _WeightedSum.apply(*_in_compute_dtype(hidden, head_weight), walk, weights, divergence_weights)
     return total, TokenStatistics(*found)
 
 
-def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _in_compute_dtype(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():  # inside a Function `needs_input_grad` would still say yes
-        hidden, weight = hidden.detach(), weight.detach()
+        hidden, head_weight = hidden.detach(), head_weight.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return hidden.to(dtype), weight.to(dtype)
+    return hidden.to(dtype), head_weight.to(dtype)
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, walk: Walk) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, walk: Walk) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(hidden, head_weight)
         ctx.walk = walk
-        return tuple(walk.run(hidden, weight)[0])
+        return tuple(walk.run(hidden, head_weight)[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
+        hidden, head_weight = ctx.saved_tensors
         walk = replace(
             ctx.walk,
             entropy=upstream[1] is not None,
             teacher=None if upstream[2] is None else ctx.walk.teacher,
         )
-        _, grad_hidden, grad_weight = walk.run(hidden, weight, upstream, ctx.needs_input_grad[:2])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        _, grad_hidden, grad_weight = walk.run(hidden, head_weight, upstream, ctx.needs_input_grad[:2])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(head_weight.dtype), None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -162,7 +162,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        head_weight: Tensor,
         walk: Walk,
         weights: Tensor | Weigh,
         divergence_weights: Tensor | None,
@@ -171,8 +171,8 @@ class _WeightedSum(torch.autograd.Function):
         if not isinstance(weights, Tensor):
             weigh, weights = weights, torch.zeros(hidden.shape[0], dtype=wide(hidden.dtype), device=hidden.device)
         upstream = (weights, None, divergence_weights) if any(needed) else None
-        found, *ctx.gradients = walk.run(hidden, weight, upstream, needed, weigh if upstream else None)
-        ctx.weight_dtype = weight.dtype
+        found, *ctx.gradients = walk.run(hidden, head_weight, upstream, needed, weigh if upstream else None)
+        ctx.weight_dtype = head_weight.dtype
         ctx.mark_non_differentiable(*(x for x in found if x is not None))
         total = (weights * found[0]).sum()
         if divergence_weights is not None:

@@ -19,28 +19,28 @@ REWARD_PER = {"accuracy": "tokens"}
 # Reward model -------------------------------------------------------------------------------------------------------
 
 
-def answer_logits(hidden: Tensor, weight: Tensor, labels: Tensor, answers: tuple[int, int]) -> Tensor:
+def answer_logits(hidden: Tensor, head_weight: Tensor, labels: Tensor, answers: tuple[int, int]) -> Tensor:
     """[n, 2] logits of the two tokens `answers` at the n positions that have a label. Arguments as below."""
     dtype = wide(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return hidden[labels != IGNORE].to(dtype) @ weight[list(answers)].to(dtype).T
+        return hidden[labels != IGNORE].to(dtype) @ head_weight[list(answers)].to(dtype).T
 
 
 def pairwise_reward_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head_weight: Tensor,
     labels: Tensor,
     counts: Mapping[str, Tensor],
     answers: tuple[int, int],
     *,
     kind: str = "bradley_terry",
-    chunk: int = head.CHUNK,
+    chunk_size: int = head.CHUNK_SIZE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a reward model that names the better of two responses with one token.
 
     Args:
         hidden: [B, T, D] last hidden states.
-        weight: [V, D] of the head.
+        head_weight: [V, D] of the head.
         labels: [B, T] int64: the right one of `answers` at the position that answers, -100 elsewhere.
         counts: `PackedBatch.counts` of the whole optimizer step; its tokens are comparisons.
         answers: ids of the two tokens.
@@ -55,10 +55,10 @@ def pairwise_reward_loss(
     right = labels[asked]
     second = right == answers[1]
     assert bool((second | (right == answers[0])).all())
-    logits = answer_logits(hidden, weight, labels, answers)
+    logits = answer_logits(hidden, head_weight, labels, answers)
     margin = torch.where(second, -1, 1) * (logits[:, 0] - logits[:, 1])
     if kind == "bradley_terry":
         loss = -F.logsigmoid(margin).sum()
     else:
-        loss = head.cross_entropy(hidden, weight, labels, chunk)
+        loss = head.cross_entropy(hidden, head_weight, labels, chunk_size)
     return loss / counts["tokens"].clamp(min=1), {"accuracy": (margin > 0).to(margin.dtype).sum()}

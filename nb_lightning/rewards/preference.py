@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nb_lightning.batch import pack
+from nb_lightning.batch import pack_responses
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
 from nb_lightning.losses.pairwise import answer_logits
 from nb_lightning.model.transformer import Transformer
@@ -80,7 +80,9 @@ class RewardModel:
     def _forward(self, rows: list[list[int]]) -> list[float]:
         """`_answers` of rows that go into one forward, packed."""
         answers = self.form.answers
-        packed, _ = pack(rows, [[answers[0]]] * len(rows))  # either answer: what counts is that there is a label
+        packed, _ = pack_responses(
+            rows, [[answers[0]]] * len(rows)
+        )  # either answer: what counts is that there is a label
         packed = {name: tensor.to(self.model.head.weight.device) for name, tensor in packed.items()}
         labels = packed.pop("labels")
 

@@ -22,7 +22,7 @@ from nb_lightning.batch import PreferenceBatch
 from nb_lightning.checkpoints.pretrained import KEY, Origin, find, require_same_vocabulary
 from nb_lightning.config.compose import run_dir
 from nb_lightning.config.schema import Config, plain
-from nb_lightning.losses.divergence import Divergence, Teacher
+from nb_lightning.losses.divergence import Divergence, TeacherOutputs
 from nb_lightning.losses.dpd import DPD_PER, dpd_loss, response_logprobs
 from nb_lightning.phases import PhasePlan
 from nb_lightning.stages.base import ValidatedByMeans
@@ -54,7 +54,7 @@ class DPDStage(ValidatedByMeans):
             lambda_plus=s.lambda_plus,
             lambda_minus=s.lambda_minus,
             divergence=Divergence(s.divergence, s.jsd_beta, s.temperature),
-            chunk=s.head_chunk,
+            chunk_size=s.head_chunk,
         )
         self._teacher_origin: Origin | None = None
         self.teacher: FrozenModel | None = None
@@ -145,7 +145,7 @@ class DPDStage(ValidatedByMeans):
 
     def _add_reference(self, table: Tensor, batch: PreferenceBatch, wanted: set[int]) -> None:
         batch = self.trainer.strategy.batch_to_device(batch, self.device)
-        head = partial(response_logprobs, batch=batch, chunk=self.cfg.stage.head_chunk)
+        head = partial(response_logprobs, batch=batch, chunk_size=self.cfg.stage.head_chunk)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             found = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head).detach()
         new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair in wanted]
@@ -155,7 +155,7 @@ class DPDStage(ValidatedByMeans):
 
     def loss(self, batch: PreferenceBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = replace(batch, ref_logprobs=self.reference[batch.pair_ids])
-        teacher: Teacher | None = self.teacher(batch) if self.teacher else None
+        teacher: TeacherOutputs | None = self.teacher(batch) if self.teacher else None
         head = partial(self._loss, batch=batch, counts=counts, teacher=teacher)
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
 

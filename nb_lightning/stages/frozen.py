@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from nb_lightning.batch import PackedBatch
 from nb_lightning.checkpoints.pretrained import Origin
 from nb_lightning.config.schema import TrainerConfig, plain
-from nb_lightning.losses.divergence import Teacher
+from nb_lightning.losses.divergence import TeacherOutputs
 from nb_lightning.model import bnb
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
@@ -57,12 +57,12 @@ class FrozenModel:
         return self.model.shape
 
     @torch.no_grad()
-    def __call__(self, batch: PackedBatch) -> Teacher:
+    def __call__(self, batch: PackedBatch) -> TeacherOutputs:
         """What it knows of every token of a batch, flattened to [B * T]."""
         hidden, weight = self.model(
             batch.input_ids, batch.position_ids, batch.cu_seqlens, head=lambda hidden, weight: (hidden, weight)
         )
-        return Teacher(hidden.flatten(0, 1), weight)
+        return TeacherOutputs(hidden.flatten(0, 1), weight)
 
 
 def _freeze(model: Transformer, nf4: bool) -> None:

@@ -18,7 +18,7 @@ class NextTokenStage(BaseStage):
 
     def nll(self, batch: PackedBatch) -> Tensor:
         """-log p of all labels that count, summed, 0-d."""
-        head = partial(cross_entropy, labels=batch.labels, chunk=self.cfg.stage.head_chunk)
+        head = partial(cross_entropy, labels=batch.labels, chunk_size=self.cfg.stage.head_chunk)
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
 
     def loss(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

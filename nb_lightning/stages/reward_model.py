@@ -41,7 +41,7 @@ class RewardModelStage(ValidatedByMeans):
             counts=counts,
             answers=self.form.answers,
             kind=s.loss,
-            chunk=s.head_chunk,
+            chunk_size=s.head_chunk,
         )
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
 

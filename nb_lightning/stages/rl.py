@@ -57,7 +57,7 @@ class RLStage(BaseStage):
             normalisation=s.normalisation,
             max_tokens=s.max_new_tokens,
             kl_weight=s.kl_weight,
-            chunk=s.head_chunk,
+            chunk_size=s.head_chunk,
         )
         self.sampling = Sampling(s.max_new_tokens)  # temperature 1 and nothing cut off: else it is another policy
         self.verifiers: Mapping[str, Verifier] = {}

@@ -9,26 +9,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nb_lightning.batch import IGNORE
-from nb_lightning.losses.divergence import Divergence, Teacher, TopKTeacher
+from nb_lightning.losses.divergence import Divergence, TeacherOutputs, TopKTeacherOutputs
 
 N, D, V = 23, 6, 37
 CHUNKS = [1, 7, 23, 512]
 
 
 def inputs(dtype: torch.dtype = torch.float64, n: int = N, d: int = D, v: int = V) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight, labels; about a third of the labels is ignored, so are the first and the last."""
+    """Hidden states, head_weight, labels; about a third of the labels is ignored, so are the first and the last."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(v, d, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+    head_weight = torch.randn(v, d, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(0, v, (n,), generator=generator)
     labels[::3] = IGNORE
     labels[-1] = IGNORE
-    return hidden, weight, labels
+    return hidden, head_weight, labels
 
 
-def naive_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def naive_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
     """float64, all logits at once, 0 where ignored."""
-    logprobs = torch.log_softmax(hidden.double() @ weight.double().T, dim=-1)
+    logprobs = torch.log_softmax(hidden.double() @ head_weight.double().T, dim=-1)
     return torch.stack([row[y] if y != IGNORE else row.new_zeros(()) for row, y in zip(logprobs, labels.tolist())])
 
 
@@ -59,10 +59,10 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def top_k(teacher: Teacher, k: int, temperature: float = 1.0) -> TopKTeacher:
-    logprobs = torch.log_softmax(teacher.hidden.double() @ teacher.weight.double().T / temperature, -1)
+def top_k(teacher: TeacherOutputs, k: int, temperature: float = 1.0) -> TopKTeacherOutputs:
+    logprobs = torch.log_softmax(teacher.hidden.double() @ teacher.head_weight.double().T / temperature, -1)
     values, ids = logprobs.topk(k)
-    return TopKTeacher(ids.int(), values)
+    return TopKTeacherOutputs(ids.int(), values)
 
 
 def naive_of(divergence: Divergence, s: Tensor, t: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch, pack
+from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch, pack_responses
 from nb_lightning.losses import dpd, grpo
-from nb_lightning.losses.divergence import Divergence, Teacher
+from nb_lightning.losses.divergence import Divergence, TeacherOutputs
 from tests.losses.loss_harness import random_pairs
 
 pytest.importorskip("trl")
@@ -50,10 +50,10 @@ def states(model: Any, batch: PreferenceBatch) -> Tensor:
     return torch.cat([model.model(document).last_hidden_state for document in documents], 1)
 
 
-def padded_logits(hidden: Tensor, weight: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+def padded_logits(hidden: Tensor, head_weight: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Logits [S, L, V] and labels [S, L] of the packed documents as TRL has them: padded rows."""
     lengths = batch.cu_seqlens.diff().tolist()
-    logits = torch.nn.utils.rnn.pad_sequence((hidden @ weight.T)[0].split(lengths), batch_first=True)
+    logits = torch.nn.utils.rnn.pad_sequence((hidden @ head_weight.T)[0].split(lengths), batch_first=True)
     labels = torch.nn.utils.rnn.pad_sequence(batch.labels[0].split(lengths), batch_first=True, padding_value=IGNORE)
     return logits, labels
 
@@ -73,7 +73,7 @@ def test_distillation_equals_trls_gkd_loss(kind: str, beta: float, temperature: 
     hidden.requires_grad_()
     weights = (0.6, 0.4)
     loss, _ = dpd.dpd_loss(
-        hidden, student.lm_head.weight, batch, batch.counts, Teacher(of_teacher[0], teacher.lm_head.weight),
+        hidden, student.lm_head.weight, batch, batch.counts, TeacherOutputs(of_teacher[0], teacher.lm_head.weight),
         dpo_weight=0, lambda_plus=weights[0], lambda_minus=weights[1],
         divergence=Divergence(kind, beta or 0.5, temperature),
     )  # fmt: skip
@@ -164,14 +164,16 @@ def test_grpo_equals_trls_grpo_trainer(loss_type: str, normalisation: str, kl_we
 
     generator = torch.Generator().manual_seed(0)
     lengths, longest, D = [5, 2, 7, 1], 8, 6
-    packed, index = pack([[4, 5]] * 4, [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths])
+    packed, index = pack_responses(
+        [[4, 5]] * 4, [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths]
+    )
     hidden = torch.randn(1, index.numel(), D, generator=generator).requires_grad_()
-    weight = torch.randn(V, D, generator=generator).requires_grad_()
+    head_weight = torch.randn(V, D, generator=generator).requires_grad_()
 
     def noise() -> Tensor:
         return torch.randn(index.shape, generator=generator) / 4
 
-    logprobs = (hidden @ weight.T).log_softmax(-1)[0]
+    logprobs = (hidden @ head_weight.T).log_softmax(-1)[0]
     logprobs = logprobs.gather(1, packed["labels"].clamp(min=0).T).T  # [1, T]
     batch = RolloutBatch(
         **packed, completion_index=index, advantages=torch.tensor([1.0, -0.5, 0.3, -1.2]),
@@ -200,11 +202,13 @@ def test_grpo_equals_trls_grpo_trainer(loss_type: str, normalisation: str, kl_we
     }  # fmt: skip
     expected = GRPOTrainer._compute_loss(stand_in, None, inputs)
     loss, sums = grpo.grpo_loss(
-        hidden, weight, batch, batch.counts, clip_low=0.1, clip_high=0.3,
+        hidden, head_weight, batch, batch.counts, clip_low=0.1, clip_high=0.3,
         normalisation=normalisation, max_tokens=longest, kl_weight=kl_weight,
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, head_weight)), torch.autograd.grad(expected, (hidden, head_weight))
+    ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     assert sums["clipped_low"] / batch.counts["tokens"] == pytest.approx(metrics["train"]["clip_ratio/low_mean"][0])
     assert sums["clipped_high"] / batch.counts["tokens"] == pytest.approx(metrics["train"]["clip_ratio/high_mean"][0])

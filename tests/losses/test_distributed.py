@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nb_lightning.batch import PreferenceBatch, pack
-from nb_lightning.losses.divergence import Teacher
+from nb_lightning.batch import PreferenceBatch, pack_responses
+from nb_lightning.losses.divergence import TeacherOutputs
 from nb_lightning.losses.dpd import dpd_loss, response_logprobs
 from nb_lightning.model.layout import shard
 from nb_lightning.model.transformer import ModelShape, Transformer
@@ -43,8 +43,12 @@ def step(policy: Transformer, batches: list[PreferenceBatch], counts: dict[str, 
         inputs = batch.input_ids, batch.position_ids, batch.cu_seqlens
         with torch.no_grad():
             batch.ref_logprobs = reference(*inputs, head=partial(response_logprobs, batch=batch))
-            of_teacher = teacher(*inputs, head=lambda hidden, weight: Teacher(hidden.flatten(0, 1), weight))
-        loss, sums = policy(*inputs, head=partial(dpd_loss, batch=batch, counts=counts, teacher=of_teacher, chunk=8))
+            of_teacher = teacher(
+                *inputs, head=lambda hidden, head_weight: TeacherOutputs(hidden.flatten(0, 1), head_weight)
+            )
+        loss, sums = policy(
+            *inputs, head=partial(dpd_loss, batch=batch, counts=counts, teacher=of_teacher, chunk_size=8)
+        )
         (loss * ranks).backward()
         total = total + loss.detach()
         logged = {name: logged.get(name, 0) + value for name, value in sums.items()}
@@ -61,7 +65,7 @@ def rank_main(folder: Path) -> None:
     shard(policy, dist.device_mesh.init_device_mesh("cpu", (2,)), "32-true")
     batches = batches_of([[0, 1, 3], [3, 6]][rank])
     if rank == 1:  # FSDP2 wants as many forwards on every rank: one of no pair at all
-        packed, index = pack([[1]], [[]])
+        packed, index = pack_responses([[1]], [[]])
         batches.append(PreferenceBatch(**packed, pairs=0, response_index=index))
     counts = {name: sum(batch.counts[name] for batch in batches) for name in batches[0].counts}
     for value in counts.values():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.batch import IGNORE, RolloutBatch, pack
+from nb_lightning.batch import IGNORE, RolloutBatch, pack_responses
 from nb_lightning.losses import grpo
 from tests.losses.loss_harness import D, Products, V
 
@@ -42,8 +42,8 @@ def test_grpo_by_hand() -> None:
     # -min(r A, clip(r) A): 1.0, 1.3 (clipped high), 0.5 | 3.0 (r above counts in full), 1.6 (clipped low), 2.2
     token_losses = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
     every = [[1, 1, 1], [1, 1, 1]]
-    hidden, weight, batch = rollout(logprobs, every, **fields)
-    loss, sums = grpo.grpo_loss(hidden, weight, batch, batch.counts, clip_high=0.3)
+    hidden, head_weight, batch = rollout(logprobs, every, **fields)
+    loss, sums = grpo.grpo_loss(hidden, head_weight, batch, batch.counts, clip_high=0.3)
     assert loss.item() == pytest.approx(sum(map(sum, token_losses)) / 6)
     assert sums["clipped_low"] == 1 and sums["clipped_high"] == 1 and sums["ref_kl"] == sums["rollout_gap"] == 0
     # d loss / d logprob = -r A where not clipped, 0 where clipped; d logprob / d logit of the label = 1 - p
@@ -53,7 +53,7 @@ def test_grpo_by_hand() -> None:
     assert gradient[0, :, 0].tolist() == pytest.approx(expected)
 
     # The second completion loses its last token: numerator and denominator see the same mask.
-    hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [1, 1, 0]], **fields)
+    hidden, head_weight, batch = rollout(logprobs, [[1, 1, 1], [1, 1, 0]], **fields)
     assert batch.counts == {"tokens": 5, "completions": 2}
     for normalisation, value in (
         ("token", (-2.8 + 4.6) / 5),
@@ -61,16 +61,16 @@ def test_grpo_by_hand() -> None:
         ("constant", (-2.8 + 4.6) / 10 / 2),
     ):
         loss, _ = grpo.grpo_loss(
-            hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
+            hidden, head_weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
         )
         assert loss.item() == pytest.approx(value), normalisation
 
     # Truncated as a whole, it counts nowhere.
-    hidden, weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
+    hidden, head_weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
     assert batch.counts == {"tokens": 3, "completions": 1}
     for normalisation, value in (("token", -2.8 / 3), ("sequence", -2.8 / 3), ("constant", -0.28)):
         loss, _ = grpo.grpo_loss(
-            hidden, weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
+            hidden, head_weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
         )
         assert loss.item() == pytest.approx(value), normalisation
 
@@ -79,7 +79,7 @@ def random_rollout(lengths: Sequence[int], truncated: Sequence[int] = ()) -> tup
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, dtype=torch.float64, generator=generator)
     responses = [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths]
-    packed, index = pack([[1, 2]] * len(lengths), responses)
+    packed, index = pack_responses([[1, 2]] * len(lengths), responses)
     for i in truncated:
         packed["labels"][index == i] = IGNORE
         index[index == i] = -1
@@ -92,9 +92,9 @@ def random_rollout(lengths: Sequence[int], truncated: Sequence[int] = ()) -> tup
 
 
 def naive_grpo(
-    hidden: Tensor, weight: Tensor, batch: RolloutBatch, on_policy: bool, normalisation: str, kl_weight: float
+    hidden: Tensor, head_weight: Tensor, batch: RolloutBatch, on_policy: bool, normalisation: str, kl_weight: float
 ) -> Tensor:
-    logprobs = (hidden[0] @ weight.T).log_softmax(-1)
+    logprobs = (hidden[0] @ head_weight.T).log_softmax(-1)
     sequences = []
     for i, advantage in enumerate(batch.advantages.double()):
         values = []
@@ -117,29 +117,31 @@ def naive_grpo(
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_grpo_and_its_gradients_equal_the_naive_loss(normalisation: str, on_policy: bool, kl_weight: float) -> None:
-    hidden, weight, batch = random_rollout([4, 1, 0, 7, 3], truncated=[3])
-    expected = naive_grpo(hidden, weight, batch, on_policy, normalisation, kl_weight)
+    hidden, head_weight, batch = random_rollout([4, 1, 0, 7, 3], truncated=[3])
+    expected = naive_grpo(hidden, head_weight, batch, on_policy, normalisation, kl_weight)
     if on_policy:
         batch.old_logprobs = None
     loss, sums = grpo.grpo_loss(
-        hidden, weight, batch, batch.counts, clip_low=0.1, clip_high=0.4, normalisation=normalisation, max_tokens=11,
-        kl_weight=kl_weight, chunk=3,
+        hidden, head_weight, batch, batch.counts, clip_low=0.1, clip_high=0.4, normalisation=normalisation,
+        max_tokens=11, kl_weight=kl_weight, chunk_size=3,
     )  # fmt: skip
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
-    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, head_weight)), torch.autograd.grad(expected, (hidden, head_weight))
+    ):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
     assert batch.counts == {"tokens": 8, "completions": 3} and sums["ref_kl"] > 0 and sums["rollout_gap"] > 0
     assert sums.keys() == grpo.GRPO_PER.keys()
 
 
 def test_nothing_but_truncated_completions_is_no_nan() -> None:
-    hidden, weight, batch = random_rollout([4, 2], truncated=[0, 1])
+    hidden, head_weight, batch = random_rollout([4, 2], truncated=[0, 1])
     for normalisation in grpo.NORMALISATIONS:
         loss, _ = grpo.grpo_loss(
-            hidden, weight, batch, batch.counts, normalisation=normalisation, max_tokens=5, kl_weight=1
+            hidden, head_weight, batch, batch.counts, normalisation=normalisation, max_tokens=5, kl_weight=1
         )
         assert batch.counts == {"tokens": 0, "completions": 0} and loss == 0
-        assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+        assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, head_weight)))
 
 
 def test_group_advantages() -> None:
@@ -155,7 +157,7 @@ def test_group_advantages() -> None:
 
 
 def test_grpo_takes_three_products_on_policy_or_not() -> None:
-    hidden, weight, batch = random_rollout([4, 7, 3], truncated=[1])
+    hidden, head_weight, batch = random_rollout([4, 7, 3], truncated=[1])
     with Products() as counted:
-        grpo.grpo_loss(hidden, weight, batch, batch.counts, kl_weight=0.1, chunk=2)[0].backward()
+        grpo.grpo_loss(hidden, head_weight, batch, batch.counts, kl_weight=0.1, chunk_size=2)[0].backward()
     assert counted.total == 3 * 7 * V * D

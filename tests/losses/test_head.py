@@ -15,8 +15,8 @@ from nb_lightning.losses import chunks, head
 from tests.losses.head_harness import CHUNKS, Allocations, D, N, V, inputs, naive_logprobs, per_token_weights
 
 
-def naive_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return -naive_logprobs(hidden, weight, labels).sum()
+def naive_cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
+    return -naive_logprobs(hidden, head_weight, labels).sum()
 
 
 # Values and gradients -----------------------------------------------------------------------------------------------
@@ -25,33 +25,33 @@ def naive_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("scale", [1.0, -2.5])
 def test_cross_entropy_equals_the_naive_head(chunk: int, scale: float) -> None:
-    hidden, weight, labels = inputs()
-    loss = head.cross_entropy(hidden, weight, labels, chunk)
-    expected = naive_cross_entropy(hidden, weight, labels)
+    hidden, head_weight, labels = inputs()
+    loss = head.cross_entropy(hidden, head_weight, labels, chunk)
+    expected = naive_cross_entropy(hidden, head_weight, labels)
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
-    ours = torch.autograd.grad(loss * scale, (hidden, weight))
-    theirs = torch.autograd.grad(expected * scale, (hidden, weight))
+    ours = torch.autograd.grad(loss * scale, (hidden, head_weight))
+    theirs = torch.autograd.grad(expected * scale, (hidden, head_weight))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_token_logprobs_equal_the_naive_head(chunk: int) -> None:
-    hidden, weight, labels = inputs()
-    logprobs = head.token_logprobs(hidden, weight, labels, chunk)
-    expected = naive_logprobs(hidden, weight, labels)
+    hidden, head_weight, labels = inputs()
+    logprobs = head.token_logprobs(hidden, head_weight, labels, chunk)
+    expected = naive_logprobs(hidden, head_weight, labels)
     torch.testing.assert_close(logprobs, expected, atol=1e-12, rtol=1e-12)
     assert (logprobs[labels == IGNORE] == 0).all()
     upstream = per_token_weights()
-    ours = torch.autograd.grad(logprobs, (hidden, weight), upstream)
-    theirs = torch.autograd.grad(expected, (hidden, weight), upstream)
+    ours = torch.autograd.grad(logprobs, (hidden, head_weight), upstream)
+    theirs = torch.autograd.grad(expected, (hidden, head_weight), upstream)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 def test_gradcheck() -> None:
-    hidden, weight, labels = inputs(n=8, d=4, v=9)
-    assert torch.autograd.gradcheck(lambda h, w: head.token_logprobs(h, w, labels, 3), (hidden, weight))
+    hidden, head_weight, labels = inputs(n=8, d=4, v=9)
+    assert torch.autograd.gradcheck(lambda h, w: head.token_logprobs(h, w, labels, 3), (hidden, head_weight))
 
 
 def test_a_second_backward_of_scaled_gradients_is_refused_and_not_wrong() -> None:
@@ -66,20 +66,20 @@ def test_a_second_backward_of_scaled_gradients_is_refused_and_not_wrong() -> Non
 def test_tiles_of_any_height_give_the_same(
     function: Callable[..., Tensor], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden, weight, labels = inputs()
-    expected = function(hidden, weight, labels)
-    gradients = torch.autograd.grad(expected.sum(), (hidden, weight))
+    hidden, head_weight, labels = inputs()
+    expected = function(hidden, head_weight, labels)
+    gradients = torch.autograd.grad(expected.sum(), (hidden, head_weight))
     monkeypatch.setattr(chunks, "CPU_TILE", rows * V // torch.get_num_threads())
-    out = function(hidden, weight, labels, chunk=6)
+    out = function(hidden, head_weight, labels, chunk_size=6)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
-    for a, b in zip(torch.autograd.grad(out.sum(), (hidden, weight)), gradients):
+    for a, b in zip(torch.autograd.grad(out.sum(), (hidden, head_weight)), gradients):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
 def test_a_gradient_of_the_gradient_is_refused_and_not_wrong(function: Callable[..., Tensor]) -> None:
-    hidden, weight, labels = inputs()
-    loss = function(hidden, weight, labels).square().sum()
+    hidden, head_weight, labels = inputs()
+    loss = function(hidden, head_weight, labels).square().sum()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -87,17 +87,17 @@ def test_a_gradient_of_the_gradient_is_refused_and_not_wrong(function: Callable[
 
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1e4, 0.0], [0.0, -1e4]], requires_grad=True)
-    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], requires_grad=True)
-    loss = head.cross_entropy(hidden, weight, torch.tensor([2, 0]))
+    head_weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], requires_grad=True)
+    loss = head.cross_entropy(hidden, head_weight, torch.tensor([2, 0]))
     loss.backward()
     assert loss.item() == pytest.approx(2e4 + 0.6931472)  # log 2: the second row's other two logits tie
-    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+    assert hidden.grad.isfinite().all() and head_weight.grad.isfinite().all()
 
 
 def test_cross_entropy_flattens_rows() -> None:
-    hidden, weight, labels = inputs(n=24)
-    loss = head.cross_entropy(hidden.view(4, 6, D), weight, labels.view(4, 6), chunk=5)
-    torch.testing.assert_close(loss, naive_cross_entropy(hidden, weight, labels), atol=1e-12, rtol=1e-12)
+    hidden, head_weight, labels = inputs(n=24)
+    loss = head.cross_entropy(hidden.view(4, 6, D), head_weight, labels.view(4, 6), chunk_size=5)
+    torch.testing.assert_close(loss, naive_cross_entropy(hidden, head_weight, labels), atol=1e-12, rtol=1e-12)
 
 
 # Chunks -------------------------------------------------------------------------------------------------------------
@@ -128,15 +128,15 @@ def test_no_chunk_ends_inside_a_group() -> None:
 
 
 def test_weights_may_depend_on_the_log_probabilities_of_their_chunk() -> None:
-    hidden, weight, labels = inputs()
+    hidden, head_weight, labels = inputs()
     factors = per_token_weights()
-    total, found = head.weighted_sum(hidden, weight, labels, lambda part, lp: factors[part] * lp, chunk=5)
-    logprobs = naive_logprobs(hidden, weight, labels)
+    total, found = head.weighted_sum(hidden, head_weight, labels, lambda part, lp: factors[part] * lp, chunk_size=5)
+    logprobs = naive_logprobs(hidden, head_weight, labels)
     expected = (factors * logprobs.detach() * logprobs).sum()
     torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(found.logprobs, logprobs.detach(), atol=1e-12, rtol=1e-12)
-    ours = torch.autograd.grad(total, (hidden, weight))
-    for a, b in zip(ours, torch.autograd.grad(expected, (hidden, weight))):
+    ours = torch.autograd.grad(total, (hidden, head_weight))
+    for a, b in zip(ours, torch.autograd.grad(expected, (hidden, head_weight))):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
@@ -146,23 +146,23 @@ def test_weights_may_depend_on_the_log_probabilities_of_their_chunk() -> None:
 @pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
 @pytest.mark.parametrize("n", [N, 0])
 def test_nothing_trained_gives_exactly_zero(function: Callable[..., Tensor], n: int) -> None:
-    hidden, weight, _ = inputs(torch.float32, n=N)
+    hidden, head_weight, _ = inputs(torch.float32, n=N)
     hidden = hidden[:n].detach().requires_grad_()
-    out = function(hidden, weight, torch.full((n,), IGNORE), 7)
+    out = function(hidden, head_weight, torch.full((n,), IGNORE), 7)
     out.sum().backward()
-    for value in (out, hidden.grad, weight.grad):
+    for value in (out, hidden.grad, head_weight.grad):
         assert (value == 0).all()
-    assert weight.grad.shape == weight.shape and hidden.grad.shape == hidden.shape
+    assert head_weight.grad.shape == head_weight.shape and hidden.grad.shape == hidden.shape
 
 
 @pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+@pytest.mark.parametrize("frozen", ["hidden", "head_weight"])
 def test_a_frozen_input_gets_no_gradient_and_leaves_the_others_right(
     function: Callable[..., Tensor], frozen: str
 ) -> None:
-    values = dict(zip(("hidden", "weight", "labels"), inputs()))
+    values = dict(zip(("hidden", "head_weight", "labels"), inputs()))
     values[frozen] = values[frozen].detach()
-    trained = values["weight" if frozen == "hidden" else "hidden"]
+    trained = values["head_weight" if frozen == "hidden" else "hidden"]
     (ours,) = torch.autograd.grad(function(**values).sum(), trained)
     sign = -1 if function is head.cross_entropy else 1
     (expected,) = torch.autograd.grad(sign * naive_logprobs(**values).sum(), trained)
@@ -174,11 +174,11 @@ def test_without_gradients_no_gradient_work_is_done(
     function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Validation runs under `no_grad` over a weight that requires one."""
-    hidden, weight, labels = inputs()
-    expected = function(hidden, weight, labels)
+    hidden, head_weight, labels = inputs()
+    expected = function(hidden, head_weight, labels)
     monkeypatch.setattr(Tensor, "scatter_add_", lambda *_: pytest.fail("a gradient was formed"))
     with torch.no_grad():
-        out = function(hidden, weight, labels)
+        out = function(hidden, head_weight, labels)
     assert torch.equal(out, expected) and not out.requires_grad
 
 
@@ -190,12 +190,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def test_float32_is_accurate_over_many_tokens() -> None:
-    hidden, weight, labels = inputs(torch.float32, n=2000)
-    loss, expected = head.cross_entropy(hidden, weight, labels), naive_cross_entropy(hidden, weight, labels)
+    hidden, head_weight, labels = inputs(torch.float32, n=2000)
+    loss, expected = head.cross_entropy(hidden, head_weight, labels), naive_cross_entropy(hidden, head_weight, labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    ours = torch.autograd.grad(loss, (hidden, weight))
-    theirs = torch.autograd.grad(expected, (hidden, weight))
+    ours = torch.autograd.grad(loss, (hidden, head_weight))
+    theirs = torch.autograd.grad(expected, (hidden, head_weight))
     assert max(relative(a, b) for a, b in zip(ours, theirs)) < 1e-6
 
 
@@ -204,13 +204,16 @@ def test_bfloat16_logprobs_are_off_by_the_rounding_of_two_logits_and_no_more() -
 
     A softmax in bfloat16 would round -log p itself, here about 7, and miss the bound by far.
     """
-    hidden, weight, labels = inputs(torch.bfloat16, n=200, d=16, v=1000)
-    hidden, weight = (hidden.detach() / 4).requires_grad_(), weight.detach().requires_grad_()
-    bound = 2 * 2**-9 * (hidden.double() @ weight.double().T).abs().max().item()
-    logprobs, expected = head.token_logprobs(hidden, weight, labels, 64), naive_logprobs(hidden, weight, labels)
+    hidden, head_weight, labels = inputs(torch.bfloat16, n=200, d=16, v=1000)
+    hidden, head_weight = (hidden.detach() / 4).requires_grad_(), head_weight.detach().requires_grad_()
+    bound = 2 * 2**-9 * (hidden.double() @ head_weight.double().T).abs().max().item()
+    logprobs, expected = (
+        head.token_logprobs(hidden, head_weight, labels, 64),
+        naive_logprobs(hidden, head_weight, labels),
+    )
     assert logprobs.dtype == torch.float32
     assert (logprobs - expected).abs().max().item() < bound + 1e-5
-    loss = head.cross_entropy(hidden, weight, labels, 64)
+    loss = head.cross_entropy(hidden, head_weight, labels, 64)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(-logprobs.double().sum().item(), rel=1e-6)
 
@@ -218,9 +221,9 @@ def test_bfloat16_logprobs_are_off_by_the_rounding_of_two_logits_and_no_more() -
 @pytest.mark.parametrize("function, sign", [(head.cross_entropy, -1), (head.token_logprobs, 1)])
 def test_bfloat16_gradients_are_off_by_one_rounding(function: Callable[..., Tensor], sign: int) -> None:
     """Weight gradients add up over 32 chunks in float32: in bfloat16 they would drift by several roundings."""
-    hidden, weight, labels = inputs(torch.bfloat16, n=512)
-    ours = torch.autograd.grad(function(hidden, weight, labels, 16).sum(), (hidden, weight))
-    theirs = torch.autograd.grad(sign * naive_logprobs(hidden, weight, labels).sum(), (hidden, weight))
+    hidden, head_weight, labels = inputs(torch.bfloat16, n=512)
+    ours = torch.autograd.grad(function(hidden, head_weight, labels, 16).sum(), (hidden, head_weight))
+    theirs = torch.autograd.grad(sign * naive_logprobs(hidden, head_weight, labels).sum(), (hidden, head_weight))
     assert [x.dtype for x in ours] == [torch.bfloat16] * 2
     assert relative(ours[0], theirs[0].double()) < 2**-7
     assert relative(ours[1], theirs[1].double()) < 2**-8
@@ -230,32 +233,32 @@ def test_bfloat16_gradients_are_off_by_one_rounding(function: Callable[..., Tens
 def test_autocast_computes_as_bfloat16_inputs_do_and_returns_float32_gradients(
     function: Callable[..., Tensor],
 ) -> None:
-    hidden, weight, labels = inputs(torch.float32)
-    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    hidden, head_weight, labels = inputs(torch.float32)
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, head_weight)]
     expected = function(*low, labels, 7)
     expected_gradients = torch.autograd.grad(expected.sum(), low)
     with torch.autocast("cpu", torch.bfloat16):
-        out = function(hidden, weight, labels, 7)
-        gradients = torch.autograd.grad(out.sum(), (hidden, weight))
+        out = function(hidden, head_weight, labels, 7)
+        gradients = torch.autograd.grad(out.sum(), (hidden, head_weight))
     assert out.dtype == torch.float32 and torch.equal(out, expected)
     for ours, theirs in zip(gradients, expected_gradients):
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
 
 
 def test_a_backward_under_autocast_uses_the_precision_of_its_forward() -> None:
-    hidden, weight, labels = inputs(torch.float32)
-    expected = torch.autograd.grad(head.token_logprobs(hidden, weight, labels).sum(), (hidden, weight))
-    logprobs = head.token_logprobs(hidden, weight, labels)
+    hidden, head_weight, labels = inputs(torch.float32)
+    expected = torch.autograd.grad(head.token_logprobs(hidden, head_weight, labels).sum(), (hidden, head_weight))
+    logprobs = head.token_logprobs(hidden, head_weight, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+        ours = torch.autograd.grad(logprobs.sum(), (hidden, head_weight))
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
 
 
 def allocations(function: Callable[..., Tensor], n: int, d: int, v: int) -> Allocations:
     """Of forward and backward."""
-    hidden, weight, labels = inputs(torch.float32, n, d, v)
+    hidden, head_weight, labels = inputs(torch.float32, n, d, v)
     with Allocations() as made:
-        function(hidden, weight, labels).sum().backward()
+        function(hidden, head_weight, labels).sum().backward()
     return made
 
 
@@ -263,7 +266,7 @@ def allocations(function: Callable[..., Tensor], n: int, d: int, v: int) -> Allo
 def test_no_tensor_is_as_large_as_tokens_times_vocabulary(function: Callable[..., Tensor]) -> None:
     n, d, v, chunk = 600, 8, 500, 16
     allowed = max(chunk * v, v * d, n * d)
-    assert allocations(partial(function, chunk=chunk), n, d, v).largest <= allowed
+    assert allocations(partial(function, chunk_size=chunk), n, d, v).largest <= allowed
     naive = allocations(lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="sum"), n, d, v)
     assert naive.largest == n * v  # what is measured is really seen
 
@@ -271,7 +274,7 @@ def test_no_tensor_is_as_large_as_tokens_times_vocabulary(function: Callable[...
 @pytest.mark.parametrize("function", [head.cross_entropy, head.token_logprobs])
 def test_peak_memory_grows_with_the_hidden_states_only(function: Callable[..., Tensor]) -> None:
     d, v, chunk = 8, 500, 16
-    few, many = (allocations(partial(function, chunk=chunk), n, d, v).peak for n in (64, 640))
+    few, many = (allocations(partial(function, chunk_size=chunk), n, d, v).peak for n in (64, 640))
     per_token = (many - few) / (640 - 64)
     assert per_token <= 3 * d  # of v = 500 logits: none
     assert few <= 5 * chunk * v + 4 * v * d + 3 * 64 * d

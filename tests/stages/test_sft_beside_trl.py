@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from callbacks.fg_wsd import FGWSD
-from nb_lightning.batch import PackedBatch, StepBatch, pack
+from nb_lightning.batch import PackedBatch, StepBatch, pack_responses
 from nb_lightning.checkpoints.hugging_face import to_hf
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.stages.next_token import SFTStage
@@ -46,7 +46,7 @@ def ours(groups: list[list[tuple[list[int], list[int]]]]) -> Losses:
     steps = []
     for group in groups:
         halves = [group[: len(group) // 2], group[len(group) // 2 :]]
-        micro_batches = [PackedBatch(**pack(*zip(*half))[0]) for half in halves]
+        micro_batches = [PackedBatch(**pack_responses(*zip(*half))[0]) for half in halves]
         steps.append(StepBatch(micro_batches, 512, torch.arange(len(group))))
     phase = Phase("all", STEPS * 512, LearningRate(LR), {"a": 1.0}, 512, 10_000.0, 512, 1)
     cfg = composed(
