@@ -86,7 +86,7 @@ def run(cfg: Config) -> None:
     if cfg.init_from and (checkpoint is None or module.adapted):
         module.begin_from(find(cfg.init_from))
     module.check_data(data)
-    data.prepare()
+    data.open_sources()
     if checkpoint is not None:
         require_same_run(checkpoint, module, data)
         if folders.read_info(checkpoint)["tokens_seen"] == plan.total_tokens:

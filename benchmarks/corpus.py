@@ -81,7 +81,7 @@ def fit(cfg, callbacks: Sequence[str], clock) -> None:
     cfg.logger = {"csv": cfg.logger["csv"]} if callbacks else {}
     quieten()
     module, data = build_stage(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
+    data.open_sources()
     trainer = build_trainer(cfg, resolve_accelerator(cfg.trainer), run_dir(cfg))
     trainer.callbacks.append(clock)
     trainer.fit(module, datamodule=data)

@@ -31,7 +31,7 @@ def measure(root: Path, seq_len: int, workers: int, steps: int, rows: int) -> fl
     cfg = composed([*words, f"data.workers={workers}"])
     plan = plan_of(cfg.stage).in_whole_steps()
     data = PretrainData(cfg, plan)
-    data.prepare()
+    data.open_sources()
     loader = iter(StepLoader(data.steps(), 0, num_workers=workers))
     for _ in range(5):
         next(loader)

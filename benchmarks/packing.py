@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from data.bin_packing import best_fit, pack
+from data.bin_packing import best_fit, pack_samples
 
 CASES = {
     "1,000,000 log-normal, median 400": (lambda rng: rng.lognormal(np.log(400), 1.0, 1_000_000), 4096),
@@ -26,7 +26,7 @@ def main() -> None:
         lengths = np.maximum(draw(np.random.RandomState(0)).astype(np.int64), 2)
         samples = np.stack([lengths + 1, np.ones_like(lengths)], axis=1).astype(np.int32)
         start = time.process_time()
-        packing = pack(samples, seq_len)
+        packing = pack_samples(samples, seq_len)
         taken = time.process_time() - start
         fitting = np.sort(lengths[lengths <= seq_len])[::-1]
         alone = fitting.sum() / (seq_len * (best_fit(fitting, seq_len).max() + 1))

@@ -35,7 +35,7 @@ def prepare(a: argparse.Namespace) -> None:
     cfg = config(a)
     plan = plan_of(cfg.stage).in_whole_steps()
     data = PretrainData(cfg, plan)
-    data.prepare()
+    data.open_sources()
     dataset = data.steps()
     batches = [micro for i in range(len(dataset)) for micro in dataset[i].micro_batches]
     rows = [torch.cat((batch.input_ids, batch.labels[:, -1:]), 1) for batch in batches]

@@ -22,7 +22,7 @@ KEPT = "on_policy_filter.json"
 
 
 class OnPolicyFilter(PhaseCallback):
-    """Sets `datamodule.kept` at the start of every phase, and draws a histogram of how often each prompt was solved.
+    """Sets `datamodule.selected_tasks` at the start of every phase, and draws how often each prompt was solved.
 
     A source that is judged inside its groups keeps all its prompts. What was kept is in the checkpoint: a run that
     resumes inside a phase does not filter again. One that was stopped before the phase's first checkpoint does, with
@@ -59,14 +59,14 @@ class OnPolicyFilter(PhaseCallback):
         self.kept = state_dict["kept"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        trainer.datamodule.kept = self.kept
+        trainer.datamodule.selected_tasks = self.kept
 
     def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
         if phase.name in self.kept:
             return
         data = trainer.datamodule
         fitting, kept = {}, {}
-        for name, ids in data.fitting[phase.name].items():
+        for name, ids in data.fitting_tasks[phase.name].items():
             if all(judged_in_group(data.tasks[name][id]) for id in ids):
                 kept[name] = ids  # a group's mean says nothing of how well it did
             else:

@@ -64,7 +64,7 @@ class RunManifest(pl.Callback):
             trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             plan=[plain(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
-            data=data.described(),
+            data=data.describe_sources(),
             tokenizer=data.tokenizer.digest,
             finished=False,
         )

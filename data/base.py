@@ -126,7 +126,7 @@ class HeldOut(Dataset[PackedBatch]):
 class PlannedData(pl.LightningDataModule):
     """Sources, their mixture over the plan, and held-out rows of each source.
 
-    Attributes (after `prepare`):
+    Attributes (after `open_sources`):
         train, val: source name -> `Source`.
         order: the global order of rows.
         rows: reads them.
@@ -150,10 +150,10 @@ class PlannedData(pl.LightningDataModule):
     def build_demo(self) -> None:
         """Make the embedded demo's sources where they are asked for and missing."""
 
-    def check(self, key: str, source: Source, split: str) -> None:
+    def require_usable(self, key: str, source: Source, split: str) -> None:
         """Raise `ValueError` beginning with `key` unless the source fits the stage."""
 
-    def set_up(self) -> None:
+    def build_order(self) -> None:
         """Set `order` and `rows`, with all sources open."""
         raise NotImplementedError
 
@@ -164,12 +164,12 @@ class PlannedData(pl.LightningDataModule):
     # What they share ------------------------------------------------------------------------------------------------
 
     @property
-    def used(self) -> dict[str, str]:
+    def source_folders(self) -> dict[str, str]:
         """Folder of each source that some phase draws from."""
         drawn = {name for phase in self.plan.phases for name, weight in phase.mixture.items() if weight > 0}
         return {name: path for name, path in self.cfg.data.sources.items() if name in drawn}
 
-    def prepare(self) -> None:
+    def open_sources(self) -> None:
         """Build the demo's sources if asked for, open every source and check that they fit the run.
 
         Raises:
@@ -177,7 +177,7 @@ class PlannedData(pl.LightningDataModule):
                 that the stage cannot train or validate on.
         """
         self.build_demo()
-        for name, folder in self.used.items():
+        for name, folder in self.source_folders.items():
             for split, opened in (("train", self.train), ("val", self.val)):
                 source = opened[name] = Source(f"{folder}/{split}", self.cfg.data.verify)
                 key, manifest = f"data.sources.{name}", source.manifest
@@ -191,8 +191,8 @@ class PlannedData(pl.LightningDataModule):
                         f"{key}: token ids go up to {manifest.vocab_size - 1}, but model.vocab_size is "
                         f"{self.cfg.model.vocab_size}"
                     )
-                self.check(key, source, split)
-        self.set_up()
+                self.require_usable(key, source, split)
+        self.build_order()
         self.val_names = list(self.val)
 
     @property
@@ -200,7 +200,7 @@ class PlannedData(pl.LightningDataModule):
         """Hash of the training data of each source."""
         return {name: source.manifest.digest for name, source in self.train.items()}
 
-    def described(self) -> Mapping[str, Any]:
+    def describe_sources(self) -> Mapping[str, Any]:
         """Of each source, what a run's manifest says of it."""
         return {
             name: {"tokens": source.tokens, "documents": source.manifest.documents, "sha256": source.manifest.digest}

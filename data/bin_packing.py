@@ -57,7 +57,7 @@ class Packing:
         return float(self.pieces.length.sum()) / (self.rows * self.seq_len) if self.rows else 0.0
 
 
-def pack(samples: np.ndarray, seq_len: int, over_long: str = "drop", seed: int = 0) -> Packing:
+def pack_samples(samples: np.ndarray, seq_len: int, over_long: str = "drop", seed: int = 0) -> Packing:
     """Pack the samples of a source.
 
     Args:
@@ -66,7 +66,7 @@ def pack(samples: np.ndarray, seq_len: int, over_long: str = "drop", seed: int =
             beginning, "split" makes pieces of one row each, of which only the last can share its row.
         seed: another one brings other samples together.
     """
-    pieces = cut(samples, seq_len, over_long)
+    pieces = cut_samples(samples, seq_len, over_long)
     starts, members = bin_pack(pieces.length, seq_len, seed)
     return Packing(seq_len, pieces, starts, members)
 
@@ -82,7 +82,7 @@ def pack_pairs(samples: np.ndarray, seq_len: int, seed: int = 0) -> Packing:
     return Packing(seq_len, pieces, *bin_pack(pieces.length, seq_len, seed))
 
 
-def cut(samples: np.ndarray, seq_len: int, over_long: str) -> Pieces:
+def cut_samples(samples: np.ndarray, seq_len: int, over_long: str) -> Pieces:
     """The pieces of samples that rows can hold, but for those that end before their sample's first trained token."""
     assert over_long in OVER_LONG, over_long
     places, first = samples[:, 0].astype(np.int64) - 1, samples[:, 1].astype(np.int64)
@@ -200,7 +200,7 @@ def by_patterns(ordered: np.ndarray, capacity: int) -> np.ndarray:
     return bin_of
 
 
-def to_batch(rows: Sequence[Sequence[np.ndarray]], seq_len: int, pad_id: int) -> PackedBatch:
+def assemble_batch(rows: Sequence[Sequence[np.ndarray]], seq_len: int, pad_id: int) -> PackedBatch:
     """Rows of samples as one batch.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.base import HeldOut, PlannedData
-from data.bin_packing import Packing, pack
+from data.bin_packing import Packing, pack_samples
 from data.mixture import Row, RowOrder, shuffled
 from data.prepare.chats import template_digest
 from nb_lightning.batch import PackedBatch
@@ -40,7 +40,7 @@ class PackedSource:
         self.packings = {seq_len: self._pack(samples, seq_len, over_long) for seq_len in seq_lens}
 
     def _pack(self, samples: np.ndarray, seq_len: int, over_long: str) -> Packing:
-        return pack(samples, seq_len, over_long, self.seed)
+        return pack_samples(samples, seq_len, over_long, self.seed)
 
     def __len__(self) -> int:
         """How many there are to pack."""
@@ -95,7 +95,7 @@ class HeldOutRows(HeldOut):
 class PackedData(PlannedData):
     """Sources that a chat template wrote, packed.
 
-    Attributes (after `prepare`):
+    Attributes (after `open_sources`):
         packed, packed_val: source name -> its packings, and those of what is held out.
         chat: the template that they were written with.
     """
@@ -126,12 +126,12 @@ class PackedData(PlannedData):
 
     assemble: Assemble
 
-    def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> PackedSource:
+    def pack_source(self, name: str, source: Source, seq_lens: Sequence[int]) -> PackedSource:
         raise NotImplementedError
 
     # What they share ------------------------------------------------------------------------------------------------
 
-    def check(self, key: str, source: Source, split: str) -> None:
+    def require_usable(self, key: str, source: Source, split: str) -> None:
         if source.manifest.template != template_digest(self.chat):
             raise ValueError(
                 f"{key}: {source.folder} was prepared with another chat template than "
@@ -139,7 +139,7 @@ class PackedData(PlannedData):
                 "data.template"
             )
 
-    def set_up(self) -> None:
+    def build_order(self) -> None:
         first = self.plan.phases[0].seq_len
         self.packed, self.packed_val = {}, {}
         sizes: dict[tuple[str, int], int] = {}
@@ -154,7 +154,7 @@ class PackedData(PlannedData):
         self.rows = PackedRows(self.packed, self.assemble)
 
     def _packed(self, name: str, source: Source, seq_lens: Sequence[int]) -> PackedSource:
-        packed = self.pack(name, source, seq_lens)
+        packed = self.pack_source(name, source, seq_lens)
         for seq_len, packing in packed.packings.items():
             if not packing.rows:
                 cut = ", or set data.over_long=split" if hasattr(self.settings, "over_long") else ""

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from data.bin_packing import Packing, pack_pairs, to_batch
+from data.bin_packing import Packing, assemble_batch, pack_pairs
 from data.packed import PackedData, PackedSource
 from data.teacher_cache import TeacherCache, record
 from nb_lightning.batch import IGNORE, PreferenceBatch
@@ -50,7 +50,7 @@ class PairSource(PackedSource):
     def __len__(self) -> int:
         return len(self.ends) // 2
 
-    def pairs(self, nth: int, seq_len: int) -> np.ndarray:
+    def pairs_in_row(self, nth: int, seq_len: int) -> np.ndarray:
         """Which pairs of the source are in the row that comes nth."""
         return self.packings[seq_len].pieces.sample[self.pieces(nth, seq_len)]
 
@@ -60,14 +60,14 @@ class PairSource(PackedSource):
 
     def responses(self, nth: int, seq_len: int) -> list[int]:
         """Which samples of the source these are."""
-        return [2 * int(pair) + side for pair in self.pairs(nth, seq_len) for side in range(2)]
+        return [2 * int(pair) + side for pair in self.pairs_in_row(nth, seq_len) for side in range(2)]
 
 
 class PreferenceData(PackedData):
     """Sources of pairs.
 
-    Attributes (after `prepare`):
-        pairs: how many there are, held-out ones included: their numbers are below it.
+    Attributes (after `open_sources`):
+        n_pairs: how many there are, held-out ones included: their numbers are below it.
     """
 
     packed: dict[str, PairSource]
@@ -76,17 +76,17 @@ class PreferenceData(PackedData):
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
-        self.pairs = 0
+        self.n_pairs = 0
         self.assemble = partial(preferences, pad_id=self.tokenizer.eos_id)
 
-    def check(self, key: str, source: Source, split: str) -> None:
+    def require_usable(self, key: str, source: Source, split: str) -> None:
         require_pairs(key, source)
-        super().check(key, source, split)
+        super().require_usable(key, source, split)
 
-    def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> PairSource:
+    def pack_source(self, name: str, source: Source, seq_lens: Sequence[int]) -> PairSource:
         cache = self._cache(name, source) if self.settings.cached_teacher else None
-        packed = PairSource(name, source, seq_lens, self.cfg.seed, self.pairs, cache)
-        self.pairs += len(packed)
+        packed = PairSource(name, source, seq_lens, self.cfg.seed, self.n_pairs, cache)
+        self.n_pairs += len(packed)
         return packed
 
     def _cache(self, name: str, source: Source) -> TeacherCache:
@@ -102,8 +102,8 @@ class PreferenceData(PackedData):
             )
         return cache
 
-    def set_up(self) -> None:
-        super().set_up()
+    def build_order(self) -> None:
+        super().build_order()
         if len({source.cache and source.cache.about["k"] for source in self.packed.values()}) > 1:
             raise ValueError("data.cached_teacher=true: the sources have teachers of different k; make them with one")
 
@@ -124,7 +124,7 @@ class PreferenceData(PackedData):
 
     def new_pairs(self) -> Iterator[tuple[int, np.ndarray]]:
         """(optimizer step, numbers of the pairs that no step before it draws), of the steps that have any."""
-        seen = np.zeros(self.pairs, dtype=bool)
+        seen = np.zeros(self.n_pairs, dtype=bool)
         left = sum(len(_fitting(source)) for source in self.packed.values())
         for step in range(self.plan.total_steps):
             first, phase = self.order.first_row_of_step(step), self.plan.phase_at(self.plan.tokens_at(step))
@@ -155,7 +155,7 @@ def require_pairs(key: str, source: Source) -> None:
 
 def numbers(source: PairSource, nth: int, seq_len: int) -> np.ndarray:
     """[n] int64, over all sources, of the pairs in the row that comes nth."""
-    return source.first + source.pairs(nth, seq_len)
+    return source.first + source.pairs_in_row(nth, seq_len)
 
 
 def _fitting(source: PairSource) -> set[int]:
@@ -166,7 +166,7 @@ def _fitting(source: PairSource) -> set[int]:
 def preferences(rows: Sequence[tuple[PairSource, int]], seq_len: int, pad_id: int) -> PreferenceBatch:
     """A batch of rows, each the nth of a source's stream."""
     words = [source.row(nth, seq_len) for source, nth in rows]
-    batch = to_batch(words, seq_len, pad_id)
+    batch = assemble_batch(words, seq_len, pad_id)
     index = np.full((len(words), seq_len), -1, dtype=np.int32)
     response = 0
     for b, row in enumerate(words):

@@ -47,9 +47,9 @@ class PretrainData(PlannedData):
         if self.cfg.data.demo_corpus:
             from data.demo import build_demo_corpus
 
-            build_demo_corpus({name: Path(path) for name, path in self.used.items()})
+            build_demo_corpus({name: Path(path) for name, path in self.source_folders.items()})
 
-    def check(self, key: str, source: Source, split: str) -> None:
+    def require_usable(self, key: str, source: Source, split: str) -> None:
         if source.manifest.is_chat:
             raise ValueError(f"{key}: {source.folder} holds conversations; stage=sft trains on them")
         longest = max(phase.seq_len for phase in self.plan.phases)
@@ -58,7 +58,7 @@ class PretrainData(PlannedData):
         if split == "val" and source.tokens <= self.plan.phases[0].seq_len:
             raise ValueError(f"{key}: {source.folder} has {source.tokens} tokens, too few to validate on")
 
-    def set_up(self) -> None:
+    def build_order(self) -> None:
         self.order = RowOrder(self.plan, {n: s.tokens for n, s in self.train.items()}, self.cfg.seed)
         streams = {name: TokenStream(name, source, self.cfg.seed) for name, source in self.train.items()}
         self.rows = StreamRows(streams, self._eos_id)

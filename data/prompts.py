@@ -58,18 +58,18 @@ class RolloutSteps(Dataset[RolloutStep]):
 class PromptData(PlannedData):
     """Files of tasks.
 
-    Attributes (after `prepare`):
+    Attributes (after `open_sources`):
         tasks: source name -> its tasks.
-        fitting: phase -> source -> ids of the tasks whose prompts leave room for a whole completion.
-        kept: phase -> source -> ids of those that the phase draws from; all of them, where it is not there.
+        fitting_tasks: phase -> source -> ids of the tasks whose prompts leave room for a whole completion.
+        selected_tasks: phase -> source -> ids of those that the phase draws from; all of them, where it is not there.
     """
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
         self.chat = ChatTokenizer.of(self.tokenizer, read_template(self.settings.template)).template
         self.tasks: dict[str, dict[str, Task]] = {}
-        self.fitting: dict[str, dict[str, list[str]]] = {}
-        self.kept: dict[str, dict[str, list[str]]] = {}
+        self.fitting_tasks: dict[str, dict[str, list[str]]] = {}
+        self.selected_tasks: dict[str, dict[str, list[str]]] = {}
         self._ids: dict[str, dict[str, list[int]]] = {}
         self._digests: dict[str, str] = {}
 
@@ -83,7 +83,7 @@ class PromptData(PlannedData):
 
             build_demo_tasks(Path(self.cfg.paths.data_root) / "demo_tasks")
 
-    def prepare(self) -> None:
+    def open_sources(self) -> None:
         """Read every source's tasks.
 
         Raises:
@@ -92,7 +92,7 @@ class PromptData(PlannedData):
         """
         self.build_demo()
         chat = ChatTokenizer(self.tokenizer, self.chat)
-        for name, path in self.used.items():
+        for name, path in self.source_folders.items():
             try:
                 tasks = read_tasks(path)
             except ValueError as error:
@@ -105,9 +105,9 @@ class PromptData(PlannedData):
                     self._ids[name][task.id] = chat.prompt(task.messages)
                 except ValueError as error:
                     raise ValueError(f"data.sources.{name}: task {task.id!r}: {error}") from error
-        self.set_up()
+        self.build_order()
 
-    def set_up(self) -> None:
+    def build_order(self) -> None:
         group = self.cfg.stage.group_size
         streams: dict[Any, int] = {}
         for phase in self.plan.phases:
@@ -120,7 +120,7 @@ class PromptData(PlannedData):
                         f"stage.max_new_tokens={self.cfg.stage.max_new_tokens} in a row of {phase.seq_len} tokens; "
                         f"raise stage.phases.{phase.name}.seq_len"
                     )
-                self.fitting.setdefault(phase.name, {})[name] = fitting
+                self.fitting_tasks.setdefault(phase.name, {})[name] = fitting
                 log.info("%s: %s: %s", phase.name, name, describe(len(fitting), len(self.tasks[name])))
                 streams[name, phase.seq_len * group] = len(fitting) * phase.seq_len * group
         rows = PhasePlan(tuple(replace(phase, seq_len=phase.seq_len * group) for phase in self.plan.phases))
@@ -135,7 +135,7 @@ class PromptData(PlannedData):
         first, per_rank = self._place(step, rank, world_size)
         return [self._nth(i) for i in range(first, first + per_rank)]
 
-    def another(self, step: int, round: int, place: int, rank: int = 0, world_size: int = 1) -> Prompt:
+    def draw_replacement(self, step: int, round: int, place: int, rank: int = 0, world_size: int = 1) -> Prompt:
         """A prompt of the same source instead of this rank's number `place` of the step; another one each round."""
         first, per_rank = self._place(step, rank, world_size)
         row = first + place
@@ -159,7 +159,7 @@ class PromptData(PlannedData):
 
     def _kept(self, phase: int, source: str) -> list[str]:
         name = self.plan.phases[phase].name
-        return self.kept.get(name, self.fitting[name])[source]
+        return self.selected_tasks.get(name, self.fitting_tasks[name])[source]
 
     def _prompt(self, source: str, task: str, row: int, round: int) -> Prompt:
         return Prompt(self.tasks[source][task], self._ids[source][task], (self.cfg.seed, row, round))
@@ -169,7 +169,7 @@ class PromptData(PlannedData):
         """Of each source its file."""
         return self._digests
 
-    def described(self) -> Mapping[str, Any]:
+    def describe_sources(self) -> Mapping[str, Any]:
         return {name: {"tasks": len(tasks), "sha256": self._digests[name]} for name, tasks in self.tasks.items()}
 
     def steps(self, rank: int = 0, world_size: int = 1) -> Any:

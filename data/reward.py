@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from data.bin_packing import Packing, pack
+from data.bin_packing import Packing, pack_samples
 from data.packed import PackedData, PackedSource
 from data.preference import require_pairs
 from data.sft import conversations
@@ -33,7 +33,7 @@ class ComparisonSource(PackedSource):
 
     def _pack(self, samples: np.ndarray, seq_len: int, over_long: str) -> Packing:
         tokens = samples[:, 0].reshape(-1, 2).sum(1).repeat(2)
-        return pack(np.stack([tokens + 1, tokens], axis=1), seq_len, over_long, self.seed)
+        return pack_samples(np.stack([tokens + 1, tokens], axis=1), seq_len, over_long, self.seed)
 
     def row(self, nth: int, seq_len: int) -> list[np.ndarray]:
         """The words of that row's comparisons."""
@@ -59,9 +59,9 @@ class RewardData(PackedData):
         self.form = ComparisonForm.of(ChatTokenizer(self.tokenizer, self.chat))
         self.assemble = partial(conversations, pad_id=self.tokenizer.eos_id)
 
-    def check(self, key: str, source: Source, split: str) -> None:
+    def require_usable(self, key: str, source: Source, split: str) -> None:
         require_pairs(key, source)
-        super().check(key, source, split)
+        super().require_usable(key, source, split)
 
-    def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> ComparisonSource:
+    def pack_source(self, name: str, source: Source, seq_lens: Sequence[int]) -> ComparisonSource:
         return ComparisonSource(name, source, seq_lens, self.cfg.seed, self.form.answers)

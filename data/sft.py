@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from data.bin_packing import OVER_LONG, to_batch
+from data.bin_packing import OVER_LONG, assemble_batch
 from data.packed import PackedData, PackedSource
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config.schema import Config, SFTDataConfig
@@ -32,19 +32,19 @@ class SFTData(PackedData):
 
             build_demo_chats(
                 Path(self.cfg.paths.data_root) / "demo_tasks",
-                {name: Path(path) for name, path in self.used.items()},
+                {name: Path(path) for name, path in self.source_folders.items()},
                 self.settings.tokenizer,
                 self.chat.source,
             )
 
-    def check(self, key: str, source: Source, split: str) -> None:
+    def require_usable(self, key: str, source: Source, split: str) -> None:
         if not source.manifest.is_chat:
             raise ValueError(f"{key}: {source.folder} holds documents; data.prepare --chat makes conversations")
         if source.manifest.pairs:
             raise ValueError(f"{key}: {source.folder} holds preference pairs (stage=dpd), not conversations")
-        super().check(key, source, split)
+        super().require_usable(key, source, split)
 
-    def pack(self, name: str, source: Source, seq_lens: Sequence[int]) -> PackedSource:
+    def pack_source(self, name: str, source: Source, seq_lens: Sequence[int]) -> PackedSource:
         return PackedSource(name, source, seq_lens, self.settings.over_long, self.cfg.seed)
 
     @property
@@ -56,4 +56,4 @@ class SFTData(PackedData):
 
 def conversations(rows: Sequence[tuple[PackedSource, int]], seq_len: int, pad_id: int) -> PackedBatch:
     """A batch of rows, each the nth of a source's stream."""
-    return to_batch([source.row(nth, seq_len) for source, nth in rows], seq_len, pad_id)
+    return assemble_batch([source.row(nth, seq_len) for source, nth in rows], seq_len, pad_id)

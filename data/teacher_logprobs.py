@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.bin_packing import to_batch
+from data.bin_packing import assemble_batch
 from data.teacher_cache import CacheWriter, record
 from nb_lightning.checkpoints.pretrained import find, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
@@ -112,7 +112,7 @@ def top_k(model: Transformer, words: list[np.ndarray], first: list[int], k: int,
     starts = np.cumsum([0, *places])
     at = np.concatenate([np.arange(start + f - 1, start + n) for start, f, n in zip(starts, first, places)])
     device = model.embedding.weight.device
-    batch = to_batch([words], int(starts[-1]), 0).to(device)
+    batch = assemble_batch([words], int(starts[-1]), 0).to(device)
     head = partial(_top_k, at=torch.from_numpy(at).to(device), k=k, temperature=temperature)
     ids, logprobs = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
     found = np.empty(len(at), dtype=record(k))

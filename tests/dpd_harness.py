@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from data.preference import PreferenceData
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
+from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
@@ -79,7 +79,7 @@ def write_pairs(path: Path, name: str, pairs: int) -> None:
 
 def make(root: Path) -> Path:
     """`paths.data_root` with the sources, beside `policy/` and `teacher/`."""
-    settings = Settings("bytes", val_fraction=0.2, chunk_tokens=2048, chat=ChatSettings(), pairs=True)
+    settings = SourceSettings("bytes", val_fraction=0.2, chunk_tokens=2048, chat=ChatSettings(), pairs=True)
     for name, pairs, folder in (("tasks", 50, "demo_pairs/tasks/source"), ("words", 20, "words")):
         write_pairs(root / f"{name}.jsonl", name, pairs)
         prepare([root / f"{name}.jsonl"], str(root / folder), settings, progress=False)
@@ -126,7 +126,7 @@ def run_here(made: Path, root: Path, *more: str) -> Path:
 def opened(made: Path, root: Path, *more: str) -> PreferenceData:
     cfg = checked(overrides(made, root, *more))
     data = PreferenceData(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
+    data.open_sources()
     return data
 
 

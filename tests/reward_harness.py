@@ -52,5 +52,5 @@ def run_two(made: Path, root: Path, strategy: str, port: int, *more: str) -> Pat
 def opened(made: Path, root: Path, *more: str) -> RewardData:
     cfg = checked(overrides(made, root, *more))
     data = RewardData(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
+    data.open_sources()
     return data

@@ -107,7 +107,7 @@ def run_rl(made: Path, root: Path, *more: str, ranks: int = 1, check: bool = Tru
 def opened(made: Path, root: Path, *more: str) -> PromptData:
     cfg = checked(overrides(made, root, *more))
     data = PromptData(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
+    data.open_sources()
     return data
 
 

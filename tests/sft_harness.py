@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
+from data.prepare.settings import ChatSettings, SourceSettings
 from tests.harness import ROOT, environment
 
 FAMILIES = "maths_sort science_binary code_functions general_words general_spelling tools_calls".split()
@@ -42,7 +42,7 @@ def write_chats(path: Path, name: str, records: int) -> None:
 
 
 def make_sources(root: Path) -> Path:
-    settings = Settings("bytes", val_fraction=0.2, chunk_tokens=2048, chat=ChatSettings())
+    settings = SourceSettings("bytes", val_fraction=0.2, chunk_tokens=2048, chat=ChatSettings())
     for name in FAMILIES:
         write_chats(root / f"{name}.jsonl", name, 60)
         prepare([root / f"{name}.jsonl"], str(root / "demo_chats" / name), settings, progress=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 from data.demo.tasks import build_demo_tasks
 from data.prepare.chats import Chats, template_digest
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
+from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import is_source, locked
 from nb_lightning.files import write_json
 from nb_lightning.token_source import sha256
@@ -30,7 +30,7 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
     """
     build_demo_tasks(tasks)
     chats = tasks / "chats"
-    settings = Settings(tokenizer, chat=ChatSettings(template))
+    settings = SourceSettings(tokenizer, chat=ChatSettings(template))
     form = Chats(settings)
     for name, folder in sources.items():
         files = {split: chats / split / f"{name}.jsonl" for split in ("train", "val")}

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from data.prepare.chats import HISTORY
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import GO_ON, BadRecord, prepare
+from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import CHUNK_TOKENS
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         if a.pairs and (a.chat or not a.think):
             raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
         chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
-        settings = Settings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs)
+        settings = SourceSettings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs)
         made = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
             staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,

@@ -21,8 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from data.prepare.documents import Settings
 from data.prepare.records import Part, Record, read_objects
+from data.prepare.settings import SourceSettings
 from data.prepare.source_writer import SampleWriter
 from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
@@ -50,7 +50,7 @@ class Chats:
     unit = "samples"
     fields = FIELDS
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SourceSettings) -> None:
         assert settings.chat is not None
         try:
             datetime.fromisoformat(settings.chat.date)

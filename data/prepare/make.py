@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from data.prepare import source_writer
 from data.prepare.chats import Chats
-from data.prepare.documents import Documents, Settings
+from data.prepare.documents import Documents
 from data.prepare.pairs import Pairs
 from data.prepare.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
+from data.prepare.settings import SourceSettings
 from data.prepare.staging import CLAIM, clean_up, new_claim, require_room, take_up
 from nb_lightning.files import write_json
 from nb_lightning.token_source import PAGE, SPLITS, SourceManifest
@@ -79,7 +80,7 @@ class BadRecord(ValueError):
 def prepare(
     inputs: Iterable[str],
     output: str,
-    settings: Settings,
+    settings: SourceSettings,
     *,
     workers: int = 1,
     on_bad: str = "skip",
@@ -155,7 +156,9 @@ def prepare(
     return Prepared(output, made, origins, dict(ignored))
 
 
-def _run(parts: list[Part], folders: list[Path], settings: Settings, workers: int, on_bad: str, progress: bool) -> None:
+def _run(
+    parts: list[Part], folders: list[Path], settings: SourceSettings, workers: int, on_bad: str, progress: bool
+) -> None:
     """Do every part that is not done yet."""
     total: Counter[str] = Counter()
     jobs = [(part, folder, settings, on_bad) for part, folder in zip(parts, folders)]
@@ -200,7 +203,7 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def do_part(part: Part, folder: Path, settings: Settings, on_bad: str) -> dict[str, Any]:
+def do_part(part: Part, folder: Path, settings: SourceSettings, on_bad: str) -> dict[str, Any]:
     """Tokenize one part into `folder`, unless it is there already; returns {tokens, lines, dropped}."""
     if (folder / DONE).exists():
         summary = json.loads((folder / DONE).read_text())
@@ -238,7 +241,7 @@ def do_part(part: Part, folder: Path, settings: Settings, on_bad: str) -> dict[s
     return summary
 
 
-def _form(settings: Settings) -> Documents | Chats:
+def _form(settings: SourceSettings) -> Documents | Chats:
     if settings.pairs:
         return Pairs(settings)
     return Chats(settings) if settings.chat else Documents(settings)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare import source_writer
-from data.prepare.documents import Settings
 from data.prepare.records import ARCHIVES, Part
+from data.prepare.settings import SourceSettings
 from nb_lightning.files import write_json
 
 CLAIM = "claim.json"
 
 
-def new_claim(parts: list[Part], settings: Settings, output: str) -> dict[str, Any]:
+def new_claim(parts: list[Part], settings: SourceSettings, output: str) -> dict[str, Any]:
     """What the work in a staging folder is for; `state` is tokenizing, then merging, then over."""
     named = sorted({Path(file) for part in parts for file in part.files})
     files = [f for path in named for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
@@ -66,7 +66,7 @@ def clean_up(staging: Path, claim: dict[str, Any]) -> None:
     (staging / CLAIM).unlink()
 
 
-def require_room(staging: Path, parts: list[Part], settings: Settings) -> None:
+def require_room(staging: Path, parts: list[Part], settings: SourceSettings) -> None:
     """A rough lower bound, so that nothing that could fit is refused: archives hold 2.5 times their size in text."""
     text = sum(part.bytes * (2.5 if part.kind in ARCHIVES else 1) for part in parts)
     per_byte = 2.0  # a token for each byte, two bytes each

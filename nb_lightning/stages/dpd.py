@@ -93,7 +93,7 @@ class DPDStage(ValidatedByMeans):
         key = ReferenceKey(data.pairs_digest, self._began_as["policy"], data.template_digest)
         drawn = dict(data.new_pairs())
         try:
-            found = read_reference(path, key, data.pairs)
+            found = read_reference(path, key, data.n_pairs)
             needed = torch.from_numpy(np.concatenate([*drawn.values(), data.validated_pairs()]))
             if not found[needed].isfinite().all():
                 found = None
@@ -130,7 +130,7 @@ class DPDStage(ValidatedByMeans):
         """
         data, rank, ranks = self.trainer.datamodule, self.trainer.global_rank, self.trainer.world_size
         self.print("log-probabilities of the reference ...")
-        table = torch.full((data.pairs, 2), -torch.inf, device=self.device)
+        table = torch.full((data.n_pairs, 2), -torch.inf, device=self.device)
         steps = data.steps(rank, ranks)
         for step, new in drawn.items():
             wanted = set(new.tolist())

@@ -118,7 +118,7 @@ class RLStage(BaseStage):
             dull = [i for i, group in enumerate(current) if not group.signal]
             if not self.trainer.strategy.reduce_boolean_decision(bool(dull), all=False):
                 break  # no rank needs one; if any does, all go on: under FSDP2 sampling is a collective
-            others, seconds = self._answer([data.another(step, round, i, *place) for i in dull])
+            others, seconds = self._answer([data.draw_replacement(step, round, i, *place) for i in dull])
             for i, other in zip(dull, others):
                 current[i].trained, current[i] = False, other
             groups, waited = groups + others, waited + seconds

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.bin_packing import Packing, best_fit, by_patterns, cut, pack, to_batch
+from data.bin_packing import Packing, assemble_batch, best_fit, by_patterns, cut_samples, pack_samples
 from nb_lightning.batch import IGNORE
 from nb_lightning.token_source import TRAINED
 
@@ -47,14 +47,14 @@ def clipped(rng: np.random.RandomState, mean: float, sigma: float, n: int, most:
     ],
 )  # fmt: skip
 def test_rows_are_full(name: str, lengths: object, seq_len: int) -> None:
-    packing = pack(samples(lengths(np.random.RandomState(0))), seq_len)
+    packing = pack_samples(samples(lengths(np.random.RandomState(0))), seq_len)
     require_sound(packing)
     assert packing.fill >= 0.98, name
     assert packing.pieces.dropped == packing.pieces.cut == 0
 
 
 def test_what_no_packing_can_fill_is_packed_all_the_same() -> None:
-    packing = pack(samples(np.random.RandomState(0).randint(2000, 2300, 5000)), 4096)  # two of them rarely fit
+    packing = pack_samples(samples(np.random.RandomState(0).randint(2000, 2300, 5000)), 4096)  # two of them rarely fit
     require_sound(packing)
     assert 0.5 < packing.fill < 0.7
 
@@ -84,13 +84,13 @@ def test_patterns_are_sound_and_fill_where_best_fit_does_not() -> None:
 
 def test_the_same_each_time_and_another_for_another_seed() -> None:
     lengths = samples(np.random.RandomState(0).randint(10, 500, 2000))
-    one, same, other = (rows_of(pack(lengths, 1024, seed=seed)) for seed in (5, 5, 6))
+    one, same, other = (rows_of(pack_samples(lengths, 1024, seed=seed)) for seed in (5, 5, 6))
     assert one == same != other
 
 
 def test_neighbours_of_the_input_do_not_share_rows() -> None:
     """Equal lengths in input order would put each dialogue beside the next one of its file."""
-    packing = pack(samples([100] * 4000), 1000)
+    packing = pack_samples(samples([100] * 4000), 1000)
     apart = [abs(a - b) for row in rows_of(packing) for a, b in pairwise(row)]
     assert len(packing.starts) == 401 and np.mean(apart) > 500
 
@@ -98,25 +98,25 @@ def test_neighbours_of_the_input_do_not_share_rows() -> None:
 def test_over_long_samples() -> None:
     #                places: fits, just, too long, too long with a late first trained token
     given = np.array([[50, 3], [101, 3], [250, 3], [250, 120]], dtype=np.int32)
-    dropped = cut(given, 100, "drop")
+    dropped = cut_samples(given, 100, "drop")
     assert (dropped.sample.tolist(), dropped.length.tolist(), dropped.dropped, dropped.cut) == ([0, 1], [49, 100], 2, 0)
-    truncated = cut(given, 100, "truncate")
+    truncated = cut_samples(given, 100, "truncate")
     assert truncated.sample.tolist() == [0, 1, 2] and truncated.length.tolist() == [49, 100, 100]
     assert (truncated.dropped, truncated.cut) == (1, 1)  # of the last one, nothing that is trained on would be left
-    split = cut(given, 100, "split")
+    split = cut_samples(given, 100, "split")
     pieces = list(zip(split.sample.tolist(), split.start.tolist(), split.length.tolist()))
     assert pieces == [(0, 0, 49), (1, 0, 100), (2, 0, 100), (2, 100, 100), (2, 200, 49), (3, 100, 100), (3, 200, 49)]
     assert (split.dropped, split.cut) == (0, 2)
     # The first trained token may be the label of a piece's last place.
-    assert cut(np.array([[250, 100]]), 100, "split").start.tolist() == [0, 100, 200]
-    assert cut(np.array([[250, 101]]), 100, "split").start.tolist() == [100, 200]
-    assert cut(np.array([[250, 100]]), 100, "truncate").length.tolist() == [100]
+    assert cut_samples(np.array([[250, 100]]), 100, "split").start.tolist() == [0, 100, 200]
+    assert cut_samples(np.array([[250, 101]]), 100, "split").start.tolist() == [100, 200]
+    assert cut_samples(np.array([[250, 100]]), 100, "truncate").length.tolist() == [100]
 
 
 def test_nothing_to_pack() -> None:
-    packing = pack(samples([500]), 100)
+    packing = pack_samples(samples([500]), 100)
     assert (packing.rows, packing.fill, packing.pieces.dropped) == (0, 0.0, 1)
-    assert pack(samples([]), 100).rows == 0
+    assert pack_samples(samples([]), 100).rows == 0
 
 
 def test_a_batch_place_by_place() -> None:
@@ -124,12 +124,12 @@ def test_a_batch_place_by_place() -> None:
         return np.array([t | TRAINED if t in trained else t for t in tokens], dtype=np.int64)
 
     a, b, c = words(11, 12, 13, 14, trained=(13, 14)), words(21, 22, trained=(22,)), words(31, 32, 33, trained=(32,))
-    batch = to_batch([[a, b], [c]], seq_len=5, pad_id=9)
+    batch = assemble_batch([[a, b], [c]], seq_len=5, pad_id=9)
     X = IGNORE
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 9], [31, 32, 9, 9, 9]]
     assert batch.labels.tolist() == [[X, 13, 14, 22, X], [32, X, X, X, X]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 7, 10]
     assert batch.cu_seqlens.dtype == torch.int32 and batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    full = to_batch([[a]], seq_len=3, pad_id=9)
+    full = assemble_batch([[a]], seq_len=3, pad_id=9)
     assert full.input_ids.tolist() == [[11, 12, 13]] and full.cu_seqlens.tolist() == [0, 3]

@@ -14,8 +14,8 @@ import torch
 from data.base import StepLoader
 from data.bin_packing import pack_pairs
 from data.preference import PairSource, PreferenceData
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
+from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.batch import IGNORE, PreferenceBatch, StepBatch
 from tests.dpd_harness import make, opened
 from tests.sft_harness import write_chats
@@ -73,8 +73,8 @@ def test_a_batch_holds_the_pairs_that_were_written(made: Path, data: PreferenceD
 def test_numbers_are_of_all_sources_held_out_ones_too(data: PreferenceData) -> None:
     sources = [source for name in data.train for source in (data.packed[name], data.packed_val[name])]
     ranges = [range(source.first, source.first + len(source)) for source in sources]
-    assert [number for some in ranges for number in some] == list(range(data.pairs))
-    assert data.pairs == 70
+    assert [number for some in ranges for number in some] == list(range(data.n_pairs))
+    assert data.n_pairs == 70
     drawn = np.concatenate([pairs for _, pairs in data.new_pairs()])
     assert len(set(drawn.tolist())) == len(drawn)
     batches = [micro for step in range(len(data.steps())) for micro in data.steps()[step].micro_batches]
@@ -91,7 +91,7 @@ def test_a_pass_has_every_pair_once(data: PreferenceData) -> None:
     for source in data.packed.values():
         for seq_len, packing in source.packings.items():
             for repeat in range(2):
-                rows = [source.pairs(repeat * packing.rows + n, seq_len) for n in range(packing.rows)]
+                rows = [source.pairs_in_row(repeat * packing.rows + n, seq_len) for n in range(packing.rows)]
                 assert sorted(np.concatenate(rows).tolist()) == list(range(len(source)))
 
 
@@ -138,7 +138,7 @@ def test_held_out_rows_and_batches_that_count_nothing(data: PreferenceData) -> N
 
 def test_a_row_of_pairs_is_not_for_sft_nor_others_for_dpd(made: Path, corpus: Path, tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl", "x", 20)
-    settings = Settings("bytes", val_fraction=0.3, chat=ChatSettings())
+    settings = SourceSettings("bytes", val_fraction=0.3, chat=ChatSettings())
     prepare([tmp_path / "chats.jsonl"], str(tmp_path / "chats"), settings, progress=False)
     for more, error in (
         (
@@ -157,4 +157,4 @@ def test_a_row_of_pairs_is_not_for_sft_nor_others_for_dpd(made: Path, corpus: Pa
 def test_rows_of_sources_are_whole_pairs(data: PreferenceData) -> None:
     source: PairSource = data.packed["words"]
     row = source.row(0, 128)
-    assert len(row) == 2 * len(source.pairs(0, 128)) and sum(len(words) - 1 for words in row) <= 128
+    assert len(row) == 2 * len(source.pairs_in_row(0, 128)) and sum(len(words) - 1 for words in row) <= 128

@@ -23,7 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(made: Path, tmp_path: Path) -> PromptData:
     found = opened(made, tmp_path, "stage.phases.stem.steps=9")
-    found.kept = KEPT
+    found.selected_tasks = KEPT
     return found
 
 
@@ -56,17 +56,17 @@ def test_ranks_share_a_step(data: PromptData) -> None:
 
 def test_a_pure_function_of_the_step(data: PromptData, made: Path, tmp_path: Path) -> None:
     again = opened(made, tmp_path, "stage.phases.stem.steps=9")
-    again.kept = KEPT
+    again.selected_tasks = KEPT
     for step in (11, 2, 7):
         assert again.draw(step) == data.draw(step)
     other = opened(made, tmp_path, "stage.phases.stem.steps=9", "seed=1")
-    other.kept = KEPT
+    other.selected_tasks = KEPT
     assert [ids(other, step) for step in range(9)] != [ids(data, step) for step in range(9)]
 
 
 def test_every_group_has_a_seed_of_its_own(data: PromptData) -> None:
     prompts = [prompt for step in range(12) for prompt in data.draw(step)]
-    others = [data.another(step, round, place) for step in range(9) for round in (1, 2) for place in range(4)]
+    others = [data.draw_replacement(step, round, place) for step in range(9) for round in (1, 2) for place in range(4)]
     seeds = [prompt.seed for prompt in prompts + others]
     assert len(set(seeds)) == len(seeds)
 
@@ -75,12 +75,12 @@ def test_another_prompt_is_of_the_same_source_and_no_other_place_has_it(data: Pr
     for step in range(9):
         drawn = data.draw(step)
         for place, prompt in enumerate(drawn):
-            found = [data.another(step, round, place) for round in (1, 2, 3)]
+            found = [data.draw_replacement(step, round, place) for round in (1, 2, 3)]
             assert {other.task.source for other in found} == {prompt.task.source}
-        others = [data.another(step, 1, place) for place in range(4)]
+        others = [data.draw_replacement(step, 1, place) for place in range(4)]
         digits = [other.task.id for other in others if other.task.source == "digits"]
         assert len(set(digits)) == 2
-        assert [data.another(step, 1, i, 1, 2) for i in range(2)] == others[2:]  # rank 1 of 2 has the last two
+        assert [data.draw_replacement(step, 1, i, 1, 2) for i in range(2)] == others[2:]  # rank 1 of 2 has the last two
 
 
 def test_prompts_without_room_are_left_out_and_counted(
@@ -91,7 +91,7 @@ def test_prompts_without_room_are_left_out_and_counted(
         lengths = sorted({len(ids) for ids in data._ids["words"].values()})
         room = next(a for a, b in pairwise(lengths) if a < b)
         data = opened(made, tmp_path, f"stage.phases.stem.seq_len={room + 24}")
-    fitting = data.fitting["stem"]["words"]
+    fitting = data.fitting_tasks["stem"]["words"]
     assert 0 < len(fitting) < 12 and all(len(data._ids["words"][id]) <= room for id in fitting)
     assert f"stem: words: {len(fitting)} prompts; {12 - len(fitting)} too long, left out" in caplog.text
 

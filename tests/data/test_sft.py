@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.base import StepLoader
-from data.bin_packing import to_batch
+from data.bin_packing import assemble_batch
 from data.mixture import RowOrder
 from data.sft import SFTData
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
@@ -32,7 +32,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(chats: Path, *more: str) -> SFTData:
     cfg = composed(*overrides(chats, chats / "out", *more))
     data = SFTData(cfg, plan_of(cfg.stage).in_whole_steps())
-    data.prepare()
+    data.open_sources()
     return data
 
 
@@ -202,13 +202,13 @@ def test_a_row_without_a_trained_token_counts_nothing() -> None:
     net = model()
     words = np.arange(3, 23)
     trained = words | np.where(np.arange(20) > 5, TRAINED, 0)
-    silent = to_batch([[words]], 19, pad_id=0)
+    silent = assemble_batch([[words]], 19, pad_id=0)
     assert (silent.labels == IGNORE).all() and int(silent.counts["tokens"]) == 0
     loss = nll(net, silent)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.isnan().any() for p in net.parameters())
     net.zero_grad()
-    both, one = to_batch([[words], [trained]], 19, 0), to_batch([[trained]], 19, 0)
+    both, one = assemble_batch([[words], [trained]], 19, 0), assemble_batch([[trained]], 19, 0)
     assert nll(net, both).item() == pytest.approx(nll(net, one).item(), rel=1e-9)
     assert int(both.counts["tokens"]) == 14
 
@@ -218,7 +218,7 @@ def test_labels_are_exactly_the_answers(data: SFTData) -> None:
     seen = 0
     for name, source in data.packed.items():
         for words in source.row(0, next(iter(source.packings))):
-            batch = to_batch([[words]], len(words) - 1, 0)
+            batch = assemble_batch([[words]], len(words) - 1, 0)
             labels = [label for label in batch.labels[0].tolist() if label != IGNORE]
             answers = tokenizer.decode(labels).split("<|im_end|>")
             assert answers.pop() == "" and all(answer.startswith(f"{name} ") for answer in answers)

@@ -26,7 +26,7 @@ def fit(corpus: Path, root: Path, kind: type[PretrainStage], *callbacks: pl.Call
     cfg = composed(*TINY, f"paths.root={root}", f"paths.data_root={corpus}")
     plan = plan_of(cfg.stage).in_whole_steps()
     module, data = kind(cfg, plan), PretrainData(cfg, plan)
-    data.prepare()
+    data.open_sources()
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -16,8 +16,8 @@ import pytest
 import data.prepare.records
 from data.prepare.__main__ import main
 from data.prepare.chats import Chats, chat_of
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import BadRecord, prepare
+from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.messages import ChatError
@@ -28,7 +28,7 @@ from tests.harness import ROOT
 ASK, ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2", "reasoning_content": "Add."}
 PAIR = [ASK, ANSWER]
 TWO = [*PAIR, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "reasoning_content": "Sum."}]
-BYTES = Settings("bytes", val_fraction=0.2, chat=ChatSettings())
+BYTES = SourceSettings("bytes", val_fraction=0.2, chat=ChatSettings())
 
 
 def qwen3() -> str:
@@ -50,7 +50,7 @@ def everything(words: list[int]) -> str:
 
 
 def words_of(record: dict[str, Any], **chat: Any) -> list[list[int]]:
-    (found,) = Chats(Settings("bytes", chat=ChatSettings(**chat))).parse_many([record])
+    (found,) = Chats(SourceSettings("bytes", chat=ChatSettings(**chat))).parse_many([record])
     if isinstance(found, ChatError):
         raise found
     return found[1]
@@ -189,7 +189,7 @@ def test_parts_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path / "a.jsonl", [dialogue(i) for i in range(60)])
     prepare([tmp_path / "a.jsonl"], str(tmp_path / "one"), BYTES, progress=False)
     monkeypatch.setattr(data.prepare.records, "PART_BYTES", 1500)
-    settings = Settings("bytes", val_fraction=0.2, chunk_tokens=1024, chat=ChatSettings())
+    settings = SourceSettings("bytes", val_fraction=0.2, chunk_tokens=1024, chat=ChatSettings())
     prepare([tmp_path / "a.jsonl"], str(tmp_path / "many"), settings, workers=workers, progress=False)
     assert len(SourceManifest.read(f"{tmp_path}/many/train").chunks) > 3
     for split in ("train", "val"):
@@ -210,18 +210,18 @@ BAD = {
 
 
 @pytest.fixture
-def mixed(tmp_path: Path) -> tuple[Path, Settings]:
+def mixed(tmp_path: Path) -> tuple[Path, SourceSettings]:
     """52 good records, and a bad one on each line that `BAD` names."""
     good = iter(dialogue(i) for i in range(60))
     write(tmp_path / "mixed.jsonl", [BAD[n][0] if n in BAD else next(good) for n in range(1, 61)])
     raising = "{% if messages[0].content == 'boom' %}{{ raise_exception('bang') }}{% endif %}"
     template = raising + (ROOT / "nb_lightning/text/chatml.jinja").read_text()
-    return tmp_path / "mixed.jsonl", Settings("bytes", val_fraction=0.2, chat=ChatSettings(template))
+    return tmp_path / "mixed.jsonl", SourceSettings("bytes", val_fraction=0.2, chat=ChatSettings(template))
 
 
 @pytest.mark.parametrize("part_bytes", [2**26, 900])
 def test_every_bad_record_is_named(
-    tmp_path: Path, mixed: tuple[Path, Settings], monkeypatch: pytest.MonkeyPatch, part_bytes: int
+    tmp_path: Path, mixed: tuple[Path, SourceSettings], monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
     path, settings = mixed
     monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
@@ -239,7 +239,7 @@ def test_every_bad_record_is_named(
     assert sorted(found) == sorted(EXPECTED[:52])
 
 
-def test_the_first_bad_record_can_end_it(tmp_path: Path, mixed: tuple[Path, Settings]) -> None:
+def test_the_first_bad_record_can_end_it(tmp_path: Path, mixed: tuple[Path, SourceSettings]) -> None:
     path, settings = mixed
     with pytest.raises(BadRecord, match=r"mixed.jsonl:3: invalid JSON"):
         prepare([path], str(tmp_path / "out"), settings, on_bad="fail", progress=False)
@@ -263,7 +263,7 @@ def test_rows_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [dialogue(1)] * 3)
-    broken = Settings("bytes", chat=ChatSettings("{% for %}"))
+    broken = SourceSettings("bytes", chat=ChatSettings("{% for %}"))
     with pytest.raises(ValueError, match=r"none of the 3 .*: the template raised; the first: .*a.jsonl:1: the temp"):
         prepare([tmp_path / "a.jsonl"], str(tmp_path / "out"), broken, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from data.prepare.__main__ import main
-from data.prepare.documents import ChatSettings, Settings
 from data.prepare.make import prepare
 from data.prepare.pairs import Pairs
+from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
 from nb_lightning.token_source import TRAINED, Source
 
-SETTINGS = Settings("bytes", chat=ChatSettings(), pairs=True)
+SETTINGS = SourceSettings("bytes", chat=ChatSettings(), pairs=True)
 END = "<|im_end|>"
 ASKED = [{"role": "user", "content": "2 + 3 = ?"}]
 ANSWER = {"role": "assistant", "content": "5"}

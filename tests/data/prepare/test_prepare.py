@@ -18,7 +18,8 @@ import pytest
 
 import data.prepare.records
 from data.prepare.__main__ import main
-from data.prepare.make import BadRecord, Settings, prepare
+from data.prepare.make import BadRecord, prepare
+from data.prepare.settings import SourceSettings
 from data.prepare.source_writer import locked
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.tokenizer import byte_tokenizer
@@ -26,7 +27,7 @@ from nb_lightning.token_source import Source, SourceManifest
 from tests.data.prepare.harness import content, everything, s3_server
 from tests.harness import ROOT, environment
 
-BYTES = Settings("bytes", val_fraction=0.1)
+BYTES = SourceSettings("bytes", val_fraction=0.1)
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -65,7 +66,7 @@ def test_documents_come_back_and_are_held_out_by_their_text(tmp_path: Path) -> N
     twice = [write_jsonl(tmp_path / name, documents) for name in ("b.jsonl", "c.jsonl")]
     prepare(twice, str(tmp_path / "other"), BYTES, progress=False)
     assert set(decoded(tmp_path / "other", "val")) == set(val)  # whatever the order and the number of times
-    reseeded = Settings("bytes", val_fraction=0.1, seed=1)
+    reseeded = SourceSettings("bytes", val_fraction=0.1, seed=1)
     prepare(twice, str(tmp_path / "reseeded"), reseeded, progress=False)
     assert set(decoded(tmp_path / "reseeded", "val")) != set(val)
 
@@ -223,7 +224,11 @@ def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path: Path, mixed
     out = str(tmp_path / "out")
     with pytest.raises(BadRecord):
         prepare([mixed], out, BYTES, on_bad="fail", progress=False)
-    for settings in (Settings(val_fraction=0.1, field="t"), Settings(val_fraction=0.2), Settings(seed=1)):
+    for settings in (
+        SourceSettings(val_fraction=0.1, field="t"),
+        SourceSettings(val_fraction=0.2),
+        SourceSettings(seed=1),
+    ):
         with pytest.raises(ValueError, match="holds unfinished work with other settings; finish that, or start over"):
             prepare([mixed], out, settings, progress=False)
     os.utime(mixed, (0, 0))
@@ -254,12 +259,12 @@ def test_overwrite_deletes_sources_only(tmp_path: Path, mixed: Path) -> None:
 
 def test_mistakes_in_the_arguments(tmp_path: Path, mixed: Path) -> None:
     for settings, knobs, words in (
-        (Settings("nowhere.json"), {}, "no tokenizer at 'nowhere.json': there is no"),
-        (Settings(eos="<none>"), {}, "has none of the end tokens <none>"),
-        (Settings(val_fraction=1.5), {}, "--val-fraction is 1.5; it must lie between 0 and 1"),
-        (Settings(chunk_tokens=10), {}, "--chunk-tokens is 10; it must be at least 1024"),
+        (SourceSettings("nowhere.json"), {}, "no tokenizer at 'nowhere.json': there is no"),
+        (SourceSettings(eos="<none>"), {}, "has none of the end tokens <none>"),
+        (SourceSettings(val_fraction=1.5), {}, "--val-fraction is 1.5; it must lie between 0 and 1"),
+        (SourceSettings(chunk_tokens=10), {}, "--chunk-tokens is 10; it must be at least 1024"),
         (
-            Settings(field="body"),
+            SourceSettings(field="body"),
             {},
             "none of the 33 records of the input can be used: invalid JSON, no field 'body'",
         ),
@@ -289,7 +294,7 @@ def test_any_hugging_face_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tok").mkdir()
     tokenizer.save(str(tmp_path / "tok/tokenizer.json"))
     path = write_jsonl(tmp_path / "a.jsonl", texts(0, 20))
-    settings = Settings(str(tmp_path / "tok"), val_fraction=0.1)
+    settings = SourceSettings(str(tmp_path / "tok"), val_fraction=0.1)
     made = prepare([path], str(tmp_path / "out"), settings, progress=False).manifests
     expected = sum(len(tokenizer.encode(text).ids) + 1 for text in texts(0, 20))
     assert made["train"].tokens + made["val"].tokens == expected
