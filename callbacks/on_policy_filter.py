@@ -1,8 +1,11 @@
-"""On-policy filtering (report, section on RL): before each phase the current weights answer every prompt 16 times; a
-prompt stays only if it is neither too easy nor too hard for them."""
+"""On-policy filtering (report, section on RL): keep the prompts that are neither too easy nor too hard for the policy.
+
+Before each phase the current weights answer every prompt 16 times, and the mean reward decides.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,11 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from callbacks.plots import COLORS, pyplot
-from nb_lightning.checkpoints.pretrained import in_training
 from nb_lightning.errors import RunStopped
-from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.files import read_json, write_json
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
-from nb_lightning.rollouts.groups import judged_in_group
+from nb_lightning.rollouts.groups import is_judged_in_group
 
 KEPT = "on_policy_filter.json"
 
@@ -24,15 +25,16 @@ KEPT = "on_policy_filter.json"
 class OnPolicyFilter(PhaseCallback):
     """Sets `datamodule.selected_tasks` at the start of every phase, and draws how often each prompt was solved.
 
-    A source that is judged inside its groups keeps all its prompts. What was kept is in the checkpoint: a run that
-    resumes inside a phase does not filter again. One that was stopped before the phase's first checkpoint does, with
-    the same weights and seeds.
+    A source that is judged inside its groups keeps all its prompts: a group's mean says nothing about the policy.
+
+    The selection is in the checkpoint, so a run that resumes inside a phase does not filter again. A run stopped
+    before the phase's first checkpoint filters again, with the same weights and seeds.
 
     Args:
         samples: completions of each prompt.
-        low, high: a prompt stays if its mean reward lies between them, both excluded.
-        candidates: at most so many prompts of each source, the first in its file; null takes all.
-        min_prompts: fewer kept of a source stop the run.
+        low, high: a prompt is kept if its mean reward lies strictly between them.
+        candidates: answer only the first prompts of each source, at most this many; null takes all.
+        min_prompts: stop the run if fewer prompts of a source are kept.
     """
 
     def __init__(
@@ -67,34 +69,24 @@ class OnPolicyFilter(PhaseCallback):
         data = trainer.datamodule
         fitting, kept = {}, {}
         for name, ids in data.fitting_tasks[phase.name].items():
-            if all(judged_in_group(data.tasks[name][id]) for id in ids):
-                kept[name] = ids  # a group's mean says nothing of how well it did
+            if all(is_judged_in_group(data.tasks[name][id]) for id in ids):
+                kept[name] = ids
             else:
                 fitting[name] = ids[: self.candidates]
-        self.kept[phase.name] = kept | (self._filtered(trainer, module, phase, fitting) if fitting else {})
+        self.kept[phase.name] = kept | (self._filter(trainer, module, phase, fitting) if fitting else {})
 
-    def _filtered(
+    def _filter(
         self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase, fitting: dict[str, list[str]]
     ) -> dict[str, list[str]]:
-        """Of each source the ids that stay."""
+        """Return the task ids of each source that are kept."""
         data = trainer.datamodule
         tasks = [data.tasks[name][id] for name, ids in fitting.items() for id in ids]
-        model = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
+        sampler = replace(module.sampler, k=self.samples)
         share = -(-len(tasks) // trainer.world_size)
         with tqdm(total=share, desc=f"on-policy filter for {phase.name}", disable=not self._shown(trainer)) as bar:
-            attempts = iter(
-                evaluate_tasks(
-                    model,
-                    tasks,
-                    module.sampling,
-                    self.samples,
-                    module.cfg.seed,
-                    module.cfg.stage.max_batch,
-                    lambda attempts: bar.update() and None,
-                    module.verifiers,
-                ).attempts
-            )
-        means = {name: {id: next(attempts).mean for id in ids} for name, ids in fitting.items()}
+            prompts = sampler.encode(tasks, module.cfg.seed)
+            attempts = iter(sampler.sample_over_ranks(prompts, on_scored=lambda _: bar.update()))
+        means = {name: {id: next(attempts).mean_reward for id in ids} for name, ids in fitting.items()}
         kept = {name: [id for id, mean in of.items() if self.low < mean < self.high] for name, of in means.items()}
         report = {
             name: {"counts": self._counts(list(of.values())), "kept": len(kept[name]), "of": len(of)}

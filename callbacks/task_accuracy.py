@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from nb_lightning.checkpoints.pretrained import in_training
-from nb_lightning.evaluate.accuracy import evaluate_tasks
+from nb_lightning.evaluate.accuracy import Report
 from nb_lightning.files import read_json, write_json
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
-from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.rewards.registry import get_verifiers
+from nb_lightning.rewards.tasks import read_tasks
+from nb_lightning.rollouts.attempts import Prompt
+from nb_lightning.rollouts.sampler import RolloutSampler
 
 BEFORE = "before"
 
@@ -42,9 +46,15 @@ class TaskAccuracy(PhaseCallback):
         self.files, self.k, self.limit, self.seed = list(tasks), k, limit, seed
         self.greedy = Sampling(max_new_tokens, temperature=0.0)
         self.sampled = Sampling(max_new_tokens, temperature, top_p=top_p)
+        self._prompts: list[Prompt] = []
+        self._sampler: RolloutSampler | None = None  # None without tasks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._tasks: list[Task] = [task for file in self.files for task in read_tasks(file)[: self.limit]]
+        if tasks := [task for file in self.files for task in read_tasks(file)[: self.limit]]:
+            data = trainer.datamodule
+            policy = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
+            self._sampler = RolloutSampler(policy, get_verifiers(tasks), self.sampled, self.k)
+            self._prompts = self._sampler.encode(tasks, self.seed)
         if module.tokens_seen == 0:
             self._measure(trainer, module, BEFORE)
 
@@ -56,36 +66,35 @@ class TaskAccuracy(PhaseCallback):
             print(table(read_json(Path(trainer.default_root_dir) / "accuracy.json")))
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
-        """Every rank takes its share of the tasks; all get the numbers."""
-        if not self._tasks:
+        """Measure on all ranks together; rank 0 writes and logs the results."""
+        if self._sampler is None:
             return
-        data = trainer.datamodule
-        model = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
-        greedy = evaluate_tasks(model, self._tasks, self.greedy, 1, self.seed).summary()
-        report = evaluate_tasks(model, self._tasks, self.sampled, self.k, self.seed)
+        greedy = self._report(replace(self._sampler, sampling=self.greedy, k=1)).summary()
+        sampled = self._report(self._sampler)
         if not trainer.is_global_zero:
             return
-        found = {
+        sources = {
             name: {
                 "tasks": numbers["tasks"],
                 "greedy": greedy[name]["mean"],
                 f"avg@{self.k}": numbers["mean"],
                 "interval": numbers["interval"],
                 "truncated": numbers["truncated"],
-                "each": [
-                    attempts.mean for attempts in report.by_source()[name]
-                ],  # task by task, for paired comparisons
+                "each": [attempts.mean_reward for attempts in sampled.by_source()[name]],  # for paired comparisons
             }
-            for name, numbers in report.summary().items()
+            for name, numbers in sampled.summary().items()
         }
         path = Path(trainer.default_root_dir) / "accuracy.json"
-        kept = read_json(path) if when != BEFORE else {}
-        write_json(path, {**kept, when: {"tokens_seen": module.tokens_seen, "k": self.k, "sources": found}})
-        values: dict[str, Any] = {"tokens_seen": module.tokens_seen}
-        for name, numbers in found.items():
-            values |= {f"val/{key}/{name}": numbers[key] for key in ("greedy", f"avg@{self.k}")}
+        earlier = read_json(path) if when != BEFORE else {}
+        write_json(path, {**earlier, when: {"tokens_seen": module.tokens_seen, "k": self.k, "sources": sources}})
+        metrics: dict[str, Any] = {"tokens_seen": module.tokens_seen}
+        for name, numbers in sources.items():
+            metrics |= {f"val/{key}/{name}": numbers[key] for key in ("greedy", f"avg@{self.k}")}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _report(self, sampler: RolloutSampler) -> Report:
+        return Report(sampler.sample_over_ranks(self._prompts), sampler.k)
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,11 @@ from nb_lightning.batch import RolloutStep
 from nb_lightning.config.schema import Config, PromptDataConfig
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.rollouts.attempts import Prompt
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.token_source import sha256
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A task to be answered by a group.
-
-    Attributes:
-        ids: tokens of the chat, up to where the assistant begins.
-        seed: of the group, its own in the run.
-    """
-
-    task: Task
-    ids: list[int]
-    seed: tuple[int, ...]
 
 
 class RolloutSteps(Dataset[RolloutStep]):

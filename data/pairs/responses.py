@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from data.pairs.endpoint import asking, client
 from nb_lightning.checkpoints.pretrained import find, load_pretrained
-from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.rewards.registry import get_verifier
+from nb_lightning.rewards.registry import get_verifier, get_verifiers
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.rollouts.attempts import Attempts
+from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
 
@@ -135,7 +135,8 @@ class LocalSampler:
             found = zip(a.texts, a.finish_reasons, a.scores)
             done(a.task, [Response(text, finish, s.reward, s.info["status"]) for text, finish, s in found])
 
-        evaluate_tasks(pretrained, tasks, self.sampling, self.k, self.seed, self.max_batch, scored)
+        sampler = RolloutSampler(pretrained, get_verifiers(tasks), self.sampling, self.k, self.max_batch)
+        sampler.sample_over_ranks(sampler.encode(tasks, self.seed), scored)
 
 
 @dataclass

@@ -137,7 +137,7 @@ def _with_bar(
         done: list[float] = []
 
         def on_scored(attempts: Attempts) -> None:
-            done.append(attempts.mean)
+            done.append(attempts.mean_reward)
             progress.set_postfix(mean=f"{sum(done) / len(done):.3f}", refresh=False)
             progress.update()
 
@@ -224,7 +224,7 @@ def _write_samples(path: str, reports: dict[str, Report]) -> None:
                 for j, score in enumerate(attempts.scores):
                     line = {
                         "id": task.id, "source": task.source, "way": way, "sample": j, "messages": task.messages,
-                        "completion": attempts.texts[j], "tokens": attempts.tokens[j],
+                        "completion": attempts.texts[j], "tokens": attempts.n_tokens[j],
                         "finish_reason": attempts.finish_reasons[j], "reward": score.reward, "info": dict(score.info),
                         "reference": task.reference,
                     }  # fmt: skip

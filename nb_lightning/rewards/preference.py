@@ -187,7 +187,7 @@ def _score(wins: list[float]) -> Score:
     return Score(fsum(wins) / len(wins), {"status": "compared", "rivals": len(wins)})
 
 
-def unnamed() -> Preference:
+def refuse_without_model() -> Preference:
     """What `get_verifier("preference")` comes to: the name alone says of no model."""
     raise ValueError(
         "the verifier 'preference' needs a reward model: name a run of stage=reward_model with stage.reward_model= in "

@@ -1,1 +1,1 @@
-"""Rollouts: completions of prompts with their rewards, grouped by prompt. RL and evaluation sample through here."""
+"""Rollouts: completions of prompts with their rewards. RL, evaluation and the pair maker sample through here."""

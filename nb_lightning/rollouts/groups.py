@@ -1,4 +1,7 @@
-"""What a rollout is made of, and what is logged of it."""
+"""Groups of completions: what a rollout consists of, its rows of tokens, and its logged statistics.
+
+P prompts (groups), G completions of each prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,117 +12,122 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import RolloutBatch
-from nb_lightning.losses.grpo import group_advantages
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.rewards.verifier import statuses
 from nb_lightning.rollouts.attempts import Attempts
+from nb_lightning.rollouts.ranks import gather_shares
 
 
 @dataclass
 class Group:
-    """One prompt's completions.
+    """The completions of one prompt.
 
     Attributes:
         prompt: token ids.
         attempts: the completions with their scores.
-        trained: False where another group has taken its place (`stage.extra_rounds`).
+        is_trained: False where another group has replaced this one (`stage.extra_rounds`).
     """
 
     prompt: Sequence[int]
     attempts: Attempts
-    trained: bool = True
+    is_trained: bool = True
 
     @property
     def rewards(self) -> list[float]:
         return [score.reward for score in self.attempts.scores]
 
     @property
-    def signal(self) -> bool:
-        """Some of its rewards differ: without that all its advantages are 0."""
+    def has_signal(self) -> bool:
+        """Whether some of the rewards differ. Where all are equal, all advantages are 0."""
         return len(set(self.rewards)) > 1
 
     @property
     def truncated(self) -> list[bool]:
+        """Whether each completion was cut off at the length limit."""
         return [reason == "length" for reason in self.attempts.finish_reasons]
 
 
-def judged_in_group(task: Task) -> bool:
-    """Its rewards are comparisons within the group, whose mean is always 0.5."""
+def is_judged_in_group(task: Task) -> bool:
+    """Return whether the rewards of a task are comparisons within the group, whose mean is always 0.5."""
     return task.verifier == "preference" and task.reference is None
 
 
-def batches(groups: Sequence[Group], tokens: int, scale: bool, mask_truncated: bool) -> list[RolloutBatch]:
-    """Groups as micro-batches of at most so many tokens, completions in their order.
+def rewards_of(groups: Sequence[Group]) -> Tensor:
+    """Return the rewards, [P, G] float32."""
+    return torch.tensor([group.rewards for group in groups])
+
+
+def pack_groups(
+    groups: Sequence[Group], advantages: Tensor, max_tokens: int, mask_truncated: bool
+) -> list[RolloutBatch]:
+    """Pack the completions of groups into micro-batches, in order.
 
     Args:
-        scale: see `losses.group_advantages`.
-        mask_truncated: completions that were cut off are not trained.
+        advantages: [P, G] float32.
+        max_tokens: of a micro-batch, unless a single completion is longer.
+        mask_truncated: leave truncated completions out of the loss; they are read but not trained.
     """
-    advantages, _ = group_advantages(torch.tensor([group.rewards for group in groups]), scale)
-    parts: list[list[tuple[int, int]]] = [[]]
-    used = 0
+    micro_batches: list[list[tuple[int, int]]] = [[]]  # the (group, completion) numbers in each
+    n_tokens = 0
     for i, group in enumerate(groups):
         for j, completion in enumerate(group.attempts.completions):
             length = len(group.prompt) + len(completion.ids) - 1  # the last token is predicted, not read
-            if parts[-1] and used + length > tokens:
-                parts.append([])
-                used = 0
-            parts[-1].append((i, j))
-            used += length
-    return [_batch(groups, part, advantages, mask_truncated) for part in parts]
+            if micro_batches[-1] and n_tokens + length > max_tokens:
+                micro_batches.append([])
+                n_tokens = 0
+            micro_batches[-1].append((i, j))
+            n_tokens += length
+    return [_micro_batch(groups, members, advantages, mask_truncated) for members in micro_batches]
 
 
-def _batch(
-    groups: Sequence[Group], part: Sequence[tuple[int, int]], advantages: Tensor, mask_truncated: bool
+def _micro_batch(
+    groups: Sequence[Group], members: Sequence[tuple[int, int]], advantages: Tensor, mask_truncated: bool
 ) -> RolloutBatch:
-    completions = [groups[i].attempts.completions[j] for i, j in part]
+    completions = [groups[i].attempts.completions[j] for i, j in members]
     return RolloutBatch.from_completions(
-        prompts=[groups[i].prompt for i, _ in part],
+        prompts=[groups[i].prompt for i, _ in members],
         completions=[completion.ids for completion in completions],
-        advantages=torch.stack([advantages[i, j] for i, j in part]),
+        advantages=torch.stack([advantages[i, j] for i, j in members]),
         logprobs=[completion.logprobs for completion in completions],
-        masked=[mask_truncated and groups[i].truncated[j] for i, j in part],
+        masked=[mask_truncated and groups[i].truncated[j] for i, j in members],
     )
 
 
-def gathered(groups: Sequence[Group]) -> list[Group]:
-    """The groups of all ranks, without their tokens; every rank must call this."""
-    from torch import distributed
-
-    own = [replace(group, attempts=replace(group.attempts, completions=[], texts=[])) for group in groups]
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return own
-    shares: list[list[Group]] = [[]] * distributed.get_world_size()
-    distributed.all_gather_object(shares, own)
-    return [group for share in shares for group in share]
+def gather_groups(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups of all ranks, without texts and tokens. Every rank must call this."""
+    scored = [replace(group, attempts=replace(group.attempts, completions=[], texts=[])) for group in groups]
+    return [group for share in gather_shares(scored) for group in share]
 
 
 def statistics(groups: Sequence[Group]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What is logged of the groups of all ranks.
+    """Compute what is logged of a step's groups, those of all ranks.
 
     Returns:
-        Of every step: rl/reward, rl/pass_rate (whole rewards), rl/truncated: means over completions;
-        rl/completion_tokens: their mean length; rl/sampled_tokens: their sum; rl/reward_std: mean over groups of the
-        standard deviation (G - 1 in its denominator); rl/no_signal: share of groups whose rewards are all equal;
-        rl/replaced: groups sampled and not trained. Of this step, as what there is differs: rl/reward/<source>;
-        rl/status/<status>: completions.
+        The metrics that every step has, and those whose names depend on the step's tasks.
+
+        Every step, over completions: rl/reward, rl/pass_rate (share with reward 1), rl/truncated (share),
+        rl/completion_tokens (mean length), rl/sampled_tokens (their sum). Over groups: rl/reward_std (mean of the
+        standard deviations, with G - 1 in their denominators), rl/no_signal (share of groups whose rewards are all
+        equal), rl/replaced (number of groups that were sampled and not trained).
+
+        By task: rl/reward/<source>, rl/status/<status> (number of completions).
     """
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    lengths = torch.tensor([group.attempts.tokens for group in groups], dtype=torch.float64)
-    values = {
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G]
+    lengths = torch.tensor([group.attempts.n_tokens for group in groups], dtype=torch.float64)  # [P, G]
+    metrics = {
         "rl/reward": rewards.mean(),
         "rl/reward_std": rewards.std(1).mean(),
         "rl/pass_rate": (rewards == 1).double().mean(),
         "rl/truncated": torch.tensor([group.truncated for group in groups]).double().mean(),
         "rl/completion_tokens": lengths.mean(),
         "rl/sampled_tokens": lengths.sum(),
-        "rl/no_signal": torch.tensor([not group.signal for group in groups]).double().mean(),
-        "rl/replaced": torch.tensor(float(sum(not group.trained for group in groups))),
+        "rl/no_signal": torch.tensor([not group.has_signal for group in groups]).double().mean(),
+        "rl/replaced": torch.tensor(float(sum(not group.is_trained for group in groups))),
     }
-    of_this_step = {}
+    by_task = {}
     for source in sorted({group.attempts.task.source for group in groups}):
-        own = torch.tensor([group.attempts.task.source == source for group in groups])
-        of_this_step[f"rl/reward/{source}"] = float(rewards[own].mean())
-    counters = statuses(score for group in groups for score in group.attempts.scores)
-    of_this_step |= {f"rl/status/{name}": float(count) for name, count in counters.items()}
-    return {name: value.float() for name, value in values.items()}, of_this_step
+        is_of_source = torch.tensor([group.attempts.task.source == source for group in groups])
+        by_task[f"rl/reward/{source}"] = float(rewards[is_of_source].mean())
+    counts = statuses(score for group in groups for score in group.attempts.scores)
+    by_task |= {f"rl/status/{status}": float(count) for status, count in counts.items()}
+    return {name: value.float() for name, value in metrics.items()}, by_task

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from callbacks import on_policy_filter
 from callbacks.on_policy_filter import OnPolicyFilter
 from nb_lightning.checkpoints.pretrained import in_training, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.errors import RunStopped
-from nb_lightning.evaluate.accuracy import Report, evaluate_tasks
+from nb_lightning.evaluate.accuracy import evaluate_tasks
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards import Score
-from nb_lightning.rewards.tasks import Task, read_tasks
-from nb_lightning.rollouts.attempts import Attempts
+from nb_lightning.rewards.tasks import read_tasks
+from nb_lightning.rollouts.attempts import Attempts, Prompt
+from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.text.chat_template import ChatTemplate
 from tests.rl_harness import make, run_here
 
@@ -35,14 +35,15 @@ def solved(monkeypatch: pytest.MonkeyPatch, right: Any) -> list[tuple[float, flo
     tasks asked."""
     calls: list[tuple[float, float, list[str]]] = []
 
-    def evaluate(model: Any, tasks: Sequence[Task], sampling: Any, k: int, *more: Any) -> Report:
-        assert k == 16 and sampling.temperature == 1 and sampling.max_new_tokens == 24
-        policy = float(model.model.embedding.weight.detach().sum())
-        calls.append((policy, model.model.rope.theta, [task.id for task in tasks]))
-        scores = [[Score(float(j < right(task)), {"status": "x"}) for j in range(k)] for task in tasks]
-        return Report([Attempts(task, scores=found) for task, found in zip(tasks, scores)], k)
+    def sample_over_ranks(self: RolloutSampler, prompts: Sequence[Prompt], on_scored: Any) -> list[Attempts]:
+        assert self.k == 16 and self.sampling.temperature == 1 and self.sampling.max_new_tokens == 24
+        model, tasks = self.pretrained.model, [prompt.task for prompt in prompts]
+        policy = float(model.embedding.weight.detach().sum())
+        calls.append((policy, model.rope.theta, [task.id for task in tasks]))
+        scores = [[Score(float(j < right(task)), {"status": "x"}) for j in range(self.k)] for task in tasks]
+        return [Attempts(task, scores=task_scores) for task, task_scores in zip(tasks, scores)]
 
-    monkeypatch.setattr(on_policy_filter, "evaluate_tasks", evaluate)
+    monkeypatch.setattr(RolloutSampler, "sample_over_ranks", sample_over_ranks)
     return calls
 
 
@@ -85,7 +86,7 @@ def test_the_real_thing_is_what_evaluation_gives(made: Path, tmp_path: Path) -> 
     loaded = load_pretrained(str(made / "policy"))
     model = in_training(loaded.model, load_tokenizer("bytes"), ChatTemplate.chatml(), "policy")
     report = evaluate_tasks(model, read_tasks(made / "words.jsonl"), Sampling(24), 16, 0)
-    right = [attempts.correct for attempts in report.attempts]
+    right = [attempts.n_correct for attempts in report.attempts]
     found = json.loads((run / "on_policy_filter.json").read_text())["stem"]["words"]
     assert found["counts"] == [right.count(n) for n in range(17)]
     assert found["kept"] == sum(2 <= n <= 14 for n in right)

@@ -86,7 +86,7 @@ def test_summary() -> None:
 
 def test_greedy() -> None:
     found = evaluate_tasks(pretrained_of(chain(COIN)), tasks_of(["42", "43"]), replace(SAMPLING, temperature=0))
-    assert [attempts.mean for attempts in found.attempts] == [1, 0]
+    assert [attempts.mean_reward for attempts in found.attempts] == [1, 0]
     assert found.summary()["all"]["pass"] == {1: 0.5}
 
 
@@ -107,7 +107,7 @@ class Half:
 
 def test_partial_rewards_count_for_the_mean_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     half = Half()
-    monkeypatch.setattr("nb_lightning.rollouts.attempts.get_verifier", lambda name: half)
+    monkeypatch.setattr("nb_lightning.rewards.registry.get_verifier", lambda name: half)
     seen = []
     found = evaluate_tasks(pretrained_of(chain(COIN)), tasks_of([1, 2]), SAMPLING, k=3, on_scored=seen.append)
     assert found.summary()["all"]["mean"] == 0.5 and found.summary()["all"]["pass"] == {1: 0, 2: 0, 3: 0}
@@ -128,7 +128,7 @@ def test_completions_are_those_of_generate() -> None:
         prompt = TOKENIZER.tokenizer.encode(text, add_special_tokens=False).ids
         (want,) = generate(model, [prompt], Sampling(12, 0, stop_ids=(TOKENIZER.eos_id, END)))
         ids = want.ids[:-1] if want.finish_reason == "stop" else want.ids
-        assert attempts.texts == [TOKENIZER.decode(ids)] and attempts.tokens == [len(want.ids)]
+        assert attempts.texts == [TOKENIZER.decode(ids)] and attempts.n_tokens == [len(want.ids)]
         assert attempts.finish_reasons == [want.finish_reason]
 
 
@@ -173,7 +173,7 @@ def test_the_model_is_in_the_mode_it_was_in() -> None:
 def test_a_mistake_is_found_before_anything_is_sampled(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("nb_lightning.rollouts.attempts.stream", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("nb_lightning.rollouts.sampler.stream", lambda *_: pytest.fail("sampled"))
     given = {"pretrained": pretrained_of(chain({})), "tasks": tasks_of("a"), "sampling": SAMPLING, "k": 1, **change}
     with pytest.raises(ValueError, match=message):
         evaluate_tasks(**given)
@@ -184,6 +184,6 @@ def test_what_a_verifier_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
         def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
             raise RuntimeError("bug")
 
-    monkeypatch.setattr("nb_lightning.rollouts.attempts.get_verifier", lambda name: Broken())
+    monkeypatch.setattr("nb_lightning.rewards.registry.get_verifier", lambda name: Broken())
     with pytest.raises(RuntimeError, match="bug"):
         evaluate_tasks(pretrained_of(chain(COIN)), tasks_of([1, 2]), SAMPLING)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from nb_lightning.ablate import compare, measured, table
-from nb_lightning.evaluate.statistics import estimate, student
+from nb_lightning.evaluate.statistics import estimate, student_interval
 
 
 def test_students_interval_by_hand() -> None:
     # mean 3, s = 2; t(2) = 4.303: 3 +- 4.303 * 2 / sqrt(3)
-    assert student(np.array([1.0, 3.0, 5.0])) == pytest.approx((3 - 4.96868, 3 + 4.96868), abs=1e-4)
-    assert student(np.array([1.0])) is None
+    assert student_interval(np.array([1.0, 3.0, 5.0])) == pytest.approx((3 - 4.96868, 3 + 4.96868), abs=1e-4)
+    assert student_interval(np.array([1.0])) is None
 
 
 def test_the_bootstrap_draws_seeds_and_tasks() -> None:

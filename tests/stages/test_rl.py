@@ -244,17 +244,17 @@ def test_resumed_in_each_phase_to_the_last_bit(made: Path, tmp_path: Path, unbro
 def test_groups_without_signal_are_replaced(made: Path, tmp_path: Path, seen: list[list[Group]]) -> None:
     run = run_here(made, tmp_path, "stage.extra_rounds=4", "stage.micro_batch_size=2", *STILL, *ALL_PROMPTS)
     for step, groups in enumerate(seen):
-        trained = [group for group in groups if group.trained]
+        trained = [group for group in groups if group.is_trained]
         assert len(trained) == (4 if step < 4 else 6)
         sources = [group.attempts.task.source for group in trained]
         assert step >= 4 or sorted(sources) == ["digits", "digits", "words", "words"]  # the mixture holds
-        assert all(not group.signal for group in groups if not group.trained)
+        assert all(not group.has_signal for group in groups if not group.is_trained)
         if step == 0:
             loss = naive_loss(policy().double(), trained, {})
             assert curve(run, "train/loss")[0] == pytest.approx(loss.item(), rel=1e-4)
         drawn = [tuple(c.ids) for group in groups for c in group.attempts.completions]
         assert len(set(drawn)) > 0.9 * len(drawn)  # the same prompt again is answered anew
-    replaced = [sum(not group.trained for group in groups) for groups in seen]
+    replaced = [sum(not group.is_trained for group in groups) for groups in seen]
     assert curve(run, "rl/replaced") == replaced and sum(replaced) > 5
 
 
