@@ -70,9 +70,10 @@ def run(cfg: Config) -> None:
     folder = run_dir(cfg)
     if cfg.dry_run:
         from callbacks.plots import plot_plan
+        from nb_lightning.run_folder import PLAN_PICTURE
 
         print(dry_run.describe(cfg))
-        plot_plan(plan_of(cfg.stage).in_whole_steps(), folder / "plan.png")
+        plot_plan(plan_of(cfg.stage).in_whole_steps(), folder / PLAN_PICTURE)
         print(f"picture: {folder / 'plan.png'}")
         return
     accelerator = resolve_accelerator(cfg.trainer)
@@ -173,11 +174,12 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
     """
     from nb_lightning.checkpoints import folders
     from nb_lightning.files import read_json
+    from nb_lightning.run_folder import MANIFEST
 
     if cfg.ckpt_path:
         return folders.resolve(cfg.ckpt_path)
     if cfg.resume:
-        finished = read_json(folder / "manifest.json").get("finished", True)  # where there is one at all
+        finished = read_json(folder / MANIFEST).get("finished", True)  # where there is one at all
         found, problems = folders.newest(folder, but=None if finished else end)
         for problem in problems:
             log.warning("left aside: %s", problem)

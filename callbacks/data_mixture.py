@@ -33,7 +33,7 @@ class DataMixtureShift(PhaseCallback):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         if (batch_idx + 1) % trainer.log_every_n_steps:
             return
-        order = trainer.datamodule.order
+        order = module.data.order
         taken, before = order.consumed(module.tokens_seen), order.consumed(self._logged_at)
         values = {f"data/repeats/{name}": times for name, times in order.repeats(module.tokens_seen).items()}
         for name, tokens in taken.items():

@@ -12,14 +12,13 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm import tqdm
 
-from callbacks.plots import COLORS, pyplot
 from nb_lightning.errors import RunStopped
 from nb_lightning.files import read_json, write_json
 from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
+from nb_lightning.plotting import COLORS, GREY, pyplot
 from nb_lightning.rollouts.groups import is_judged_in_group
-
-KEPT = "on_policy_filter.json"
+from nb_lightning.run_folder import ON_POLICY_FILTER, on_policy_filter_picture
 
 
 class OnPolicyFilter(PhaseCallback):
@@ -61,12 +60,12 @@ class OnPolicyFilter(PhaseCallback):
         self.kept = state_dict["kept"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        trainer.datamodule.selected_tasks = self.kept
+        module.data.selected_tasks = self.kept
 
     def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
         if phase.name in self.kept:
             return
-        data = trainer.datamodule
+        data = module.data
         fitting, kept = {}, {}
         for name, ids in data.fitting_tasks[phase.name].items():
             if all(is_judged_in_group(data.tasks[name][id]) for id in ids):
@@ -79,7 +78,7 @@ class OnPolicyFilter(PhaseCallback):
         self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase, fitting: dict[str, list[str]]
     ) -> dict[str, list[str]]:
         """Return the task ids of each source that are kept."""
-        data = trainer.datamodule
+        data = module.data
         tasks = [data.tasks[name][id] for name, ids in fitting.items() for id in ids]
         sampler = replace(module.sampler, k=self.samples)
         share = -(-len(tasks) // trainer.world_size)
@@ -121,9 +120,9 @@ class OnPolicyFilter(PhaseCallback):
         )
 
     def _write(self, run: Path, phase: str, report: dict[str, Any]) -> None:
-        path = run / KEPT
+        path = run / ON_POLICY_FILTER
         write_json(path, {**read_json(path), phase: report})
-        plot_filter(phase, report, self.samples, (self.low, self.high), run / f"on_policy_filter_{phase}.png")
+        plot_filter(phase, report, self.samples, (self.low, self.high), run / on_policy_filter_picture(phase))
 
 
 def plot_filter(phase: str, report: dict[str, Any], samples: int, kept: tuple[float, float], path: Path) -> None:
@@ -134,7 +133,7 @@ def plot_filter(phase: str, report: dict[str, Any], samples: int, kept: tuple[fl
     )
     for axis, (name, numbers) in zip(axes[0], report.items()):
         inside = [kept[0] < n / samples < kept[1] for n in range(samples + 1)]
-        colors = [COLORS[0] if x else COLORS[6] for x in inside]
+        colors = [COLORS[0] if x else GREY for x in inside]
         axis.bar(range(samples + 1), numbers["counts"], color=colors, width=0.85)
         axis.set_title(f"{name}: {numbers['kept']} of {numbers['of']} kept", fontsize=10, loc="left")
         axis.set_xlabel(f"right, of {samples}")

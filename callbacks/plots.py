@@ -11,18 +11,8 @@ import numpy as np
 
 from callbacks.progress import human
 from nb_lightning.phases import PhasePlan
-from nb_lightning.run_folder import read_metrics
-
-COLORS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#bbbbbb",
-    "#994455",
-)  # Tol, colour-blind safe
+from nb_lightning.plotting import COLORS, pyplot
+from nb_lightning.run_folder import CURVES_PICTURE, PLAN_PICTURE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -60,8 +50,8 @@ class Plots(pl.Callback):
         run = Path(trainer.default_root_dir)
         for logger in trainer.loggers:
             logger.save()
-        plot_plan(module.plan, run / "plan.png")
-        plot_curves(module.plan, read_metrics(run), run / "curves.png")
+        plot_plan(module.plan, run / PLAN_PICTURE)
+        plot_curves(module.plan, read_metrics(run), run / CURVES_PICTURE)
 
 
 def plot_plan(plan: PhasePlan, path: Path) -> None:
@@ -167,12 +157,3 @@ def _token_axis(axis: Any) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: human(value))
     axis.set_xlabel("tokens seen")
     axis.set_xlim(left=0)
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

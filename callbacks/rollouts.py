@@ -10,8 +10,7 @@ import lightning.pytorch as pl
 
 from nb_lightning.files import write_text
 from nb_lightning.rollouts.groups import Group
-
-ROLLOUTS = "rollouts.jsonl"
+from nb_lightning.run_folder import ROLLOUTS
 
 
 class RolloutSamples(pl.Callback):

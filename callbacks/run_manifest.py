@@ -43,7 +43,7 @@ class RunManifest(pl.Callback):
             return
         run = Path(trainer.default_root_dir)
         (run / "config.yaml").write_text(OmegaConf.to_yaml(module.cfg, resolve=True), encoding="utf-8")
-        data = trainer.datamodule
+        data = module.data
         chat = getattr(data, "chat", None)  # of the stages that train on conversations
         data.tokenizer.save(run / "tokenizer", chat.source if chat else None)
         earlier = read_json(run / MANIFEST).get("starts", []) if module.tokens_seen else []

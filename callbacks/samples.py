@@ -23,7 +23,7 @@ class TextSample(PhaseCallback):
         self.prompt, self.max_new_tokens, self.temperature = prompt, max_new_tokens, temperature
 
     def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
-        tokenizer = trainer.datamodule.tokenizer
+        tokenizer = module.data.tokenizer
         prompt = tokenizer.tokenizer.encode(self.prompt, add_special_tokens=False).ids
         sampling = Sampling(self.max_new_tokens, self.temperature, stop_ids=(tokenizer.eos_id,))
         # Every rank takes part: under FSDP a forward is a collective. The seed makes them agree.

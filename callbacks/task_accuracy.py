@@ -18,8 +18,7 @@ from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import read_tasks
 from nb_lightning.rollouts.attempts import Prompt
 from nb_lightning.rollouts.sampler import RolloutSampler
-
-BEFORE = "before"
+from nb_lightning.run_folder import ACCURACY, BEFORE_TRAINING
 
 
 class TaskAccuracy(PhaseCallback):
@@ -51,19 +50,19 @@ class TaskAccuracy(PhaseCallback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if tasks := [task for file in self.files for task in read_tasks(file)[: self.limit]]:
-            data = trainer.datamodule
+            data = module.data
             policy = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
             self._sampler = RolloutSampler(policy, get_verifiers(tasks), self.sampled, self.k)
             self._prompts = self._sampler.encode(tasks, self.seed)
         if module.tokens_seen == 0:
-            self._measure(trainer, module, BEFORE)
+            self._measure(trainer, module, BEFORE_TRAINING)
 
     def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
         self._measure(trainer, module, phase.name)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # not `module.print`: the progress bar that would show it is closed by now
-            print(table(read_json(Path(trainer.default_root_dir) / "accuracy.json")))
+            print(table(read_json(Path(trainer.default_root_dir) / ACCURACY)))
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
         """Measure on all ranks together; rank 0 writes and logs the results."""
@@ -84,8 +83,8 @@ class TaskAccuracy(PhaseCallback):
             }
             for name, numbers in sampled.summary().items()
         }
-        path = Path(trainer.default_root_dir) / "accuracy.json"
-        earlier = read_json(path) if when != BEFORE else {}
+        path = Path(trainer.default_root_dir) / ACCURACY
+        earlier = read_json(path) if when != BEFORE_TRAINING else {}
         write_json(path, {**earlier, when: {"tokens_seen": module.tokens_seen, "k": self.k, "sources": sources}})
         metrics: dict[str, Any] = {"tokens_seen": module.tokens_seen}
         for name, numbers in sources.items():

@@ -21,10 +21,10 @@ STDLIB = frozenset(sys.stdlib_module_names)
 # The house, from the ground up. A package imports only from floors below its own; packages of one floor not each other.
 FLOORS = [
     ["nb_lightning.phases", "nb_lightning.batch", "nb_lightning.errors", "nb_lightning.files", "nb_lightning.text",
-     "nb_lightning.run_folder"],
-    ["nb_lightning.config", "nb_lightning.losses", "nb_lightning.token_source", "nb_lightning.phase_callback"],
+     "nb_lightning.run_folder", "nb_lightning.plotting"],
+    ["nb_lightning.config", "nb_lightning.losses", "nb_lightning.token_source"],
     ["nb_lightning.model"],
-    ["nb_lightning.checkpoints", "nb_lightning.generation"],
+    ["nb_lightning.checkpoints", "nb_lightning.generation", "nb_lightning.phase_callback"],
     ["nb_lightning.rewards", "nb_lightning.serve", "nb_lightning.export", "nb_lightning.dry_run",
      "nb_lightning.checkout", "data.prepare"],
     ["nb_lightning.rollouts", "nb_lightning.recipe", "nb_lightning.submit", "data.demo"],

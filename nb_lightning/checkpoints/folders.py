@@ -24,6 +24,7 @@ import torch
 
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import Stored, Weights
+from nb_lightning.run_folder import CHECKPOINTS
 
 STATE = "state"
 MANIFEST = "checkpoint.json"
@@ -89,7 +90,7 @@ def verify(folder: Path) -> None:
 
 def all_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
 
 

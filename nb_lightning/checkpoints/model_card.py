@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nb_lightning import __version__
+from nb_lightning import __version__, run_folder
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.pretrained import CheckpointOrigin, Origin
 
@@ -83,7 +83,7 @@ def _training(checkpoint: Path) -> list[str]:
         f"nb_lightning {__version__}, {seen:,} tokens, checkpoint `{checkpoint.name}`, seed {info['seed']}.",
         _table(("phase", "tokens", "learning rate", "mixture", "context", "RoPE base"), rows),
     ]
-    path = checkpoint.parent.parent / "manifest.json"
+    path = checkpoint.parent.parent / run_folder.MANIFEST
     if not path.is_file():
         return parts
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

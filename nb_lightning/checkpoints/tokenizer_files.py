@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nb_lightning.checkpoints import sentencepiece
+from nb_lightning.run_folder import TOKENIZER
 from nb_lightning.text.tokenizer import (
     SPECIAL,
     TextTokenizer,
@@ -63,7 +64,7 @@ def tokenizer_file(path: Path) -> Path:
     """Where the tokenizer is that `path` means: a file, its folder, a run, or one of its checkpoints."""
     if not path.is_dir():
         return path
-    near = [path, path / "tokenizer", path.parent.parent / "tokenizer"]
+    near = [path, path / TOKENIZER, path.parent.parent / TOKENIZER]
     files = [folder / name for folder in near for name in ("tokenizer.json", "tokenizer.model")]
     return next((file for file in files if file.is_file()), files[0])
 

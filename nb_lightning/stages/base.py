@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
@@ -29,13 +28,14 @@ from nb_lightning.model.attention import resolve_backend
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import fill
-from nb_lightning.phases import Phase, PhasePlan
+from nb_lightning.phase_callback import StageModule
+from nb_lightning.phases import PhasePlan
 from nb_lightning.stages.frozen import FrozenModel
 from nb_lightning.stages.metrics import Means
 from nb_lightning.stages.optim import build_optimizer, clip_grad_norm
 
 
-class BaseStage(pl.LightningModule):
+class BaseStage(StageModule):
     """A plan, a backbone, and the clock.
 
     Attributes:
@@ -140,11 +140,6 @@ class BaseStage(pl.LightningModule):
         """Floating-point operations per trained token, see `ModelShape.flops_per_token`."""
         return self.shape.flops_per_token(seq_len, causal, frozen=self.adapted)
 
-    @property
-    def phase(self) -> Phase:
-        """The phase of the next step."""
-        return self.plan.phase_at(self.tokens_seen)
-
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
         metrics = self.update(batch.micro_batches)
         self.tokens_seen += batch.tokens
@@ -229,7 +224,7 @@ class BaseStage(pl.LightningModule):
             "model": {**plain(self.shape), "rope_theta": self.model.rope.theta},
             "context": max([self.context, *(phase.seq_len for phase in self.plan.begun(self.tokens_seen))]),
             "plan": [plain(phase) for phase in self.plan.phases],
-            "sources": self.trainer.datamodule.digests,
+            "sources": self.data.digests,
             "adapter": self._adapter(),
         }
 
@@ -275,12 +270,12 @@ class ValidatedByMeans(BaseStage):
         return sums
 
     def on_validation_epoch_start(self) -> None:
-        names = self.trainer.datamodule.val_names
+        names = self.data.val_names
         self._means = {name: Means(self.validated).to(self.device) for name in names}
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         counts = batch.counts
-        self._means[self.trainer.datamodule.val_names[dataloader_idx]].update(self.held_out(batch, counts), counts)
+        self._means[self.data.val_names[dataloader_idx]].update(self.held_out(batch, counts), counts)
 
     def on_validation_epoch_end(self) -> None:
         values = {

@@ -87,7 +87,7 @@ class DPDStage(ValidatedByMeans):
 
     def on_train_start(self) -> None:
         """Read the reference's log-probabilities, or, before the first step, compute them."""
-        data, path = self.trainer.datamodule, run_dir(self.cfg) / REFERENCE
+        data, path = self.data, run_dir(self.cfg) / REFERENCE
         if not self._began_as:
             self._began_as = self._beginning()
         key = ReferenceKey(data.pairs_digest, self._began_as["policy"], data.template_digest)
@@ -128,7 +128,7 @@ class DPDStage(ValidatedByMeans):
         nobody uses: the same products in the same order, so that the first margin is 0 to the last bit. (Adapters begin
         as 0, so their dropout changes nothing.) Every rank computes its share.
         """
-        data, rank, ranks = self.trainer.datamodule, self.trainer.global_rank, self.trainer.world_size
+        data, rank, ranks = self.data, self.trainer.global_rank, self.trainer.world_size
         self.print("log-probabilities of the reference ...")
         table = torch.full((data.n_pairs, 2), -torch.inf, device=self.device)
         steps = data.steps(rank, ranks)

@@ -25,10 +25,10 @@ class NextTokenStage(BaseStage):
         return self.nll(batch) / counts["tokens"], {}
 
     def on_validation_epoch_start(self) -> None:
-        self._perplexity = {name: Perplexity().to(self.device) for name in self.trainer.datamodule.val_names}
+        self._perplexity = {name: Perplexity().to(self.device) for name in self.data.val_names}
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        name = self.trainer.datamodule.val_names[dataloader_idx]
+        name = self.data.val_names[dataloader_idx]
         self._perplexity[name].update(self.nll(batch), batch.counts["tokens"])
 
     def on_validation_epoch_end(self) -> None:

@@ -74,7 +74,7 @@ class RLStage(BaseStage):
             self.reference = self.frozen(find(self.cfg.init_from))
 
     def _sampler(self) -> RolloutSampler:
-        data, stage = self.trainer.datamodule, self.cfg.stage
+        data, stage = self.data, self.cfg.stage
         tasks = list(data.all_tasks())
         judges = self._load_judge() if any(task.verifier == "preference" for task in tasks) else {}
         # Temperature 1 and the whole distribution: any other sampling would be another policy than the trained one.
@@ -133,7 +133,7 @@ class RLStage(BaseStage):
         Returns:
             All groups, the replaced ones included; and the seconds in which only scores were waited for.
         """
-        data, rank = self.trainer.datamodule, (self.global_rank, self.trainer.world_size)
+        data, rank = self.data, (self.global_rank, self.trainer.world_size)
         groups, scoring_seconds = self._answer(data.draw(step, *rank))
         current = list(groups)  # the group that now stands in each place of the step
         for round in range(1, self.cfg.stage.extra_rounds + 1):
