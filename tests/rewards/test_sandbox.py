@@ -284,8 +284,7 @@ def test_a_start_that_hangs_does_not_outlive_the_trainer(tmp_path: Path) -> None
     (tmp_path / "nb_hangs.py").write_text("import time\ntime.sleep(1000)\n")
     program = f"""
 import sys
-from nb_lightning.rewards import worker
-from nb_lightning.rewards.sandbox import Sandbox, Setup
+from nb_lightning.rewards.sandbox import Sandbox, Setup, worker
 worker.START_SECONDS = 3
 Sandbox(Setup("run_code", preload=("nb_hangs",), path=(*sys.path, {str(tmp_path)!r})))
 """
