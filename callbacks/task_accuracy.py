@@ -62,7 +62,7 @@ class TaskAccuracy(PhaseCallback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # not `module.print`: the progress bar that would show it is closed by now
-            print(table(read_json(Path(trainer.default_root_dir) / ACCURACY)))
+            print(table(read_json(Path(trainer.default_root_dir) / ACCURACY, {})))
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
         """Measure on all ranks together; rank 0 writes and logs the results."""
@@ -84,7 +84,7 @@ class TaskAccuracy(PhaseCallback):
             for name, numbers in sampled.summary().items()
         }
         path = Path(trainer.default_root_dir) / ACCURACY
-        earlier = read_json(path) if when != BEFORE_TRAINING else {}
+        earlier = read_json(path, {}) if when != BEFORE_TRAINING else {}
         write_json(path, {**earlier, when: {"tokens_seen": module.tokens_seen, "k": self.k, "sources": sources}})
         metrics: dict[str, Any] = {"tokens_seen": module.tokens_seen}
         for name, numbers in sources.items():

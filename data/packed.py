@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from data.prepare.chats import template_digest
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config.schema import ChatDataConfig, Config
 from nb_lightning.phases import PhasePlan
-from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_template import ChatTemplate, read_template
 from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import Source
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class PackedData(PlannedData):
                 "data.mask_documents=false: samples in a row must not see one another; "
                 f"stage={cfg.stage.name} needs true"
             )
-        self.chat: ChatTemplate = ChatTokenizer.of(self.tokenizer, read_template(self.settings.template)).template
+        self.chat = chat_template(self.tokenizer, self.settings.template)
 
     @property
     def settings(self) -> ChatDataConfig:
@@ -170,16 +170,14 @@ class PackedData(PlannedData):
         return HeldOutRows(self.packed_val[name], phase.seq_len, rows, size, self.assemble)
 
 
-def read_template(path: str | None) -> str | None:
-    """Jinja source of `data.template`.
+def chat_template(tokenizer: TextTokenizer, file: str | None) -> ChatTemplate:
+    """Return the template in `file` (the key data.template), else the tokenizer's, else ChatML.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
-    try:
-        return None if path is None else Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.template={path} cannot be read: {error}") from error
+    source = None if file is None else read_template(file, f"data.template={file}")
+    return ChatTokenizer.of(tokenizer, source).template
 
 
 def describe(name: str, packing: Packing, number: int, unit: str = PackedSource.unit) -> str:

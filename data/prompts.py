@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.base import PlannedData
 from data.mixture import RowOrder, shuffled
-from data.packed import read_template
+from data.packed import chat_template
 from nb_lightning.batch import RolloutStep
 from nb_lightning.config.schema import Config, PromptDataConfig
+from nb_lightning.files import sha256_of
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.rollouts.attempts import Prompt
 from nb_lightning.text.chat_tokens import ChatTokenizer
-from nb_lightning.token_source import sha256
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PromptData(PlannedData):
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
-        self.chat = ChatTokenizer.of(self.tokenizer, read_template(self.settings.template)).template
+        self.chat = chat_template(self.tokenizer, self.settings.template)
         self.tasks: dict[str, dict[str, Task]] = {}
         self.fitting_tasks: dict[str, dict[str, list[str]]] = {}
         self.selected_tasks: dict[str, dict[str, list[str]]] = {}
@@ -85,7 +85,7 @@ class PromptData(PlannedData):
             except ValueError as error:
                 raise ValueError(f"data.sources.{name}: {error}") from error
             self.tasks[name] = {task.id: task for task in tasks}
-            self._digests[name] = sha256(Path(path))
+            self._digests[name] = sha256_of(Path(path))
             self._ids[name] = {}
             for task in tasks:
                 try:

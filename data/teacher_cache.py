@@ -9,15 +9,14 @@ It takes the place of a teacher that does not fit beside the student. Made by `p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nb_lightning.files import whole, write_json
-from nb_lightning.token_source import Source, sha256
+from nb_lightning.files import atomic_write, read_json, sha256_of, write_json
+from nb_lightning.token_source import Source
 
 MANIFEST = "teacher.json"
 FILE_TOKENS = 2**18  # records of a file, about
@@ -46,7 +45,7 @@ class TeacherCache:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{self.folder} has no {MANIFEST}; make it with python -m data.teacher_logprobs")
-        self.about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.about: dict[str, Any] = read_json(path)
         if self.about["source"] != source.manifest.digest:
             raise ValueError(f"{path} is of other samples than the source has now; make it again")
         count = records_of(source.samples())
@@ -74,7 +73,7 @@ class TeacherCache:
             path = self.folder / entry["name"]
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{path} is missing or cut off; delete {self.folder / MANIFEST} and make it again")
-            if self.verify and sha256(path) != entry["sha256"]:
+            if self.verify and sha256_of(path) != entry["sha256"]:
                 raise ValueError(f"{path} is damaged: its SHA-256 differs from {MANIFEST}; make it again")
             self._opened[number] = np.load(path, mmap_mode="r")
         return self._opened[number]
@@ -98,7 +97,7 @@ class CacheWriter:
         self.samples = source.samples()
         self.about = {**about, "source": source.manifest.digest, "files": []}
         path = self.folder / MANIFEST
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        old = read_json(path) if path.is_file() else None
         changed = [key for key in self.about if key != "files" and old is not None and old.get(key) != self.about[key]]
         if changed and not overwrite:
             raise ValueError(f"{path} is of another {', '.join(changed)}; replace it with --overwrite")
@@ -124,8 +123,8 @@ class CacheWriter:
         """Keep the records of `samples`, the next ones of `left`."""
         assert len(records) == records_of(self.samples)[samples.start : samples.stop].sum()
         path = self.folder / f"teacher-{len(self.about['files']):06d}.npy"
-        with whole(path) as file:
+        with atomic_write(path) as file:
             np.save(file, records)
         entry = {"name": path.name, "start": samples.start, "stop": samples.stop, "bytes": path.stat().st_size}
-        self.about["files"].append({**entry, "sha256": sha256(path)})
+        self.about["files"].append({**entry, "sha256": sha256_of(path)})
         write_json(self.folder / MANIFEST, self.about)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.bin_packing import assemble_batch
 from data.teacher_cache import CacheWriter, record
-from nb_lightning.checkpoints.pretrained import find, load_pretrained, require_same_vocabulary
+from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.losses.head import CHUNK_SIZE
 from nb_lightning.model.transformer import Transformer
@@ -56,7 +56,7 @@ def run(a: argparse.Namespace) -> None:
     if "://" in a.source:
         raise ValueError(f"--source {a.source} is remote; make it of a local copy")
     sources = [Source(f"{a.source}/{split}") for split in SPLITS]
-    origin = find(a.teacher)
+    origin = find_origin(a.teacher)
     if not all(source.manifest.pairs for source in sources):
         raise ValueError(f"--source {a.source} holds no pairs; data.prepare --pairs makes them")
     if not 0 < a.k <= origin.shape.vocab_size:

@@ -82,7 +82,7 @@ class Run:
 
     def claim(self) -> dict[str, Any]:
         """What the folder says of the run; of one that is not begun, what it will say."""
-        return read_json(self.folder / CLAIM) or {"overrides": self.overrides, "finished": False, "seconds": 0.0}
+        return read_json(self.folder / CLAIM, {}) or {"overrides": self.overrides, "finished": False, "seconds": 0.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,7 +262,7 @@ def measured(run: Path, kind: str, source: str) -> tuple[np.ndarray, np.ndarray 
         ValueError: it measured no such source.
     """
     if kind == "accuracy":
-        phases = json.loads((run / "accuracy.json").read_text(encoding="utf-8"))
+        phases = read_json(run / "accuracy.json")
         before, after = (phases[when]["sources"] for when in ("before", list(phases)[-1]))
         if source not in after:
             raise ValueError(f"measure.sources names {source!r}; {run} measured {', '.join(after)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nb_lightning.checkpoints.pretrained import Origin, find
+from nb_lightning.checkpoints.pretrained import Origin, find_origin
 from nb_lightning.config.compose import plan_of
 from nb_lightning.config.schema import Config, plain
 from nb_lightning.losses.chunks import CPU_TILE, GPU_TILE
@@ -112,7 +112,7 @@ def missing(cfg: Config) -> dict[str, str]:
 
 def _model_at(path: str) -> Origin | None:
     try:
-        return find(path, verify=False)
+        return find_origin(path, verify=False)
     except ValueError:
         return None
 

@@ -22,13 +22,13 @@ from nb_lightning import __version__
 from nb_lightning.checkpoints import folders, gguf, hugging_face
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.model_card import model_card
-from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find
+from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find_origin
 from nb_lightning.config.schema import AdapterConfig
+from nb_lightning.generation.sampling import PAPER_DECODING
 from nb_lightning.model import weights
-from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_template import read_template
 from nb_lightning.text.tokenizer import TextTokenizer
 
-DECODING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # report, section "Evaluation"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 DEFAULT_CONTEXT = 2048  # where nothing says what rows the model was made for: transformers' own
 
@@ -65,7 +65,7 @@ def run(a: argparse.Namespace) -> None:
     if not (a.to or a.gguf or a.adapter):
         raise ValueError("nothing to write: give --to, --gguf or --adapter")
     shard_bytes = _bytes(a.shard_size)
-    origin = find(a.origin)
+    origin = find_origin(a.origin)
     for target, check in ((a.to, _require_folder), (a.gguf, _require_file), (a.adapter, _require_folder)):
         if target:
             check(Path(target), origin.path)
@@ -76,7 +76,8 @@ def run(a: argparse.Namespace) -> None:
     tensors, tokenizer = origin.open(), origin.tokenizer()
     tensors.require(origin.shape)
     if a.chat_template:
-        tokenizer = replace(tokenizer, chat_template=_template(a.chat_template))
+        source = read_template(a.chat_template, f"--chat-template {a.chat_template}")
+        tokenizer = replace(tokenizer, chat_template=source)
     dtype = tensors.dtype if a.dtype == "auto" else hugging_face.DTYPES[a.dtype]
     if a.to:
         export_hf(origin, tensors, tokenizer, Path(a.to), dtype, shard_bytes, a.name or Path(a.to).absolute().name)
@@ -102,7 +103,7 @@ def export_hf(
         for role in ("bos_token", "eos_token", "pad_token")
     }
     generation = {**ids, "eos_token_id": list(origin.stop_ids(tokenizer))}
-    generation |= origin.decoding() or (DECODING if tokenizer.chat_template else {})
+    generation |= origin.decoding() or ({"do_sample": True, **PAPER_DECODING} if tokenizer.chat_template else {})
     temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -110,7 +111,7 @@ def export_hf(
         hugging_face.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
         config = hugging_face.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
         _write_json(temporary / hugging_face.CONFIG, config)
-        _write_json(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        _write_json(temporary / hugging_face.GENERATION_CONFIG, {k: v for k, v in generation.items() if v is not None})
         tokenizer.save(temporary, model_max_length=context)
         card = model_card(name, origin, kind, chat=tokenizer.chat_template is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -196,13 +197,6 @@ def _require_file(target: Path, origin: Path) -> None:
     gguf.require_package()
     if (target.exists() or target.is_symlink()) and not (target.is_file() and gguf.is_ours(target)):
         raise ValueError(f"--gguf {target} is something else than an earlier export; name another file")
-
-
-def _template(spec: str) -> str:
-    try:
-        return ChatTemplate.chatml().source if spec == "chatml" else Path(spec).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {spec} cannot be read: {error}") from error
 
 
 def _bytes(text: str) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 from litdata import StreamingDataset, TokensLoader
 from litdata.streaming.fs_provider import _get_fs_provider
 
-from nb_lightning.files import write_json
+from nb_lightning.files import sha256_of, write_json
 
 PAGE = 1024
 MANIFEST = "source.json"
@@ -128,7 +128,7 @@ class Source:
         name = f"{self.folder}/{SAMPLES}"
         try:
             with _local(self.folder, SAMPLES) as path:
-                if self.verify and sha256(path) != self.manifest.samples["sha256"]:
+                if self.verify and sha256_of(path) != self.manifest.samples["sha256"]:
                     raise ValueError(f"its SHA-256 differs from {MANIFEST}")
                 return np.load(path)
         except (OSError, ValueError) as error:
@@ -179,7 +179,7 @@ class Source:
             raise ValueError(
                 f"data chunk {name} has {path.stat().st_size} bytes, not {entry['bytes']}; prepare the source again"
             )
-        if self.verify and sha256(path) != entry["sha256"]:
+        if self.verify and sha256_of(path) != entry["sha256"]:
             raise ValueError(
                 f"data chunk {name} is damaged (its SHA-256 differs from {MANIFEST}); prepare the source again"
             )
@@ -201,8 +201,3 @@ def _local(folder: str, name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as local:
         provider.download_file(f"{folder}/{name}", f"{local}/{name}")
         yield Path(local, name)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

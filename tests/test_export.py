@@ -14,7 +14,7 @@ from nb_lightning import export
 from nb_lightning.checkpoints.gguf import GGUFWeights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.checkpoints.hugging_face import HFWeights
-from nb_lightning.checkpoints.pretrained import find, load_pretrained
+from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate
 from tests.checkpoints.harness import NANBEIGE, write
@@ -126,7 +126,7 @@ def test_there_and_back_is_the_same_to_the_last_bit(tmp_path: Path, tied: bool, 
 def test_a_gguf_file_and_back(run: Path, tmp_path: Path, kind: str, exact: bool) -> None:
     file = tmp_path / "tiny.gguf"
     export.main(["--from", str(run), "--gguf", str(file), "--gguf-type", kind, "--chat-template", "chatml"])
-    one, other = find(str(run)), find(str(file))
+    one, other = find_origin(str(run)), find_origin(str(file))
     assert one.shape == other.shape and one.context == other.context == 128
     for name in one.open().stored:
         a, b = one.open().read(name), other.open().read(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from data.prepare.chats import Chats, template_digest
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import is_source, locked
-from nb_lightning.files import write_json
-from nb_lightning.token_source import sha256
+from nb_lightning.files import read_json, sha256_of, write_json
 
 MADE_OF = "demo.json"  # beside the splits: what the source was made of
 
@@ -37,7 +35,7 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
         if not files["train"].is_file():
             known = ", ".join(sorted(path.stem for path in (chats / "train").iterdir()))
             raise ValueError(f"data.sources.{name}: the demo tasks have {known} (data.demo_tasks=true)")
-        made_of = {split: sha256(file) for split, file in files.items()}
+        made_of = {split: sha256_of(file) for split, file in files.items()}
         made_of |= {"tokenizer": form.tokenizer.digest, "template": template_digest(form.encoder.template)}
         with locked(folder.parent, wait=True):  # a second process waits here and then finds it built
             if is_source(str(folder)) and _read(folder / MADE_OF) == made_of:
@@ -54,6 +52,6 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except ValueError:
         return None

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data.demo.problems import FAMILIES, Problem
 from data.prepare.source_writer import locked
-from nb_lightning.files import write_json
+from nb_lightning.files import read_json, write_json
 from nb_lightning.rewards.tasks import Task, write_tasks
 
 VERSION = 4  # of the problems: raise it when their text changes
@@ -100,8 +100,8 @@ def build_demo_tasks(
 
 def _made(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        return read_json(folder / MANIFEST)
+    except ValueError:
         return None
 
 

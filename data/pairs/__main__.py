@@ -25,10 +25,11 @@ from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import describe, make
 from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
+from nb_lightning.files import sha256_of
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
-from nb_lightning.token_source import sha256
+from nb_lightning.text.chat_template import read_template
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,14 +124,11 @@ def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tu
             if key_of(task) in tasks:
                 raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
             tasks[key_of(task)] = task
-    return list(tasks.values()), [(Path(path).name, sha256(Path(path))) for path in paths]
+    return list(tasks.values()), [(Path(path).name, sha256_of(Path(path))) for path in paths]
 
 
 def _samplers(a: argparse.Namespace) -> tuple[Sampler, LocalSampler]:
-    try:
-        template = a.chat_template.read_text("utf-8") if a.chat_template else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {a.chat_template} cannot be read: {error}") from error
+    template = read_template(a.chat_template, f"--chat-template {a.chat_template}") if a.chat_template else None
     for name in ("k", "student_k", "max_batch", "concurrency", "limit"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; it must be at least 1")

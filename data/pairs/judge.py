@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data.pairs.endpoint import asking, client
-from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.rewards.preference import load_reward_model
 
 QUESTION = """Two answers to the same conversation follow. Which one is better: more correct, more helpful, clearer?
@@ -60,7 +60,7 @@ class RewardModelJudge:
         self.model = load_reward_model(self.path, self.device, self.dtype)
 
     def about(self) -> dict[str, Any]:
-        return {"name": self.model.name, "digest": find(self.path).digest()}
+        return {"name": self.model.name, "digest": find_origin(self.path).digest()}
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
         return [self._first(c) for c in comparisons]

@@ -14,7 +14,7 @@ from data.pairs.judge import Comparison, Judge
 from data.pairs.responses import Journal, Response, Sampler, key_of, sample_all
 from data.pairs.rule import NOT_PREFERRED, Rule
 from data.prepare.source_writer import locked
-from nb_lightning.files import unfinished, whole, write_json
+from nb_lightning.files import atomic_write, read_json, temporary_path, write_json
 from nb_lightning.rewards.tasks import Task
 
 CLAIM, PAIRS, REPORT = "claim.json", "pairs.jsonl", "report.json"
@@ -96,8 +96,8 @@ def describe(report: Mapping[str, Any]) -> str:
 def _take(folder: Path, claim: dict[str, Any], overwrite: bool) -> None:
     """Take `folder` for this work, or go on with it there."""
     path = folder / CLAIM
-    there = sorted(file.name for file in folder.iterdir() if file != unfinished(path))
-    old = json.loads(path.read_text(encoding="utf-8")) if CLAIM in there else None
+    there = sorted(file.name for file in folder.iterdir() if file != temporary_path(path))
+    old = read_json(path) if CLAIM in there else None
     if old is None and there:
         raise ValueError(f"--output {folder} holds something else ({', '.join(there[:SHOWN])}); name another folder")
     changed = [key for key in claim if old is not None and old.get(key) != claim[key]]
@@ -191,6 +191,6 @@ def _report(
 
 
 def _write_lines(path: Path, lines: Sequence[Any]) -> None:
-    with whole(path) as file:
+    with atomic_write(path) as file:
         for line in lines:
             file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.pairs.endpoint import asking, client
-from nb_lightning.checkpoints.pretrained import find, load_pretrained
+from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.registry import get_verifier, get_verifiers
 from nb_lightning.rewards.tasks import Task
@@ -118,13 +118,13 @@ class LocalSampler:
     dtype: str = "auto"
 
     def about(self) -> dict[str, Any]:
-        origin = find(self.path)
+        origin = find_origin(self.path)
         parts = origin.path.resolve().parts
         name = f"{parts[-3]}/{parts[-1]}" if parts[-2] == "checkpoints" else parts[-1]  # of a run, and which of its
         return {"name": name, "digest": origin.digest()}
 
     def chat_tokenizer(self) -> ChatTokenizer:
-        return ChatTokenizer.of(find(self.path).tokenizer(), self.template)
+        return ChatTokenizer.of(find_origin(self.path).tokenizer(), self.template)
 
     def sample(self, tasks: Sequence[Task], done: Done) -> None:
         pretrained = load_pretrained(self.path, self.device, self.dtype)

@@ -11,6 +11,7 @@ from data.prepare.chats import HISTORY
 from data.prepare.make import GO_ON, BadRecord, prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import CHUNK_TOKENS
+from nb_lightning.text.chat_template import read_template
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     chat("--date", default=ChatSettings.date, help="for templates that write it (default: %(default)s)")
     a = parser.parse_args(arguments)
     try:
-        template = _read_template(a.template) if a.template else None
+        template = read_template(a.template, f"--template {a.template}") if a.template else None
         if a.pairs and (a.chat or not a.think):
             raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
         chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
@@ -55,13 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadRecord) else 130 if isinstance(error, KeyboardInterrupt) else 1)
     print(made)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--template {path} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

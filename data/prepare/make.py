@@ -38,7 +38,7 @@ from data.prepare.pairs import Pairs
 from data.prepare.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
 from data.prepare.settings import SourceSettings
 from data.prepare.staging import CLAIM, clean_up, new_claim, require_room, take_up
-from nb_lightning.files import write_json
+from nb_lightning.files import read_json, write_json
 from nb_lightning.token_source import PAGE, SPLITS, SourceManifest
 
 DONE, DROPPED = "done.json", "dropped.jsonl"
@@ -131,7 +131,7 @@ def prepare(
         claim = take_up(staging, new_claim(parts, settings, output), output, overwrite)
         require_room(staging, [p for p, folder in zip(parts, folders) if not (folder / DONE).exists()], settings)
         _run(parts, folders, settings, workers, on_bad, progress)
-        summaries = [json.loads((folder / DONE).read_text()) for folder in folders]
+        summaries = [read_json(folder / DONE) for folder in folders]
         lines = [summary["lines"] for summary in summaries]
         if not any(lines):
             clean_up(staging, claim)
@@ -206,7 +206,7 @@ def _start_worker() -> None:
 def do_part(part: Part, folder: Path, settings: SourceSettings, on_bad: str) -> dict[str, Any]:
     """Tokenize one part into `folder`, unless it is there already; returns {tokens, lines, dropped}."""
     if (folder / DONE).exists():
-        summary = json.loads((folder / DONE).read_text())
+        summary = read_json(folder / DONE)
         if summary["dropped"] and on_bad == "fail":
             raise BadRecord(_first_dropped(part, folder))
         return summary

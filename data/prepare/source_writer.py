@@ -6,7 +6,6 @@ What lies on disk, and how it is read, is in nb_lightning/token_source.py.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -23,8 +22,8 @@ from litdata.streaming.fs_provider import _get_fs_provider
 from litdata.streaming.writer import BinaryWriter
 from tqdm import tqdm
 
-from nb_lightning.files import whole, write_json
-from nb_lightning.token_source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest, sha256
+from nb_lightning.files import atomic_write, read_json, sha256_of, write_json
+from nb_lightning.token_source import INDEX, MANIFEST, SAMPLES, SPLITS, TRAINED, SourceManifest
 
 CHUNK_TOKENS = 2**24  # 32 MiB of uint16, 64 MiB of int32
 _OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy|teacher(-\d+\.npy|\.json)|\..*\.tmp")
@@ -66,11 +65,11 @@ class SourceWriter:
             self._writer.done()
             self._writer.merge(1)
             left = self._tokens
-            for chunk in json.loads((self.folder / INDEX).read_text())["chunks"]:
+            for chunk in read_json(self.folder / INDEX)["chunks"]:
                 path = self.folder / chunk["filename"]
                 held = min(left, chunk["dim"])
                 self.manifest.chunks.append(
-                    {"filename": path.name, "tokens": held, "bytes": path.stat().st_size, "sha256": sha256(path)}
+                    {"filename": path.name, "tokens": held, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 )
                 left -= held
             assert left == 0
@@ -104,9 +103,9 @@ class SampleWriter(SourceWriter):
 
 def _write_samples(folder: Path, samples: np.ndarray) -> dict[str, Any]:
     path = folder / SAMPLES
-    with whole(path) as file:
+    with atomic_write(path) as file:
         np.save(file, samples)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
@@ -134,7 +133,7 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
             merged.dropped[reason] = merged.dropped.get(reason, 0) + count
         if not manifest.chunks:
             continue
-        index = json.loads((part / INDEX).read_text())
+        index = read_json(part / INDEX)
         config = config or index["config"]
         for chunk, entry in zip(index["chunks"], manifest.chunks):
             name = f"chunk-{number}-{len(chunks)}.bin"

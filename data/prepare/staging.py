@@ -11,7 +11,7 @@ from typing import Any
 from data.prepare import source_writer
 from data.prepare.records import ARCHIVES, Part
 from data.prepare.settings import SourceSettings
-from nb_lightning.files import write_json
+from nb_lightning.files import read_json, write_json
 
 CLAIM = "claim.json"
 
@@ -38,7 +38,7 @@ def take_up(staging: Path, claim: dict[str, Any], output: str, overwrite: bool) 
     Without `overwrite`, unfinished work of other input or settings, or a finished source, is a `ValueError`.
     """
     path, work = staging / CLAIM, staging / "parts"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = read_json(path, {})
     if work.exists() and not old:
         raise ValueError(f"{work} is in the way, and not from a preparation; choose another --staging")
     changed = [key for key in claim if old and key != "state" and old[key] != claim[key]]

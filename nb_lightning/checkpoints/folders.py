@@ -9,7 +9,6 @@ file system leaves either the whole checkpoint or none. Before one is loaded its
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from nb_lightning.files import sha256_of
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import Stored, Weights
 from nb_lightning.run_folder import CHECKPOINTS
@@ -40,7 +40,7 @@ def commit(temporary: Path, final: Path, info: dict[str, Any], name: str = MANIF
     files = {}
     for path in _files(temporary):
         _sync(path)
-        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = temporary / name
     manifest.write_text(json.dumps({**info, "files": files}, indent=1))
     _sync(manifest)
@@ -84,7 +84,7 @@ def verify(folder: Path) -> None:
             raise DamagedCheckpoint(f"checkpoint file {path} is missing")
         if path.stat().st_size != entry["bytes"]:
             raise DamagedCheckpoint(f"checkpoint file {path} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             raise DamagedCheckpoint(f"checkpoint file {path} is damaged: its SHA-256 differs from {MANIFEST}")
 
 
@@ -248,11 +248,6 @@ def _first_line(error: BaseException) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

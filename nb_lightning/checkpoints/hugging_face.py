@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nb_lightning.config.schema import AdapterConfig
+from nb_lightning.files import read_json, write_json
 from nb_lightning.model.adapters import peft_config
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import Stored, Weights, parameter_shapes
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 10_000_000  # of any size in a config: beyond is a damaged or hostile file
 
@@ -28,21 +28,13 @@ _SIZES = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num
           "d_mlp": "intermediate_size"}  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Read how a model's makers sample from it, in transformers' words; empty where they do not say.
 
     Raises:
-        ValueError: no such file, or something else in it.
+        ValueError: see `read_json`.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {path.name}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return read_json(folder / GENERATION_CONFIG, {})
 
 
 def shape_from_config(config: Mapping[str, Any], origin: str | Path = CONFIG) -> ModelShape:
@@ -262,7 +254,7 @@ def save_hf(weights: Weights, shape: ModelShape, folder: Path, dtype: torch.dtyp
         files.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def _split(sizes: Mapping[str, int], largest: int) -> Iterator[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from nb_lightning import __version__, run_folder
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.pretrained import CheckpointOrigin, Origin
+from nb_lightning.files import read_json
 
 _FRONT = """---
 library_name: transformers
@@ -83,10 +83,9 @@ def _training(checkpoint: Path) -> list[str]:
         f"nb_lightning {__version__}, {seen:,} tokens, checkpoint `{checkpoint.name}`, seed {info['seed']}.",
         _table(("phase", "tokens", "learning rate", "mixture", "context", "RoPE base"), rows),
     ]
-    path = checkpoint.parent.parent / run_folder.MANIFEST
-    if not path.is_file():
+    manifest = read_json(checkpoint.parent.parent / run_folder.MANIFEST, {})
+    if not manifest:
         return parts
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("init_from"):
         parts.append(f"It began with the weights of `{Path(manifest['init_from']).name}`.")
     data = manifest.get("data", {})

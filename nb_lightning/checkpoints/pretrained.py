@@ -15,6 +15,7 @@ from nb_lightning.checkpoints import folders, hugging_face
 from nb_lightning.checkpoints.gguf import GGUFWeights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.files import read_json
 from nb_lightning.model import adapters, weights
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.text.chat_template import ChatTemplate
@@ -117,7 +118,7 @@ class AdapterOrigin(CheckpointOrigin):
     def open(self) -> weights.Weights:
         saved = folders.read_info(self.path)["adapter"]
         try:
-            base = find(saved["base"]["path"])
+            base = find_origin(saved["base"]["path"])
         except ValueError as error:
             raise ValueError(f"{self.path} holds adapters only, and their base is gone: {error}") from error
         return adapters.Merged(base.open(), folders.CheckpointWeights(self.path), saved)
@@ -128,7 +129,7 @@ class HFOrigin(Origin):
         return hugging_face.HFWeights(self.path)
 
     def _named_ends(self) -> list[Any]:
-        config = hugging_face.read_json(self.path / hugging_face.CONFIG)
+        config = read_json(self.path / hugging_face.CONFIG)
         named = [content.get("eos_token_id") for content in (config, self._generation)]
         return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
 
@@ -140,8 +141,7 @@ class HFOrigin(Origin):
 
     @property
     def _generation(self) -> dict[str, Any]:
-        path = self.path / "generation_config.json"
-        return hugging_face.read_json(path) if path.is_file() else {}
+        return hugging_face.read_generation_config(self.path)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _comparison(info: dict[str, Any]) -> str | None:
     return found.get("digest") if isinstance(found, dict) else None
 
 
-def find(path: str, verify: bool = True) -> Origin:
+def find_origin(path: str, verify: bool = True) -> Origin:
     """What is at `path`: a run, one of its checkpoints, a Hugging Face folder, or a .gguf file.
 
     Args:
@@ -181,7 +181,7 @@ def find(path: str, verify: bool = True) -> Origin:
         gguf = GGUFWeights(where)
         return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
     if (where / hugging_face.CONFIG).is_file():
-        config = hugging_face.read_json(where / hugging_face.CONFIG)
+        config = read_json(where / hugging_face.CONFIG)
         context = config.get("max_position_embeddings")
         shape = hugging_face.shape_from_config(config, where / hugging_face.CONFIG)
         return HFOrigin(where, shape, context if isinstance(context, int) else None)
@@ -201,7 +201,7 @@ def shape_at(init_from: str | None) -> dict[str, Any]:
     """`ModelConfig`'s values for the model whose weights a run begins with.
 
     Raises:
-        ValueError: see `find`.
+        ValueError: see `find_origin`.
     """
     if not init_from:
         raise ValueError(
@@ -209,7 +209,7 @@ def shape_at(init_from: str | None) -> dict[str, Any]:
             "its checkpoints"
         )
     try:
-        return asdict(find(init_from, verify=False).shape)
+        return asdict(find_origin(init_from, verify=False).shape)
     except ValueError as error:
         raise ValueError(f"init_from={init_from}: {error}") from error
 
@@ -229,7 +229,7 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
     if dtype != "auto" and dtype not in hugging_face.DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hugging_face.DTYPES)}")
     wanted = torch.bfloat16 if where.type == "cuda" else torch.float32
-    origin = find(path)
+    origin = find_origin(path)
     tokenizer = origin.tokenizer()
     tensors = origin.open()
     tensors.require(origin.shape)  # before memory is taken for them

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
 from nb_lightning.evaluate.accuracy import Report, evaluate_tasks
 from nb_lightning.evaluate.perplexity import perplexity, source_documents, text_documents
-from nb_lightning.files import whole, write_json
+from nb_lightning.files import atomic_write, write_json
 from nb_lightning.generation.decoder import MAX_BATCH
-from nb_lightning.generation.sampling import Sampling
+from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.rollouts.attempts import Attempts
-from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_template import ChatTemplate, read_template
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("tasks")
     g.add_argument("--k", type=int, default=8, help="completions sampled for each task; 0: greedy only")
     g.add_argument("--no-greedy", action="store_true", help="leave the greedy completion out")
-    g.add_argument("--temperature", type=float, default=0.6)
-    g.add_argument("--top-p", type=float, default=0.95)
+    g.add_argument("--temperature", type=float, default=PAPER_DECODING["temperature"])
+    g.add_argument("--top-p", type=float, default=PAPER_DECODING["top_p"])
     g.add_argument("--top-k", type=int, default=0)
     g.add_argument("--max-new-tokens", type=int, default=512)
     g.add_argument("--limit", type=int, help="only the first so many tasks of each file")
@@ -95,7 +95,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     pretrained = load_pretrained(a.model, device, a.dtype)
     if a.chat_template:
-        pretrained.chat = _template(a.chat_template)
+        pretrained.chat = ChatTemplate(read_template(a.chat_template, f"--chat-template {a.chat_template}"))
     result = {"model": _about(pretrained, a.model), "settings": vars(a), "versions": _versions()}
     if tasks:
         ways = {"sampled": (sampling, a.k), "greedy": (replace(sampling, temperature=0.0), 0 if a.no_greedy else 1)}
@@ -189,15 +189,6 @@ def _named(pair: str, flag: str) -> tuple[str, str]:
     return name, place
 
 
-def _template(spec: str) -> ChatTemplate:
-    if spec == "chatml":
-        return ChatTemplate.chatml()
-    try:
-        return ChatTemplate(Path(spec).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {spec} cannot be read: {error}") from error
-
-
 def _about(pretrained: Pretrained, path: str) -> dict[str, Any]:
     weight = pretrained.model.embedding.weight
     return {
@@ -217,7 +208,7 @@ def _versions() -> dict[str, str]:
 
 
 def _write_samples(path: str, reports: dict[str, Report]) -> None:
-    with whole(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         for way, report in reports.items():
             for attempts in report.attempts:
                 task = attempts.task

@@ -107,7 +107,7 @@ def stream(
     training = model.training
     model.eval()
     try:
-        with gathered(model):
+        with gathered_parameters(model):
             while True:
                 for request in islice(requests, 2 * max_batch - len(running)):  # one batch runs, one waits
                     decoder.add(request.key, request.prompt, request.sampling, request.seed)
@@ -127,7 +127,7 @@ def stream(
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
     """Under FSDP2: whole parameters on every rank while this lasts, so that each may run as many forwards as it likes.
 
     Entering and leaving is a collective; elsewhere this does nothing.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 NUCLEUS = 128  # most likely tokens looked at first under top-p and top-k; more only if they fall short
 BLOCK = 512  # weights that are summed before they are searched
+PAPER_DECODING = {"temperature": 0.6, "top_p": 0.95}  # Nanbeige4-3B report, section "Evaluation"
 COLDEST = 1e-30  # a temperature below it would be 0 in float32
 
 

@@ -100,7 +100,7 @@ class Runner:
                 time.sleep(0.1)
 
     def _state(self) -> dict[str, dict[str, Any]]:
-        return read_json(self.state_file)
+        return read_json(self.state_file, {})
 
     def _note(self, step: Step, state: str, seconds: float) -> None:
         entry = {"state": state, "command": step.command, "identity": step.identity, "seconds": round(seconds, 1)}

@@ -63,7 +63,7 @@ def write(root: Path, output: Path) -> Path:
 def gather(root: Path) -> dict[str, Any]:
     """What the templates are made of."""
     runs = read_runs(root)
-    steps = read_json(root / "recipe" / "state.json")
+    steps = read_json(root / "recipe" / "state.json", {})
     there = [run for run in runs if run.manifest]
     return {
         "runs": runs,

@@ -139,7 +139,7 @@ def at_the_end(root: Path) -> Results:
     """What `nb_lightning.evaluate` measured, in the files that the recipe keeps: recipe/evaluate_<run>.json(l)."""
     found = []
     for name in CHAIN:
-        content = read_json(root / "recipe" / f"evaluate_{name}.json")
+        content = read_json(root / "recipe" / f"evaluate_{name}.json", {})
         tasks = content.get("tasks", {})
         if "sampled" in tasks:
             each = _each(root / "recipe" / f"evaluate_{name}.jsonl")

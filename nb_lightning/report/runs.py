@@ -34,7 +34,7 @@ class Run:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.folder / "manifest.json")
+        return read_json(self.folder / "manifest.json", {})
 
     @property
     def state(self) -> str:
@@ -53,12 +53,12 @@ class Run:
     @property
     def accuracy(self) -> dict[str, Any]:
         """Held-out tasks, by when they were measured (callbacks/task_accuracy.py)."""
-        return read_json(self.folder / "accuracy.json")
+        return read_json(self.folder / "accuracy.json", {})
 
     @property
     def filtered(self) -> dict[str, Any]:
         """What the on-policy filter kept, by phase and source."""
-        return read_json(self.folder / "on_policy_filter.json")
+        return read_json(self.folder / "on_policy_filter.json", {})
 
     def pictures(self) -> list[Path]:
         """Plan, curves, and the filter's histograms in the order of the phases."""

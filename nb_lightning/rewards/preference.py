@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import pack_responses
-from nb_lightning.checkpoints.pretrained import find, load_pretrained
+from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained
 from nb_lightning.losses.pairwise import answer_logits
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
@@ -116,7 +116,7 @@ def load_reward_model(path: str, device: str = "auto", dtype: str = "auto") -> R
         ValueError: nothing to load there, no reward model, or one that was trained on comparisons of another form than
             its tokenizer and chat template, or this version, make.
     """
-    origin = find(path)
+    origin = find_origin(path)
     trained = origin.comparison()
     if trained is None:
         raise ValueError(

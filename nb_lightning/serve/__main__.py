@@ -22,16 +22,15 @@ try:
 except ModuleNotFoundError:
     sys.exit("nb_lightning.serve needs LitServe: pip install 'nb_lightning[serve]'")
 
-from nb_lightning.checkpoints.hugging_face import read_json
-from nb_lightning.checkpoints.pretrained import find
-from nb_lightning.generation.sampling import Sampling
+from nb_lightning.checkpoints.hugging_face import GENERATION_CONFIG, read_generation_config
+from nb_lightning.checkpoints.pretrained import find_origin
+from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.serve.engine import Engine, be_a_child
 from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers
 from nb_lightning.text.chat_tokens import ChatTokenizer
 
 MAX_BODY = 8 * 2**20  # bytes of a request
 GRACE_S = 5  # for answers that are on their way when the server is stopped
-PAPER = {"temperature": 0.6, "top_p": 0.95}  # how the paper decodes
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +59,7 @@ def describe(args: argparse.Namespace) -> Served:
     for name, least in (("max_batch", 1), ("max_queue", 0), ("context", 2)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
-    origin = find(args.model, verify=False)  # the worker does
+    origin = find_origin(args.model, verify=False)  # the worker does
     tokenizer = origin.tokenizer()
     context = args.context or origin.context
     if context is None:
@@ -84,16 +83,15 @@ def decoding(folder: Path) -> dict[str, float]:
     Raises:
         ValueError: it says something that cannot be.
     """
-    path = folder / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_generation_config(folder)
     if config.get("do_sample") is False:
         return {"temperature": 0.0}
     said = {name: config[name] for name in ("temperature", "top_p", "top_k") if config.get(name) is not None}
     try:
         Sampling(1, **said)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return said or PAPER
+        raise ValueError(f"{folder / GENERATION_CONFIG}: {error}") from error
+    return said or PAPER_DECODING
 
 
 class Server(LitServer):

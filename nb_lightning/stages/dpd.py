@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import PreferenceBatch
-from nb_lightning.checkpoints.pretrained import KEY, Origin, find, require_same_vocabulary
+from nb_lightning.checkpoints.pretrained import KEY, Origin, find_origin, require_same_vocabulary
 from nb_lightning.config.compose import run_dir
 from nb_lightning.config.schema import Config, plain
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs
@@ -66,7 +66,7 @@ class DPDStage(ValidatedByMeans):
     def check_data(self, data: Any) -> None:
         if self.cfg.stage.teacher:
             try:
-                self._teacher_origin = find(self.cfg.stage.teacher)
+                self._teacher_origin = find_origin(self.cfg.stage.teacher)
             except ValueError as error:
                 raise ValueError(f"{KEY}={self.cfg.stage.teacher}: {error}") from error
             require_same_vocabulary(self._teacher_origin, data.tokenizer, self.shape.vocab_size)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from nb_lightning.files import whole
+from nb_lightning.files import atomic_write
 
 NAME = "ref_logprobs"
 
@@ -58,7 +58,7 @@ def write_reference(path: Path, logprobs: Tensor, key: ReferenceKey) -> None:
     logprobs = logprobs.detach().float().cpu().contiguous()
     metadata = {**asdict(key), "sha256": hashlib.sha256(_bytes(logprobs)).hexdigest()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(save({NAME: logprobs}, metadata))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import PackedBatch, RolloutBatch, RolloutStep
-from nb_lightning.checkpoints.pretrained import find, in_training
+from nb_lightning.checkpoints.pretrained import find_origin, in_training
 from nb_lightning.config.schema import Config
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.losses.grpo import GRPO_PER, group_advantages, grpo_loss
@@ -71,7 +71,7 @@ class RLStage(BaseStage):
         super().configure_model()
         self.sampler = self._sampler()
         if self.cfg.stage.kl_weight:
-            self.reference = self.frozen(find(self.cfg.init_from))
+            self.reference = self.frozen(find_origin(self.cfg.init_from))
 
     def _sampler(self) -> RolloutSampler:
         data, stage = self.data, self.cfg.stage

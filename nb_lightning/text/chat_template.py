@@ -221,6 +221,24 @@ class _Replacement:
         return self.template.probed
 
 
+def read_template(spec: str | Path, named: str) -> str:
+    """Read the Jinja source of a chat template.
+
+    Args:
+        spec: a file, or "chatml" for ours.
+        named: how an error names it, such as "--template a.jinja".
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if str(spec) == "chatml":
+        return ChatTemplate.chatml().source
+    try:
+        return Path(spec).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{named} cannot be read: {error}") from error
+
+
 def _assistant(messages: list[dict[str, Any]]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 

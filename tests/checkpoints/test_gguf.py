@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from nb_lightning.checkpoints.gguf import GGUFWeights, is_ours, read_metadata, save_gguf
 from nb_lightning.checkpoints.gguf_tokenizer import SPLITS, tokenizer_from_gguf, tokenizer_to_gguf
-from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.tokenizer import TextTokenizer, text_tokenizer
 from tests.checkpoints.harness import Random
@@ -148,7 +148,7 @@ def edited(path: Path, key: str, value: int | float) -> Path:
 def test_a_file_is_found(tmp_path: Path) -> None:
     path = saved(tmp_path / "tiny.gguf")
     assert is_ours(path) and not is_ours(Path(__file__))
-    origin = find(str(path))
+    origin = find_origin(str(path))
     assert origin.shape == TINY and origin.context == 512
     assert load_tokenizer(str(path)).tokenizer.encode("abc").ids == load_tokenizer("bytes").tokenizer.encode("abc").ids
 
@@ -212,7 +212,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         path = tmp_path / f"{i}.gguf"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"{i}.gguf is not a readable GGUF file: ") as caught:
-            find(str(path))
+            find_origin(str(path))
         assert "\n" not in str(caught.value)
 
 

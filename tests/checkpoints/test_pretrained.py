@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning.checkpoints.pretrained import find, load_pretrained
+from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained
 from nb_lightning.generation.decoder import Sampling, generate
 from nb_lightning.text.tokenizer import byte_tokenizer
 from tests.checkpoints.harness import NANBEIGE, write
@@ -31,7 +31,7 @@ def test_a_hugging_face_folder(hf: Path) -> None:
     assert pretrained.model.shape.rope_theta == 70e6 and pretrained.model.rope.theta == 70e6
     assert pretrained.tokenizer.tokenizer.id_to_token(pretrained.tokenizer.eos_id) == "<|endoftext|>"
     assert pretrained.stop_ids == (2, 256, 258)  # config.json's, the end of a document, the end of a turn
-    assert find(str(hf)).context == 65536
+    assert find_origin(str(hf)).context == 65536
 
 
 def test_a_run_and_its_checkpoints(train: Train, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_run_and_its_checkpoints(train: Train, tmp_path: Path) -> None:
             assert torch.equal(value, state[f"model.{name}"]), name
         assert pretrained.model.rope.theta == 100_000.0  # of the last phase
         assert pretrained.stop_ids == (256, 258) and pretrained.chat is None
-    assert find(str(run)).context == 128
+    assert find_origin(str(run)).context == 128
     prompt = pretrained.tokenizer.tokenizer.encode("def ").ids
     (completion,) = generate(pretrained.model, [prompt], Sampling(4, temperature=0, stop_ids=pretrained.stop_ids))
     assert completion.ids

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nb_lightning.checkpoints import folders
-from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import adapters
 from nb_lightning.model.transformer import Transformer
@@ -112,7 +112,7 @@ def test_resume_refuses_another_base_or_other_adapters(
 def test_a_later_stage_begins_with_base_and_adapters_merged(
     lora: Path, corpus: Path, base: Path, tmp_path: Path
 ) -> None:
-    origin = find(str(lora))
+    origin = find_origin(str(lora))
     expected = Transformer(SHAPE)
     fill(expected, origin.open())
     run = fit(corpus, tmp_path, f"init_from={lora}", "stage.phases.warmup.lr.end=0", "trainer.save_every_n_steps=1",
@@ -132,7 +132,7 @@ def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path,
     export.run(export.parser().parse_args(["--from", str(lora), "--adapter", f"{tmp_path}/adapter"]))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     ours = Transformer(SHAPE)
-    fill(ours, find(str(lora)).open())
+    fill(ours, find_origin(str(lora)).open())
     tokens = ids(2, 24, 260)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
@@ -142,7 +142,7 @@ def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path,
 
 def test_adapters_on_adapters(lora: Path, corpus: Path, tmp_path: Path) -> None:
     run = fit(corpus, tmp_path, *QLORA, f"init_from={lora}", "run_name=second")
-    weights = find(str(run)).open()
+    weights = find_origin(str(run)).open()
     assert isinstance(weights, adapters.Merged) and isinstance(weights.base, adapters.Merged)
     weights.require(SHAPE)
     assert torch.isfinite(weights.read("layers.0.mlp.up_proj.weight")).all()
@@ -154,7 +154,7 @@ def test_a_base_that_is_gone_is_named(lora: Path, tmp_path: Path) -> None:
     for path in (run / "checkpoints").glob("*/checkpoint.json"):
         path.write_text(path.read_text().replace('"path": "', '"path": "/nowhere'))
     with pytest.raises(ValueError, match=r"holds adapters only, and their base is gone: .*/nowhere"):
-        find(str(run)).open()
+        find_origin(str(run)).open()
 
 
 def test_accumulation(lora: Path, corpus: Path, base: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_two_processes(
     run = tmp_path / "runs/pretrain"
     for rank in range(2):
         assert_same_training(losses(read_trace(single)), losses(read_trace(run, rank)))
-    one, other = find(str(single)).open(), find(str(run)).open()
+    one, other = find_origin(str(single)).open(), find_origin(str(run)).open()
     for name in one.stored:
         torch.testing.assert_close(one.read(name), other.read(name), rtol=0, atol=1e-5)
     if strategy == "fsdp":  # its checkpoint is in shards: that resumes too

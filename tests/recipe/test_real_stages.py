@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nb_lightning.checkpoints import folders
-from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.files import read_json
 from nb_lightning.run_folder import read_metrics
 from tests import dpd_harness, reward_harness, rl_harness, sft_harness
@@ -95,7 +95,7 @@ def start(place: Path, root: Path) -> subprocess.Popen[bytes]:
 def ended(run: Path) -> dict[str, str]:
     """Of each phase a digest over all weights at its end."""
     boundaries = (path for path in folders.all_checkpoints(run) if "-end-of-" in path.name)
-    return {path.name: find(str(path)).digest() for path in boundaries}
+    return {path.name: find_origin(str(path)).digest() for path in boundaries}
 
 
 def results(root: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def results(root: Path) -> dict[str, Any]:
         "pairs": (root / "data/demo_pairs/tasks/pairs.jsonl").read_text(),
         "evaluation": read_json(root / "evaluation.json")["tasks"],
         "answers": (root / "answers.jsonl").read_text(),
-        "exported": find(str(root / "exported")).digest(),
+        "exported": find_origin(str(root / "exported")).digest(),
         "rollouts": (root / "runs/rl/rollouts.jsonl").read_text(),
         "filtered": read_json(root / "runs/rl/on_policy_filter.json"),
     }

@@ -16,7 +16,7 @@ import torch
 from data.pairs.__main__ import main as pairs_command
 from data.pairs.judge import Comparison, RewardModelJudge
 from nb_lightning import export, rewards
-from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.rewards import Guarded, Score, get_verifier, preference
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
@@ -257,7 +257,7 @@ def test_a_judge_of_pairs(run: Path, model: RewardModel, capsys: pytest.CaptureF
     judge = RewardModelJudge(str(run))
     asked = [Comparison(ASKED, one, other) for one, other in PAIRS[:5]]
     assert judge.compare([*asked, Comparison(ASKED, "x" * 200, "y")]) == [*model.compare(ASKED, PAIRS[:5]), 0.5]
-    assert judge.about() == {"name": "reward_model", "digest": find(str(run)).digest()}
+    assert judge.about() == {"name": "reward_model", "digest": find_origin(str(run)).digest()}
     words = ["--tasks", "t", "--teacher", "t", "--student", "s", "--output", "o", "--by", "judge", "--judge", "nowhere"]
     with pytest.raises(SystemExit, match="error: no checkpoint at 'nowhere'"):
         pairs_command(words)

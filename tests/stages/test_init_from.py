@@ -18,7 +18,7 @@ from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.gguf import save_gguf
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.hugging_face import to_hf
-from nb_lightning.checkpoints.pretrained import find, shape_at
+from nb_lightning.checkpoints.pretrained import find_origin, shape_at
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.checks import check
 from nb_lightning.config.compose import plan_of, register
@@ -52,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
 
 
 def assert_began_with(run: Path, origin: str) -> None:
-    weights = find(origin).open()
+    weights = find_origin(origin).open()
     began = folders.CheckpointWeights(folders.all_checkpoints(run)[0])
     for name in weights.stored:
         assert torch.equal(began.read(name), weights.read(name)), name
@@ -78,7 +78,7 @@ def test_a_hugging_face_folder_then_the_run_it_began(
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_gguf_file(train: Train, tmp_path: Path, small: Callable[[bool], Path], tied: bool) -> None:
     file = tmp_path / "small.gguf"
-    origin = find(str(small(tied)))
+    origin = find_origin(str(small(tied)))
     save_gguf(origin.open(), origin.shape, file, "bfloat16", 512, tokenizer_to_gguf(load_tokenizer("bytes"), 260), "0")
     train(*STILL, f"init_from={file}", f"model.tie_embeddings={tied}")
     assert_began_with(tmp_path / "runs/pretrain", str(file))
@@ -152,4 +152,4 @@ def test_another_shape_is_refused_by_the_key(small: Callable[[bool], Path], over
     folder = str(small(False))
     cfg = composed(f"init_from={folder}", override)
     with pytest.raises(ValueError, match="^" + re.escape(words.format(folder))):
-        PretrainStage(cfg, plan_of(cfg.stage)).begin_from(find(folder))
+        PretrainStage(cfg, plan_of(cfg.stage)).begin_from(find_origin(folder))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.checkpoints.pretrained import find
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.files import read_json
 from nb_lightning.run_folder import read_metrics
 from tests.harness import SOURCES, TRACE, Train, command, curve, environment, read_trace, run_train
@@ -128,10 +128,10 @@ def test_killed_after_the_last_step(corpus: Path, tmp_path: Path, unbroken: dict
         time.sleep(0.002)
     process.kill()
     process.wait()
-    weights = find(str(run)).digest()
+    weights = find_origin(str(run)).digest()
     assert not read_json(run / "manifest.json")["finished"], "the kill came too late; the test proves nothing"
     assert finish(corpus, tmp_path, *words) == unbroken
-    assert find(str(run)).digest() == weights
+    assert find_origin(str(run)).digest() == weights
     manifest = read_json(run / "manifest.json")
     assert manifest["finished"] and [entry["tokens_seen"] for entry in manifest["starts"]] == [0, 16 * 512]
     for name in SOURCES:
