@@ -168,7 +168,7 @@ def test_a_failure_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.checkpoints, "commit", full)
+    monkeypatch.setattr(export.folders, "commit", full)
     with pytest.raises(SystemExit, match=r"could not be written: .*No space left"):
         export.main(["--from", str(run), "--to", str(tmp_path / "new")])
     assert list(tmp_path.iterdir()) == []
