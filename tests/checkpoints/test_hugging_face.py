@@ -137,13 +137,13 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
     copy, largest = 4 * shape.parameters(), 4 * 32_000 * 1024
     assert copy > 500e6
     code = """if True:
-        import sys, threading, time
+        import json, sys, threading, time
         from pathlib import Path
-        import torch
-        from nb_lightning import hf_config, weights
-        from nb_lightning.model import Transformer
-
         import psutil
+        import torch
+        from nb_lightning.checkpoints.hugging_face import HFWeights, shape_from_config
+        from nb_lightning.model.transformer import Transformer
+        from nb_lightning.model.weights import fill
 
         def watch():
             while not done.is_set():
@@ -151,13 +151,13 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
                 time.sleep(0.001)
 
         folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
-        shape = hf_config.shape_from_config(hf_config.read_json(folder / "config.json"))
+        shape = shape_from_config(json.loads((folder / "config.json").read_text()))
         process = psutil.Process()
         peaks, done = [process.memory_info().rss], threading.Event()
         threading.Thread(target=watch).start()
         with torch.device("meta"):
             model = Transformer(shape).to(dtype)
-        weights.fill(model.to_empty(device="cpu"), weights.HFWeights(folder))
+        fill(model.to_empty(device="cpu"), HFWeights(folder))
         done.set()
         print(max(peaks) - peaks[0])
     """
