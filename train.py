@@ -17,9 +17,9 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from nb_lightning.checkout import shape_at
+from nb_lightning.checkout import register_configs
 from nb_lightning.config.checks import check
-from nb_lightning.config.compose import plan_of, register, run_dir
+from nb_lightning.config.compose import plan_of, run_dir
 from nb_lightning.config.schema import Config
 from nb_lightning.errors import RunStopped
 
@@ -32,7 +32,7 @@ gc.disable()
 log = logging.getLogger("train")
 
 
-register(shape_at)
+register_configs()
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")

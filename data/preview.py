@@ -15,6 +15,7 @@ import numpy as np
 from data.bin_packing import OVER_LONG, Packing
 from data.packed import PackedSource, describe
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.errors import one_line_errors
 from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import SPLITS, TRAINED, Source
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of the run (default: %(default)s)")
     add("--plain", action="store_true", help="no colour: brackets around what is trained on")
     a = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         tokenizer = load_tokenizer(a.tokenizer)
         source = Source(f"{a.source.rstrip('/')}/{a.split}")
         if not source.manifest.is_chat:
@@ -94,8 +95,6 @@ def main(arguments: list[str] | None = None) -> None:
         if packing.rows:
             print(f"\nrow {a.row} of a run with seed {a.seed}, if the source is called {name} there:")
             show(packed.row(a.row, a.seq_len), tokenizer, sys.stdout.isatty() and not a.plain)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ lower bound of the whole one. Stopped, the same command goes on.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from data.bin_packing import assemble_batch
 from data.teacher_cache import CacheWriter, record
 from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.errors import one_line_errors
 from nb_lightning.losses.head import CHUNK_SIZE
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.token_source import SPLITS, Source
@@ -46,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--overwrite", action="store_true", help="replace what is there of another teacher, k or temperature"
     )
     a = p.parse_args(arguments)
-    try:
+    with one_line_errors():
         run(a)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(a: argparse.Namespace) -> None:

@@ -36,10 +36,11 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nb_lightning.checkout import CHECKOUT
+from nb_lightning.checkout import CHECKOUT, require_checkout
+from nb_lightning.errors import one_line_errors
 from nb_lightning.evaluate.statistics import Interval, estimate
 from nb_lightning.files import read_json, write_json, write_text
-from nb_lightning.recipe.child import ended, last_line
+from nb_lightning.recipe.outcome import describe_exit, last_line
 from nb_lightning.run_folder import read_metrics
 
 FOLDER = CHECKOUT / "conf" / "ablation"
@@ -87,13 +88,9 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_intermixed_args(arguments)  # overrides after flags, as before them
-    try:
+    with one_line_errors(interrupted="run the same command again to go on"):
         failed = ablate(a.name, a.seeds, a.jobs, a.overrides, a.dry_run)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
-    sys.exit(1 if failed else 0)
+        sys.exit(1 if failed else 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,6 +149,7 @@ def ablate(name: str, seeds: Sequence[int], jobs: int, extra: Sequence[str], dry
     Raises:
         ValueError: see `read`; or a run is there that was begun with other overrides.
     """
+    require_checkout()
     ablation = read(name)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed is there twice, and would count as two")
@@ -205,7 +203,7 @@ def train(run: Run) -> str | None:
         code = subprocess.run(run.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env).returncode
     claim["seconds"] += time.monotonic() - began
     write_json(run.folder / CLAIM, {**claim, "finished": code == 0})
-    return None if code == 0 else f"{ended(code)}: {last_line(run.log, start) or 'it said nothing'}"
+    return None if code == 0 else f"{describe_exit(code)}: {last_line(run.log, start) or 'it said nothing'}"
 
 
 def write_report(path: Path, ablation: Ablation, runs: Sequence[Run], failed: dict[str, str]) -> None:

@@ -1,4 +1,7 @@
-"""The checkout around the library: where it is, and what its `train.py` would run with."""
+"""The checkout that the library was imported from: conf/, train.py, and what `train.py` would run with.
+
+The wheel holds the library alone. Commands that compose a config or start train.py call `require_checkout`.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,53 @@ from nb_lightning.config.compose import compose, register
 from nb_lightning.config.schema import Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+CONF = "conf"
 
 
-def shape_at(init_from: str | None) -> dict[str, Any]:
-    """What `model=from_hf` asks for; torch is loaded only if it does."""
-    from nb_lightning.checkpoints import pretrained
+def require_checkout(folder: Path | None = None) -> None:
+    """Refuse to go on where there is no conf/.
 
-    return pretrained.shape_at(init_from)
+    Args:
+        folder: where to look; by default where the library was imported from.
+
+    Raises:
+        ValueError: says what is missing and what to do.
+    """
+    folder = folder or CHECKOUT
+    if not (folder / CONF).is_dir():
+        raise ValueError(
+            f"this command needs nb_lightning's checkout, and {folder.resolve()} has no {CONF}/: an installed wheel is "
+            "the library alone; clone the repository and run it there"
+        )
+
+
+def register_configs() -> None:
+    """Put the schemas in place, and the resolver with which `model=from_hf` asks for a model's shape."""
+
+    def shape_of(init_from: str | None) -> dict[str, Any]:
+        from nb_lightning.checkpoints.pretrained import shape_at  # loads torch, which other models do not need here
+
+        return shape_at(init_from)
+
+    register(shape_of)
 
 
 def composed(overrides: Sequence[str]) -> Config:
-    """The config of `python train.py *overrides`, not checked yet.
+    """Compose the config of `python train.py *overrides`, unchecked.
 
     Raises:
-        ValueError: an override that does not fit, in Hydra's words.
+        ValueError: this is no checkout; or an override does not fit, in Hydra's words.
     """
-    register(shape_at)
-    return compose(CHECKOUT / "conf", overrides)
+    require_checkout()
+    register_configs()
+    return compose(CHECKOUT / CONF, overrides)
 
 
 def check_as_train(cfg: Config, overrides: Sequence[str]) -> None:
-    """Check a config as `python train.py *overrides` would; a package of hydra.searchpath is trusted.
+    """Check a config as `python train.py *overrides` would; packages in hydra.searchpath are trusted.
 
     Raises:
-        ValueError: see `config_checks.check`.
+        ValueError: see `config.checks.check`.
     """
-    searchpath = " ".join(word for word in overrides if word.startswith("hydra.searchpath="))
+    searchpath = " ".join(override for override in overrides if override.startswith("hydra.searchpath="))
     check(cfg, re.findall(r"pkg://(\w+)", searchpath))

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.model_card import model_card
 from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find_origin
 from nb_lightning.config.schema import AdapterConfig
+from nb_lightning.errors import one_line_errors
 from nb_lightning.generation.sampling import PAPER_DECODING
 from nb_lightning.model import weights
 from nb_lightning.text.chat_template import read_template
@@ -35,10 +35,8 @@ DEFAULT_CONTEXT = 2048  # where nothing says what rows the model was made for: t
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         run(a)
-    except ValueError as error:  # a mistake in what was asked: one line
-        sys.exit(f"error: {error}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from nb_lightning.checkout import CHECKOUT, check_as_train, composed
 from nb_lightning.config.schema import Config
+from nb_lightning.errors import one_line_errors
 
 STUDIO_HOME = Path("/teamspace")  # what lies below has the same path on a job's machine
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
@@ -26,10 +26,8 @@ HIDDEN = "(hidden)"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         run(a)
-    except ValueError as error:  # a mistake in what was asked: one line
-        sys.exit(f"error: {error}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.demo.tasks import build_demo_tasks
+from nb_lightning.errors import one_line_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -15,10 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         build_demo_tasks(a.output, seed=a.seed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     for split in ("chats/train", "chats/val", "tasks/train", "tasks/val"):
         lines = {file.stem: file.read_text().count("\n") for file in sorted((a.output / split).iterdir())}
         print(f"{a.output / split}: " + ", ".join(f"{family} {n:,}" for family, n in lines.items()))

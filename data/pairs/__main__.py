@@ -16,7 +16,6 @@ The result depends on the input, the settings and the seed alone.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import describe, make
 from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
+from nb_lightning.errors import one_line_errors
 from nb_lightning.files import sha256_of
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
@@ -34,12 +34,8 @@ from nb_lightning.text.chat_template import read_template
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_args(arguments)
-    try:
+    with one_line_errors(interrupted="run the same command again to go on"):
         print(describe(run(a)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
+from nb_lightning.errors import one_line_errors
 from nb_lightning.evaluate.accuracy import Report, evaluate_tasks
 from nb_lightning.evaluate.perplexity import perplexity, source_documents, text_documents
 from nb_lightning.files import atomic_write, write_json
@@ -34,10 +34,8 @@ from nb_lightning.text.chat_template import ChatTemplate, read_template
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         run(a)
-    except ValueError as error:  # a mistake in what was asked: one line
-        sys.exit(f"error: {error}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
-"""What a recipe would do, without doing it: commands, the plan of each stage, and what is not there yet.
+"""The dry run of a recipe: every command, the plan of each stage, and the inputs that are not there yet.
 
-Composed in this process as `train.py` does it: nothing is written, and a mistake is an error here, not in a child.
+Configs are composed in this process as `train.py` composes them. Nothing is written.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from nb_lightning.config.compose import run_dir
 from nb_lightning.config.schema import Config
 from nb_lightning.recipe.steps import TRAIN, Step
 
-READ = ("--tasks", "--teacher", "--student", "--judge", "--model", "--from", "--input", "--tokenizer")
-WRITTEN = ("--output", "--out", "--samples", "--to")
+INPUT_FLAGS = ("--tasks", "--teacher", "--student", "--judge", "--model", "--from", "--input", "--tokenizer")
+OUTPUT_FLAGS = ("--output", "--out", "--samples", "--to")
 
 
-def check_configurations(chosen: Sequence[Step]) -> None:
-    """A key that is wrong in the last stage is better known before the first.
+def check_configs(chosen: Sequence[Step]) -> None:
+    """Check every stage's config, so that a wrong key in the last stage is an error before the first one runs.
 
     Raises:
         ValueError: names the step.
     """
     for step in chosen:
         if step.trains:
-            folder = run_dir(_config(step))
+            folder = run_dir(_compose(step))
             if step.makes and folder not in step.makes:
                 raise ValueError(
                     f"step {step.name}: it would write {folder}, but the steps after it look in {step.makes[0]}; move "
@@ -39,10 +39,10 @@ def check_configurations(chosen: Sequence[Step]) -> None:
 
 
 def show_plans(steps: Sequence[Step], chosen: Sequence[Step]) -> None:
-    """Print it all.
+    """Print the commands of the steps `chosen`, their stages' plans, and the inputs that no step makes.
 
     Raises:
-        ValueError: a stage that cannot work; names the step.
+        ValueError: a stage cannot work; names the step.
     """
     from nb_lightning.dry_run import describe, missing  # imports torch
 
@@ -51,47 +51,50 @@ def show_plans(steps: Sequence[Step], chosen: Sequence[Step]) -> None:
     for number, step in enumerate(steps, 1):
         if step in chosen:
             print(f"# {number}/{len(steps)} {step.name}\n{shlex.join(step.command)}\n", flush=True)
-    made: list[Path] = []
-    wanted: dict[str, list[str]] = {}  # what is not there, and no step before makes it -> the steps that read it
+    outputs: list[Path] = []
+    readers_of_missing: dict[str, list[str]] = {}  # a path that no earlier step makes -> the steps that read it
     for step in chosen:
-        read = list(_arguments(step, READ))
+        inputs = list(_paths_after(step, INPUT_FLAGS))
         if step.trains:
-            cfg = _config(step, "dry_run=true")
-            read = list(missing(cfg).values())
+            cfg = _compose(step, "dry_run=true")
+            inputs = list(missing(cfg).values())
             if getattr(cfg.data, "demo_corpus", False) or getattr(cfg.data, "demo_tasks", False):
-                made.append(Path(cfg.paths.data_root))
-            unknown = f"not planned: its model is that of {cfg.init_from}, which is not there yet"
-            print(f"---- {step.name} ----\n{unknown if _shape_unknown(cfg) else describe(cfg)}\n", flush=True)
-        for path in read:
-            if not Path(path).exists() and not any(Path(path).is_relative_to(one) for one in made):
-                wanted.setdefault(path, []).append(step.name)
-        made += [*step.makes, *map(Path, _arguments(step, WRITTEN))]
-    if wanted:
+                outputs.append(Path(cfg.paths.data_root))
+            if _needs_earlier_weights(cfg):
+                plan = f"not planned: its model is that of {cfg.init_from}, which is not there yet"
+            else:
+                plan = describe(cfg)
+            print(f"---- {step.name} ----\n{plan}\n", flush=True)
+        for path in inputs:
+            if not Path(path).exists() and not any(Path(path).is_relative_to(output) for output in outputs):
+                readers_of_missing.setdefault(path, []).append(step.name)
+        outputs += [*step.makes, *map(Path, _paths_after(step, OUTPUT_FLAGS))]
+    if readers_of_missing:
         print("---- not there yet, and no step makes it ----")
-        width = max(map(len, wanted))
-        print("\n".join(f"{path:<{width}}  for {', '.join(names)}" for path, names in wanted.items()))
+        width = max(map(len, readers_of_missing))
+        print("\n".join(f"{path:<{width}}  for {', '.join(names)}" for path, names in readers_of_missing.items()))
 
 
-def _config(step: Step, *more: str) -> Config:
-    """What a step's `train.py` would run with."""
-    words = [*step.command[step.command.index(TRAIN) + 1 :], *more]
+def _compose(step: Step, *more: str) -> Config:
+    """Compose and check the config that a step's `train.py` would run with."""
+    overrides = [*step.command[step.command.index(TRAIN) + 1 :], *more]
     try:
-        cfg = composed(words)
-        if not _shape_unknown(cfg):
-            check_as_train(cfg, words)
+        cfg = composed(overrides)
+        if not _needs_earlier_weights(cfg):
+            check_as_train(cfg, overrides)
     except ValueError as error:
         raise ValueError(f"step {step.name}: {error}") from error
     return cfg
 
 
-def _shape_unknown(cfg: Config) -> bool:
-    """With model=from_hf: the model is that of weights which a step before has to make first."""
+def _needs_earlier_weights(cfg: Config) -> bool:
+    """Whether model=from_hf takes the shape from weights that an earlier step has yet to make."""
     return "shape_of:" in str(OmegaConf.to_container(cfg.model)) and not Path(cfg.init_from or "").exists()
 
 
-def _arguments(step: Step, flags: Sequence[str]) -> Iterator[str]:
-    """What a command has after these flags; addresses are left out."""
-    for i, word in enumerate(step.command):
-        if word in flags:
+def _paths_after(step: Step, flags: Sequence[str]) -> Iterator[str]:
+    """Yield the values of these flags in a step's command, addresses of endpoints left out."""
+    for i, argument in enumerate(step.command):
+        if argument in flags:
             values = takewhile(lambda value: not value.startswith("--"), step.command[i + 1 :])
             yield from (value for value in values if "://" not in value)

@@ -1,12 +1,12 @@
-"""Runs the steps one after the other, and knows after a kill where it was.
+"""Run the steps one after the other, and after a kill go on where it stopped.
 
-    <folder>/state.json   of each step begun: command, state, seconds; written atomically
-             <step>.log   the command and all it said, restarts below one another
-             replaced/    what a step that began afresh found in its place
-             lock         held by whoever runs, the running command included
+    <folder>/state.json   each started step: command, state, seconds; written atomically
+             <step>.log   the command and its output, restarts one below the other
+             replaced/    results that were in the way of a step that started afresh
+             lock         held by the runner and by the command that it runs
 
-A finished step is not run again while its command is the same; a stopped one goes on; one with another command begins
-afresh, and all after it too.
+A finished step is not run again while its command is the same, and a stopped one is resumed. A step with another
+command starts afresh, and so do all steps after it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,44 @@ from typing import Any
 from nb_lightning.errors import RunStopped
 from nb_lightning.files import read_json, write_json
 from nb_lightning.recipe import child
-from nb_lightning.recipe.child import ended, last_line
+from nb_lightning.recipe.outcome import describe_exit, last_line
 from nb_lightning.recipe.steps import Step
 
 CLEARING, RUNNING, FINISHED = "clearing", "running", "finished"
-SAVE_EVERY = 10.0  # seconds between two notes of the time that a step has taken
-PATIENCE = 20.0  # seconds for a command to end whose recipe was killed
+SAVE_EVERY = 10.0  # seconds between two updates of a step's time in state.json
+LOCK_TIMEOUT = 20.0  # seconds; a command whose recipe was killed may still be ending
 
 
 @dataclass
 class Progress:
-    """Where the recipe is; `doing` is the step's own last line."""
+    """Where the recipe is.
+
+    Attributes:
+        number, total: of the step, from 1, and of all steps.
+        earlier_seconds: what the other steps took.
+        seconds: what this step took, over all its restarts.
+        line: the last line of its output.
+    """
 
     step: Step
     number: int
-    of: int
-    earlier: float  # seconds that other steps took
-    seconds: float  # that this step took, over all its restarts
-    doing: str = ""
+    total: int
+    earlier_seconds: float = 0.0
+    seconds: float = 0.0
+    line: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"[{self.number}/{self.total}] {self.step.name}"
 
 
 class Runner:
-    """Args:
-    folder: where state and logs are.
-    tell: shows a line that stays.
-    show: shows where the recipe is, in passing.
+    """Runs steps and keeps their state in a folder.
+
+    Args:
+        folder: where state and logs are.
+        tell: prints a line.
+        show: shows the progress; called twice a second while a step runs.
     """
 
     def __init__(
@@ -58,112 +71,117 @@ class Runner:
         self.state_file = folder / "state.json"
 
     def run(self, steps: Sequence[Step], chosen: Sequence[Step], again: str | None = None) -> None:
-        """Run the steps `chosen` of all `steps`; the step `again` and those after it afresh.
+        """Run the steps `chosen` out of all `steps`; the step `again` and those after it start afresh.
 
         Raises:
             RunStopped: a command failed.
-            SystemExit: it was asked to stop; with 128 and the signal's number.
+            SystemExit: a signal asked to stop; with 128 and the signal's number.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
-            self._lock(lock.fileno())
+            self._acquire(lock.fileno())
             for step in chosen:
-                state = self._state()
-                known = state.get(step.name, {})
-                same = known.get("identity") == step.identity and step.name != again
-                number = steps.index(step) + 1
-                title = f"[{number}/{len(steps)}] {step.name}"
-                if same and known["state"] == FINISHED and all(place.exists() for place in step.makes):
-                    self.tell(f"{title}: finished before, in {clock(known['seconds'])}")
-                    continue
-                fresh = not same or known["state"] != RUNNING
-                if fresh:
-                    self._clear(step, steps[number:], state)
-                    known = {"seconds": 0.0}
-                words = step.command if fresh else [*step.command, *step.resume]
-                self.tell(f"{title}: {shlex.join(words)}")
-                earlier = sum(entry["seconds"] for name, entry in self._state().items() if name != step.name)
-                progress = Progress(step, number, len(steps), earlier, known["seconds"])
-                stopped = self._do(progress, words, lock.fileno())
-                if stopped:
-                    self.tell(f"stopped by {signal.Signals(stopped).name} in {step.name}; {to_go_on(again)}")
-                    raise SystemExit(128 + stopped)
+                received = self._run_step(step, steps, step.name == again, lock.fileno())
+                if received:
+                    self.tell(f"stopped by {signal.Signals(received).name} in {step.name}; {how_to_go_on(again)}")
+                    raise SystemExit(128 + received)
 
-    def _lock(self, lock: int) -> None:
-        end = time.monotonic() + PATIENCE
+    def _acquire(self, lock: int) -> None:
+        deadline = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
                 return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     raise ValueError(f"another recipe, or a command of it, is running in {self.folder}") from None
                 time.sleep(0.1)
+
+    def _run_step(self, step: Step, steps: Sequence[Step], is_again: bool, lock: int) -> int | None:
+        """Skip, resume or start a step; return the signal that asked to stop."""
+        entry = self._state().get(step.name, {})
+        is_same = entry.get("identity") == step.identity and not is_again
+        progress = Progress(step, steps.index(step) + 1, len(steps))
+        if is_same and entry["state"] == FINISHED and all(path.exists() for path in step.makes):
+            self.tell(f"{progress.title}: finished before, in {clock(entry['seconds'])}")
+            return None
+        if is_same and entry["state"] == RUNNING:
+            command, progress.seconds = [*step.command, *step.resume], entry["seconds"]
+        else:
+            self._clear(step, steps[progress.number :])
+            command = step.command
+        others = (other["seconds"] for name, other in self._state().items() if name != step.name)
+        progress.earlier_seconds = sum(others)
+        self.tell(f"{progress.title}: {shlex.join(command)}")
+        return self._execute(progress, command, lock)
 
     def _state(self) -> dict[str, dict[str, Any]]:
         return read_json(self.state_file, {})
 
-    def _note(self, step: Step, state: str, seconds: float) -> None:
+    def _record(self, step: Step, state: str, seconds: float) -> None:
         entry = {"state": state, "command": step.command, "identity": step.identity, "seconds": round(seconds, 1)}
         write_json(self.state_file, {**self._state(), step.name: entry})
 
-    def _clear(self, step: Step, later: Sequence[Step], state: dict[str, dict[str, Any]]) -> None:
-        """Move what is in the place of the step's results, and what later steps made of them; forget these.
+    def _clear(self, step: Step, later: Sequence[Step]) -> None:
+        """Move the old results of the step and of later steps aside, and forget these steps.
 
-        Noted before it is begun: killed in between, the step begins afresh once more instead of going on with the old.
+        The state is written first: after a kill in between, the step starts afresh instead of resuming the old run.
         """
-        gone = {other.name for other in later} | {step.name}
-        stale = [other for other in later if other.name in state]
-        if stale:
-            self.tell(f"to be run again after {step.name}: {', '.join(other.name for other in stale)}")
-        write_json(self.state_file, {name: entry for name, entry in state.items() if name not in gone})
-        self._note(step, CLEARING, 0.0)
-        for place in [place for one in (step, *stale) for place in one.makes]:
-            if place.exists():
-                new = self._free(place.name)
-                new.parent.mkdir(exist_ok=True)
-                shutil.move(place, new)  # to another disk too; killed in between, it is done again
-                self.tell(f"{place} was there already: moved to {new}")
+        state = self._state()
+        forgotten = {other.name for other in later} | {step.name}
+        outdated = [other for other in later if other.name in state]
+        if outdated:
+            self.tell(f"to be run again after {step.name}: {', '.join(other.name for other in outdated)}")
+        write_json(self.state_file, {name: entry for name, entry in state.items() if name not in forgotten})
+        self._record(step, CLEARING, 0.0)
+        for path in [path for cleared in (step, *outdated) for path in cleared.makes]:
+            if path.exists():
+                destination = self._unused_name(path.name)
+                destination.parent.mkdir(exist_ok=True)
+                shutil.move(path, destination)  # to another disk too; after a kill in between it is moved again
+                self.tell(f"{path} was there already: moved to {destination}")
 
-    def _free(self, name: str) -> Path:
+    def _unused_name(self, name: str) -> Path:
         number = 1
         while (self.folder / "replaced" / f"{name}.{number}").exists():
             number += 1
         return self.folder / "replaced" / f"{name}.{number}"
 
-    def _do(self, progress: Progress, words: list[str], lock: int) -> int | None:
-        """Returns the signal that asked to stop, also where the step had come to its end by then."""
-        step, before, began = progress.step, progress.seconds, time.monotonic()
+    def _execute(self, progress: Progress, command: list[str], lock: int) -> int | None:
+        """Run a step's command; return the signal that asked to stop, even if the command finished all the same.
+
+        Raises:
+            RunStopped: the command failed.
+        """
+        step, seconds_before, started = progress.step, progress.seconds, time.monotonic()
         log = self.folder / f"{step.name}.log"
         with open(log, "a", encoding="utf-8") as file:
-            file.write(f"$ {shlex.join(words)}    # {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            start = file.tell()
-        self._note(step, RUNNING, before)
-        saved = began
+            file.write(f"$ {shlex.join(command)}    # {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            log_start = file.tell()
+        self._record(step, RUNNING, seconds_before)
+        saved = started
 
         def tick(line: str) -> None:
             nonlocal saved
             now = time.monotonic()
-            progress.seconds, progress.doing = before + now - began, line
+            progress.seconds, progress.line = seconds_before + now - started, line
             if now - saved > SAVE_EVERY:
-                self._note(step, RUNNING, progress.seconds)
+                self._record(step, RUNNING, progress.seconds)
                 saved = now
             self.show(progress)
 
-        code, stopped = child.run(words, log, lock, tick)
-        seconds = before + time.monotonic() - began
+        code, received = child.run(command, log, lock, tick)
+        seconds = seconds_before + time.monotonic() - started
+        self._record(step, FINISHED if code == 0 else RUNNING, seconds)
         if code == 0:
-            self._note(step, FINISHED, seconds)
-            self.tell(f"[{progress.number}/{progress.of}] {step.name}: done in {clock(seconds)}")
-            return stopped
-        self._note(step, RUNNING, seconds)
-        if not stopped:
-            said = last_line(log, start) or "it said nothing"
-            raise RunStopped(f"step {step.name} failed: {ended(code)}; the end of {log}: {said}")
-        return stopped
+            self.tell(f"{progress.title}: done in {clock(seconds)}")
+        elif not received:
+            reason = last_line(log, log_start) or "it said nothing"
+            raise RunStopped(f"step {step.name} failed: {describe_exit(code)}; the end of {log}: {reason}")
+        return received
 
 
-def to_go_on(again: str | None) -> str:
-    """What to do after a stop; --again a second time would begin its step afresh once more."""
+def how_to_go_on(again: str | None) -> str:
+    """Say what to do after a stop: --again a second time would start its step afresh once more."""
     return f"run the same command again{', without --again,' if again else ''} to go on"
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nb_lightning.errors import one_line_errors
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
 from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox, failure, shared, with_packages
@@ -138,12 +138,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a setting of the task")
     options = parser.parse_args()
-    try:
+    with one_line_errors():
         config = dict(map(_setting, options.set))
         for task in tasks(options.task, options.size, options.seed, **config):
             print(json.dumps(asdict(task), ensure_ascii=False))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

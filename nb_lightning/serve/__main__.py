@@ -24,6 +24,7 @@ except ModuleNotFoundError:
 
 from nb_lightning.checkpoints.hugging_face import GENERATION_CONFIG, read_generation_config
 from nb_lightning.checkpoints.pretrained import find_origin
+from nb_lightning.errors import one_line_errors
 from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.serve.engine import Engine, be_a_child
 from nb_lightning.serve.routes import OpenAI, Served, add_error_handlers
@@ -157,7 +158,5 @@ def serve(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(RuntimeError, prefix="nb_lightning.serve"):
         serve(arguments())
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"nb_lightning.serve: {error}")

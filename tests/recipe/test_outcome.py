@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.recipe.child import HINT, ended, last_line
+from nb_lightning.recipe.outcome import HINT, describe_exit, last_line
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from nb_lightning.recipe.child import HINT, ended, last_line
     ],
 )
 def test_how_it_ended(script: str, expected: str) -> None:
-    assert ended(subprocess.run(["sh", "-c", script]).returncode) == expected
+    assert describe_exit(subprocess.run(["sh", "-c", script]).returncode) == expected
 
 
 def test_the_last_line(tmp_path: Path) -> None:

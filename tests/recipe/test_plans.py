@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nb_lightning.recipe.plans import check_configurations, show_plans
+from nb_lightning.recipe.plans import check_configs, show_plans
 from nb_lightning.recipe.steps import Step, read_recipe
 from tests.harness import ROOT
 
@@ -72,7 +72,7 @@ def test_a_mistake_in_the_last_stage_is_named_before_the_first_runs(monkeypatch:
         ("paths.runs=elsewhere", "it would write elsewhere/.*paths.root="),
     ):
         with pytest.raises(ValueError, match=message):
-            check_configurations(read_recipe("demo", [word])[-6:])
+            check_configs(read_recipe("demo", [word])[-6:])
 
 
 def test_a_model_that_a_step_before_has_to_make_first(
@@ -80,6 +80,6 @@ def test_a_model_that_a_step_before_has_to_make_first(
 ) -> None:
     monkeypatch.setenv("NB_ROOT", str(tmp_path))
     step = Step("sft", f"python train.py stage=sft model=from_hf init_from={tmp_path}/base".split())
-    check_configurations([step])
+    check_configs([step])
     show_plans([step], [step])
     assert f"not planned: its model is that of {tmp_path}/base, which is not there yet" in capsys.readouterr().out

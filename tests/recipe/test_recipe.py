@@ -225,8 +225,11 @@ def test_killed_twice_at_random(place: Path, seed: int) -> None:
     assert results(place) == broken
 
 
-def test_a_killed_recipe_leaves_no_command_behind(place: Path) -> None:
-    """Else two processes would write into one run."""
+@pytest.mark.parametrize("launcher", [[], ["sh", "-c", '"$@"; true', "sh"]], ids=["direct", "below a shell"])
+def test_a_killed_recipe_leaves_no_command_behind(place: Path, launcher: list[str]) -> None:
+    """Else two processes would write into one run. What a launcher started is not the recipe's child."""
+    command = [*launcher, sys.executable, "work.py", "first", "20", "-"]
+    (place / "conf/recipe/fake.yaml").write_text(json.dumps({"steps": {"first": {"run": command}}}))
     process = started(place)
     wait_for(place, "first", 2, process)
     process.kill()
@@ -277,7 +280,7 @@ def test_the_log_has_what_a_bar_ended_with() -> None:
     screen = Screen(written.append)
     for piece in ("\x1b[1mstart\x1b[0m\r", "\n 10%|", "█".encode()[:1], "█".encode()[1:] + b" |\r 20%|", " x |\r"):
         screen.feed(piece if isinstance(piece, bytes) else piece.encode())
-    assert written == ["start\n"] and screen.now == " 20%| x |"
+    assert written == ["start\n"] and screen.current_line == " 20%| x |"
     screen.feed(b" 30%| x |\r\nend")
     screen.close()
     assert written == ["start\n", " 30%| x |\n", "end\n"]
