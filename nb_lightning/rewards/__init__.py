@@ -1,9 +1,9 @@
-"""Verifiers: what a completion is worth.
+"""Verifiers: they score completions.
 
     verifier = get_verifier("math")
     scores = verifier.score(prompt, completions, reference)     # one Score per completion, in order
 
-A verifier that raises, hangs or is killed costs rewards of 0 and a status, never the run. docs/rewards.md lists the
+A verifier that raises, hangs or is killed gives rewards of 0 and a status; the run goes on. docs/rewards.md lists the
 reference format of each verifier.
 """
 

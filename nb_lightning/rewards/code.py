@@ -8,8 +8,8 @@ and for a program that reads standard input:
 
     {"tests": [{"stdin": "1 2\\n", "expect": "3\\n"}], "private": [...], "tolerance": 1e-9}
 
-Only inputs enter the sandbox. What comes out is plain data, compared here with what is expected, so that there is
-nothing in the sandbox that knows the answer or the verdict. The reward is 1 when all tests pass, else 0.
+Only inputs enter the sandbox. Its outputs are plain data, which are compared here with the expected values. So nothing
+in the sandbox knows the answer or the verdict. The reward is 1 if all tests pass, else 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nb_lightning.rewards.sandbox.jail import plain
 from nb_lightning.rewards.sandbox.pool import Limits, Setup, error_status, failure, readable, shared
 from nb_lightning.rewards.verifier import Score
 
-# What solutions use most: imported once, in the zygote. The rest of the standard library is imported when asked for.
+# The modules that solutions use most, imported once, in the zygote. A solution imports others itself.
 PRELOAD = (
     "array ast base64 bisect bz2 calendar cmath collections contextlib copy csv ctypes dataclasses datetime decimal "
     "difflib enum fractions functools graphlib hashlib heapq inspect io itertools json lzma math numbers operator os "
@@ -37,7 +37,7 @@ SETUP = Setup("run_code", preload=tuple(PRELOAD.split()))
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one test: the status, and in words why it failed."""
+    """The result of one test: the status, and a text that says why it failed."""
 
     status: str
     why: str = ""
@@ -47,10 +47,10 @@ class Code:
     """Runs the last Python block of each completion against all tests.
 
     Args:
-        test_seconds: CPU time of one test; a reference may say "seconds" itself. Wall-clock time is four times that
-            (other programs may be running) and a second.
+        test_seconds: CPU time of one test, unless the reference has "seconds". The limit of wall-clock time is four
+            times that plus a second, because other programs may be running.
         total_seconds: CPU time of all tests of one completion.
-        memory_mb: of one run.
+        memory_mb: memory of one run, in MiB.
     """
 
     def __init__(self, test_seconds: float = 4.0, total_seconds: float = 20.0, memory_mb: int = 512) -> None:
@@ -69,12 +69,12 @@ class Code:
             raise ValueError(f"'entry' is {reference['entry']!r}; give the name of a function or Class.method")
         _number(reference, "tolerance")
         _number(reference, "seconds")
-        wanted, kind = ("args", list) if "entry" in reference else ("stdin", str)
+        field, kind = ("args", list) if "entry" in reference else ("stdin", str)
         for name, test in _tests(reference):
-            if not isinstance(test, dict) or set(test) != {wanted, "expect"}:
-                raise ValueError(f"{name} of a 'code' reference must have exactly the fields {wanted!r} and 'expect'")
-            if not isinstance(test[wanted], kind) or (kind is str and not isinstance(test["expect"], str)):
-                raise ValueError(f"{name} of a 'code' reference: {wanted!r} must be a {kind.__name__}")
+            if not isinstance(test, dict) or set(test) != {field, "expect"}:
+                raise ValueError(f"{name} of a 'code' reference must have exactly the fields {field!r} and 'expect'")
+            if not isinstance(test[field], kind) or (kind is str and not isinstance(test["expect"], str)):
+                raise ValueError(f"{name} of a 'code' reference: {field!r} must be a {kind.__name__}")
             if kind is list:
                 _encoded(name, test)
 
@@ -83,7 +83,7 @@ class Code:
         seconds = float(reference.get("seconds", self.test_seconds))
         pairs = [_encoded(name, test) for name, test in tests] if "entry" in reference else []
 
-        def one(completion: str) -> Score:
+        def judge(completion: str) -> Score:
             code = code_block(after_thinking(completion))
             if code is None:
                 return Score(0.0, {"status": "no_answer", "passed": 0, "total": len(tests)})
@@ -91,34 +91,34 @@ class Code:
                 return _score(self._judge_function(code, reference, pairs, seconds), tests)
             return _score(self._judge_program(code, reference, tests, seconds), tests)
 
-        return list(self.sandbox.threads.map(one, completions))
+        return list(self.sandbox.threads.map(judge, completions))
 
     def _judge_function(
         self, code: str, reference: dict[str, Any], pairs: list[tuple[Any, Any]], seconds: float
     ) -> list[Verdict]:
-        """All calls in one job, each under its own limit."""
+        """Run all calls in one job, each under a limit of its own; `pairs` are encoded arguments and results."""
         job = {
             "code": code, "entry": reference["entry"], "calls": [args for args, _ in pairs],
             "cpu": seconds, "wall": _wall(seconds),
         }  # fmt: skip
         total = min(self.total_seconds, seconds * (len(pairs) + 1))
         outcome = self.sandbox.run(job, b"", Limits(total, _wall(total), self.memory_mb))
-        told: dict[int, dict[str, Any]] = {}
+        lines: dict[int, dict[str, Any]] = {}  # number of the call -> the first line reported for it
         for line in outcome.report:
             if isinstance(line, dict) and type(line.get("call")) is int:
-                told.setdefault(line["call"], line)
+                lines.setdefault(line["call"], line)
             elif isinstance(line, dict) and "error" in line:
                 return [_error(line)]
         tolerance = reference.get("tolerance")
         return [
-            _compared(told[i], expect, tolerance) if i in told else Verdict(*failure(outcome))
+            _compare(lines[i], expect, tolerance) if i in lines else Verdict(*failure(outcome))
             for i, (_, expect) in enumerate(pairs)
         ]
 
     def _judge_program(
         self, code: str, reference: dict[str, Any], tests: list[tuple[str, Any]], seconds: float
     ) -> list[Verdict]:
-        """A job for each test, up to the first that fails."""
+        """Run each test in a job of its own, up to the first that fails."""
         verdicts: list[Verdict] = []
         cpu, wall = self.total_seconds, _wall(self.total_seconds)
         for _, test in tests:
@@ -127,43 +127,46 @@ class Code:
             cpu, wall = max(0.01, cpu - outcome.cpu_seconds), max(0.1, wall - outcome.wall_seconds)
             verdict = Verdict(*failure(outcome))
             if outcome.status == "ok":
-                said = outcome.stdout.decode("utf-8", "replace")
-                if same_output(test["expect"], said, reference.get("tolerance")):
+                output = outcome.stdout.decode("utf-8", "replace")
+                if same_output(test["expect"], output, reference.get("tolerance")):
                     verdict = Verdict("correct")
                 else:
-                    verdict = Verdict("wrong", f"printed {said[:200]!r}")
+                    verdict = Verdict("wrong", f"printed {output[:200]!r}")
             verdicts.append(verdict)
             if verdict.status != "correct":
                 break
         return verdicts
 
 
-def same_output(wanted: str, said: str, tolerance: float | None = None) -> bool:
-    """Whether two outputs agree, line by line, up to white space at the ends of lines and blank lines at the end.
+def same_output(expected: str, output: str, tolerance: float | None = None) -> bool:
+    """Return whether two outputs agree.
 
-    With a `tolerance`, word by word, and words that are numbers agree up to it, relative or absolute.
+    They are compared line by line, up to white space at the ends of lines and blank lines at the end. With a
+    `tolerance` they are compared word by word, and numbers agree up to it, relative or absolute.
     """
     if tolerance is None:
-        return [line.rstrip() for line in wanted.rstrip().split("\n")] == [
-            line.rstrip() for line in said.rstrip().split("\n")
-        ]
-    ours, theirs = wanted.split(), said.split()
+        return _lines(expected) == _lines(output)
+    ours, theirs = expected.split(), output.split()
     return len(ours) == len(theirs) and all(_same_word(a, b, tolerance) for a, b in zip(ours, theirs))
 
 
-def _same_word(wanted: str, said: str, tolerance: float) -> bool:
-    if wanted == said:
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def _same_word(expected: str, word: str, tolerance: float) -> bool:
+    if expected == word:
         return True
-    if len(said) > 100:
+    if len(word) > 100:
         return False
     try:
-        return math.isclose(float(wanted), float(said), rel_tol=tolerance, abs_tol=tolerance)
+        return math.isclose(float(expected), float(word), rel_tol=tolerance, abs_tol=tolerance)
     except ValueError:
         return False
 
 
 def _tests(reference: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(name, test) of all tests, the public ones first."""
+    """Return (name, test) of all tests, the public ones first."""
     return [(f"{kind}[{i}]", test) for kind in ("tests", "private") for i, test in enumerate(reference.get(kind, []))]
 
 
@@ -184,7 +187,7 @@ def _wall(seconds: float) -> float:
     return 4 * seconds + 1
 
 
-def _compared(line: dict[str, Any], expect: Any, tolerance: float | None) -> Verdict:
+def _compare(line: dict[str, Any], expect: Any, tolerance: float | None) -> Verdict:
     if "value" not in line:
         return _error(line)
     if plain.same(expect, line["value"], tolerance):

@@ -1,10 +1,10 @@
-"""How two responses are put to a reward model, in training and in scoring alike:
+"""How a reward model reads two responses, in training and in scoring alike:
 
     prompt, response A, end of turn; prompt, response B, end of turn -> "A" or "B", the better one
 
-The prompt stands before each, so that every response is read exactly as its author wrote it: in the same tokens, at the
-same distance from what was asked. What lies between the two are the template's own control tokens, which no response
-can spell (nb_lightning/text/chat_tokens.py): none can write its rival's part, or a verdict.
+The prompt stands before each response, so that each is read as it was written: in the same tokens, at the same distance
+from the prompt. The two halves are separated by control tokens of the chat template, which no response can spell
+(nb_lightning/text/chat_tokens.py). So no response can write its rival's half, or a verdict.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 
 from nb_lightning.text.chat_tokens import ChatTokenizer
 
-FORM = 1  # raise it when the tokens of a comparison change: an older reward model is then refused
+FORM = 1  # version of the form; raise it when the tokens of a comparison change, and older reward models are refused
 ANSWERS = ("A", "B")
 
 
 @dataclass(frozen=True)
 class ComparisonForm:
-    """What a reward model's numbers depend on besides its weights; a run records it in its checkpoints.
+    """What the judgements of a reward model depend on besides its weights; a run records it in its checkpoints.
 
     Attributes:
         answers: ids of the tokens "A" and "B".
-        digest: over the form, the tokenizer, the chat template and the answers.
+        digest: SHA-256 over the form, the tokenizer, the chat template and the answers.
     """
 
     answers: tuple[int, int]
@@ -33,25 +33,30 @@ class ComparisonForm:
 
     @classmethod
     def of(cls, chat: ChatTokenizer) -> ComparisonForm:
-        """Raises ValueError where an answer is not one token."""
+        """Return the form of comparisons that this tokenizer and chat template make.
+
+        Raises:
+            ValueError: an answer is not one token.
+        """
         ids = []
         for answer in ANSWERS:
-            found = chat.tokenizer.tokenizer.encode(answer, add_special_tokens=False).ids
-            if len(found) != 1:
+            answer_ids = chat.tokenizer.tokenizer.encode(answer, add_special_tokens=False).ids
+            if len(answer_ids) != 1:
                 raise ValueError(
-                    f"a reward model answers in one token, and {answer!r} is {len(found)} of this tokenizer's"
+                    f"a reward model answers in one token, and {answer!r} is {len(answer_ids)} of this tokenizer's"
                 )
-            ids += found
+            ids += answer_ids
         template = chat.template
-        asked = {key: token for key, token in template.special.items() if key in template.source}
-        made_of = [FORM, chat.tokenizer.digest, template.source, asked, ids]
-        return cls((ids[0], ids[1]), hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest())
+        used_special = {key: token for key, token in template.special.items() if key in template.source}
+        content = [FORM, chat.tokenizer.digest, template.source, used_special, ids]
+        return cls((ids[0], ids[1]), hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
 
 def comparison(first: list[int], second: list[int]) -> list[int]:
-    """The tokens before the answer.
+    """Join two halves into the tokens before the answer.
 
     Args:
-        first, second: prompt and response, as `ChatTokenizer.answered` and `data.prepare --pairs` write them.
+        first, second: prompt, response and end of turn, as `ChatTokenizer.answered` and `data.prepare --pairs` write
+            them.
     """
     return [*first, *second]

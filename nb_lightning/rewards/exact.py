@@ -1,4 +1,4 @@
-"""The verifier "exact": the answer is the reference, letter for letter, up to white space."""
+"""The verifier "exact": the answer equals the reference, letter for letter, up to white space."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from nb_lightning.rewards.verifier import Score
 
 
 class Exact:
-    """The text after the last "Answer:" (all of it where there is none) equals the reference. Reasoning, up to a
-    `</think>`, does not count; runs of white space count as one space.
+    """Compares the text after the last "Answer:", or all of the text without one, with the reference.
+
+    Reasoning, up to a `</think>`, is left out. Runs of white space count as one space.
 
     Reference: a string.
     """
@@ -26,10 +27,10 @@ class Exact:
 
 
 def final_answer(completion: str) -> str:
-    """What "exact" compares, before white space is folded."""
-    said = after_thinking(completion)
-    answer = after_mark(said)
-    return said if answer is None else answer
+    """Extract what "exact" compares, before white space is folded."""
+    response = after_thinking(completion)
+    answer = after_mark(response)
+    return response if answer is None else answer
 
 
 def _score(answer: str, wanted: str) -> Score:

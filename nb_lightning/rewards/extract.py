@@ -1,4 +1,4 @@
-"""Where in a completion the answer is. Each rule reads the text once: no regular expression that could hang."""
+"""Find the answer in a completion. Each rule reads the text once; none uses a regular expression that could hang."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ PYTHON = ("", "python", "python3", "py")
 
 
 def after_thinking(completion: str) -> str:
-    """What comes after the reasoning; nothing where the reasoning has no end (the completion was cut off in it)."""
-    said = completion.rpartition(END_OF_THINK)[2]
-    return "" if said.lstrip().startswith(THINK) else said
+    """Return the text after the reasoning; "" if the reasoning does not end (the completion was cut off in it)."""
+    response = completion.rpartition(END_OF_THINK)[2]
+    return "" if response.lstrip().startswith(THINK) else response
 
 
 def fold(text: str) -> str:
-    """`text` with each run of white space as one space, none at the ends."""
+    """Replace each run of white space by one space, and strip the ends."""
     return " ".join(text.split())
 
 
 def after_mark(text: str) -> str | None:
-    """All that follows the last "Answer:"; None where there is none."""
-    _, found, answer = text.rpartition(MARK)
-    return answer if found else None
+    """Return the text after the last "Answer:"; None without one."""
+    _, mark, answer = text.rpartition(MARK)
+    return answer if mark else None
 
 
 def answer_line(text: str, mark: str = MARK) -> str | None:
-    """The line of the last `mark` (the next one where nothing follows on that line), without **bold** or a stop."""
-    _, found, answer = text.rpartition(mark)
-    lines = [line for line in answer.splitlines() if line.strip(" \t*")] if found else []
+    """Return the rest of the line after the last `mark`, without **bold** or a full stop; None without a mark.
+
+    If nothing follows the mark on its line, return the next line.
+    """
+    _, found_mark, answer = text.rpartition(mark)
+    lines = [line for line in answer.splitlines() if line.strip(" \t*")] if found_mark else []
     if not lines:
         return None
     line = lines[0].strip(" \t*")
@@ -35,8 +38,8 @@ def answer_line(text: str, mark: str = MARK) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last closed \boxed{...} holds."""
-    for start in _places(text, "\\boxed"):
+    r"""Return the content of the last closed \boxed{...}; None without one."""
+    for start in _last_positions(text, "\\boxed"):
         opening = text.find("{", start)
         if opening < 0 or text[start + len("\\boxed") : opening].strip():
             continue
@@ -52,26 +55,26 @@ def boxed(text: str) -> str | None:
 
 
 def code_block(text: str) -> str | None:
-    """The last closed ``` block that is Python or says no language."""
-    found: str | None = None
-    fence, python, lines = "", False, []
+    """Return the last closed ``` block that is Python or names no language; None without one."""
+    block: str | None = None
+    fence, is_python, lines = "", False, []
     for line in text.splitlines():
         stripped = line.strip()
         ticks = len(stripped) - len(stripped.lstrip("`"))
         if not fence and ticks >= 3:
-            fence, python, lines = "`" * ticks, stripped[ticks:].strip().lower() in PYTHON, []
+            fence, is_python, lines = "`" * ticks, stripped[ticks:].strip().lower() in PYTHON, []
         elif fence and stripped == fence:
-            found = "\n".join(lines) + "\n" if python else found
+            block = "\n".join(lines) + "\n" if is_python else block
             fence = ""
         elif fence:
             lines.append(line)
-    return found
+    return block
 
 
-def _places(text: str, word: str) -> list[int]:
-    """Where `word` is, last first; the last few only, for each costs a walk to the end of the text."""
-    places = []
+def _last_positions(text: str, word: str) -> list[int]:
+    """Find where `word` begins, last first: at most 8, because each costs the caller a walk to the end of the text."""
+    positions = []
     end = len(text)
-    while len(places) < 8 and (end := text.rfind(word, 0, end)) >= 0:
-        places.append(end)
-    return places
+    while len(positions) < 8 and (end := text.rfind(word, 0, end)) >= 0:
+        positions.append(end)
+    return positions

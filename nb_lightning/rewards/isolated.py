@@ -1,4 +1,4 @@
-"""Verifiers of other packages, each call in a process that can be killed."""
+"""Verifiers of other packages: each call runs in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FAILED = ("timeout", "flood", "crash", "verifier_error")
 
 
 class Isolated:
-    """Calls the verifier of an entry point in a fork of a process that has imported and made it.
+    """Calls the verifier of an entry point in a fork of a process that has imported and constructed it.
 
-    The completions of a prompt go in together; when that call hangs, crashes or is killed, each goes in alone, so that
-    only the one that does it costs a reward.
+    One call scores all completions of a prompt. If it hangs, crashes or is killed, each completion is scored by a
+    separate call, so that only the completion at fault loses its reward.
     """
 
     slow_check = True
@@ -31,25 +31,24 @@ class Isolated:
 
     def check(self, reference: Any) -> None:
         outcome = self.sandbox.run({"reference": reference}, b"", self.limits)
-        said = outcome.report[0] if outcome.report else {}
-        if not said.get("valid"):
-            raise ValueError(said.get("error") or f"its check of a reference failed: {outcome.reason}")
+        result = outcome.report[0] if outcome.report else {}
+        if not result.get("valid"):
+            raise ValueError(result.get("error") or f"its check of a reference failed: {outcome.reason}")
 
     def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
-        def call(some: Sequence[str]) -> list[Score]:
-            job = {"prompt": prompt, "reference": reference, "completions": [*some]}
-            return _scores(self.sandbox.run(job, b"", self.limits), len(some))
+        def call(completions: Sequence[str]) -> list[Score]:
+            job = {"prompt": prompt, "reference": reference, "completions": [*completions]}
+            return _scores(self.sandbox.run(job, b"", self.limits), len(completions))
 
-        together = call(completions)
-        if len(completions) == 1 or all(score.info.get("status") not in FAILED for score in together):
-            return together
-        return [
-            score for scores in self.sandbox.threads.map(call, [[each] for each in completions]) for score in scores
-        ]
+        scores = call(completions)
+        if len(completions) == 1 or all(score.info.get("status") not in FAILED for score in scores):
+            return scores
+        one_by_one = self.sandbox.threads.map(call, [[completion] for completion in completions])
+        return [score for [score] in one_by_one]
 
 
 def _scores(outcome: Outcome, count: int) -> list[Score]:
-    """Those that were reported, or as many failures."""
+    """Return the scores that the job reported, or `count` failures."""
     lines = [line for line in outcome.report if isinstance(line, dict)]
     errors = [str(line["error"]) for line in lines if "error" in line]
     if not errors and outcome.status == "ok" and len(lines) == count:

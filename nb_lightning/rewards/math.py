@@ -1,13 +1,13 @@
-r"""The verifier "math": the answer equals the reference, as a number or as an expression (math-verify and SymPy).
+r"""The verifier "math": the answer equals the reference as a number or an expression (math-verify and SymPy).
 
 Reference: the answer as LaTeX or a number ("\\frac{1}{2}", "0.5", 3), or an object
 
-    {"answer": "1/2", "format": ["boxed", "answer"]}       where the answer is looked for, in this order
+    {"answer": "1/2", "format": ["boxed", "answer"]}       where to look for the answer, in this order
     {"answer": 3628800, "compute": true, "tolerance": 0}   the answer is a Python expression; its value is compared
-    {"check": "def check(answer): ...", "format": ...}     a Python function of yours says whether the answer is right
+    {"check": "def check(answer): ...", "format": ...}     a Python function that returns whether the answer is right
 
 Formats: "boxed" (the last \boxed{}), "answer" (the line of the last "Answer:"), "hashes" (the line of the last "####").
-Model-written expressions, and SymPy on model-written text, run in the sandbox, each under a limit of its own.
+Model-written expressions, and SymPy on model-written text, run in the sandbox, each under its own time limit.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ LONGEST = 2000  # characters of an answer
 FORMATS = {"boxed": boxed, "answer": answer_line, "hashes": lambda text: answer_line(text, "####")}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,100}\.?[0-9]{0,100}|\.[0-9]{1,100})")
-# math-verify reads past these: "\\neq 7" would be 7, and so would "8 \\to 7".
+# math-verify ignores these: it would read "\\neq 7" as 7, and so "8 \\to 7".
 _HEDGE = re.compile(
     r"\\(?:neq?|neg|not|approx|sim|to|(?:long)?(?:left)?rightarrow|Rightarrow|implies|iff|lor|vee|p?mod)(?![a-zA-Z])"
     r"|\\\\|\b(?:or|not)\b"
 )
 _WORDS = re.compile(r"[^\W\d_]{3,}( [^\W\d_]+)*")
-# An expression's value, made plain.
+# Computes an expression's value as plain data.
 _COMPUTE = """
 from math import *
 from fractions import Fraction
@@ -49,8 +49,8 @@ class Math:
     """Compares the answer of each completion with the reference.
 
     Args:
-        item_seconds: CPU time for one answer; wall-clock time is four times that and a second.
-        memory_mb: for one run.
+        item_seconds: CPU time for one answer; the limit of wall-clock time is four times that plus a second.
+        memory_mb: memory for one run, in MiB.
     """
 
     def __init__(self, item_seconds: float = 3.0, memory_mb: int = 512) -> None:
@@ -59,63 +59,63 @@ class Math:
         self.interpreter = shared(CODE)
 
     def check(self, reference: Any) -> None:
-        whole = reference if isinstance(reference, dict) else {"answer": reference}
-        unknown = set(whole) - {"answer", "format", "compute", "tolerance", "check"}
+        fields = _fields(reference)
+        unknown = set(fields) - {"answer", "format", "compute", "tolerance", "check"}
         if unknown:
             raise ValueError(f"the reference of 'math' has the unknown field {min(unknown)!r}")
-        if ("answer" in whole) == ("check" in whole):
+        if ("answer" in fields) == ("check" in fields):
             raise ValueError("the reference of 'math' needs either 'answer' or 'check'")
-        answer = whole.get("answer", 0)
+        answer = fields.get("answer", 0)
         if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
             raise ValueError(
                 f"the answer in a 'math' reference is {answer!r}; give a text that is not blank or a number"
             )
-        if whole.get("compute") and isinstance(answer, str):
+        if fields.get("compute") and isinstance(answer, str):
             raise ValueError(f"with 'compute', the answer in a 'math' reference must be a number, not {answer!r}")
-        tolerance = whole.get("tolerance", 0)
+        tolerance = fields.get("tolerance", 0)
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
             raise ValueError(f"'tolerance' in a 'math' reference is {tolerance!r}; give a number of at least 0")
-        if not isinstance(whole.get("check", ""), str):
+        if not isinstance(fields.get("check", ""), str):
             raise ValueError("'check' in a 'math' reference must be the source of a Python function check(answer)")
-        formats = _formats(whole)
+        formats = _formats(fields)
         if not formats or not set(formats) <= set(FORMATS):
             raise ValueError(f"'format' in a 'math' reference is {formats}; there are: {', '.join(FORMATS)}")
 
     def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
-        whole = reference if isinstance(reference, dict) else {"answer": reference}
-        answers = [_answer(completion, _formats(whole)) for completion in completions]
+        fields = _fields(reference)
+        answers = [_answer(completion, _formats(fields)) for completion in completions]
         judged: dict[str, Score] = {}
         asked = [answer for answer in dict.fromkeys(answers) if answer]
-        if "check" in whole or whole.get("compute"):
-            judged = dict(zip(asked, self.interpreter.threads.map(lambda answer: self._run(answer, whole), asked)))
+        if "check" in fields or fields.get("compute"):
+            judged = dict(zip(asked, self.interpreter.threads.map(lambda answer: self._run(answer, fields), asked)))
         elif asked:
-            judged = self._compare(asked, str(whole["answer"]).strip())
+            judged = self._compare(asked, str(fields["answer"]).strip())
         judged[""] = Score(0.0, {"status": "no_answer", "answer": ""})
         return [judged[answer] for answer in answers]
 
     def _compare(self, answers: list[str], wanted: str) -> dict[str, Score]:
-        """By text where that settles it, by SymPy otherwise."""
+        """Compare answers with the reference by text where that decides, else by SymPy."""
         judged = {
             answer: _score(answer, verdict) for answer in answers if (verdict := _by_text(answer, wanted)) is not None
         }
-        left = [answer for answer in answers if answer not in judged]
+        undecided = [answer for answer in answers if answer not in judged]
         job = {"wanted": _bare(wanted)}
-        told = self.sandbox.run_items(job, [_bare(answer) for answer in left], self.limits)
-        for answer, result in zip(left, told):
+        results = self.sandbox.run_items(job, [_bare(answer) for answer in undecided], self.limits)
+        for answer, result in zip(undecided, results):
             if isinstance(result, Outcome):
                 judged[answer] = _failed(answer, result)
             else:
                 judged[answer] = _score(answer, result.get("equal") is True, str(result.get("error", "")))
         return judged
 
-    def _run(self, answer: str, whole: dict[str, Any]) -> Score:
-        """Have Python look at the answer: its value as an expression, or what the reference's `check` says of it."""
-        if "check" in whole:
-            job = {"code": whole["check"], "entry": "check", "calls": [plain.encode([answer])]}
+    def _run(self, answer: str, fields: dict[str, Any]) -> Score:
+        """Run Python on the answer: compute its value as an expression, or call the reference's `check` with it."""
+        if "check" in fields:
+            job = {"code": fields["check"], "entry": "check", "calls": [plain.encode([answer])]}
             wanted, tolerance = True, None
         else:
             job = {"code": _COMPUTE.format(answer), "entry": "compute", "calls": [plain.encode([])]}
-            wanted, tolerance = whole["answer"], whole.get("tolerance", 1e-9)
+            wanted, tolerance = fields["answer"], fields.get("tolerance", 1e-9)
         job |= {"cpu": self.limits.cpu_seconds, "wall": self.limits.wall_seconds}
         outcome = self.interpreter.run(job, b"", self.limits)
         lines = [line for line in outcome.report if isinstance(line, dict)]
@@ -125,19 +125,23 @@ class Math:
         return _score(answer, correct, str(lines[0].get("error", "")))
 
 
-def _formats(whole: dict[str, Any]) -> list[str]:
-    formats = whole.get("format", ["boxed", "answer"])
+def _fields(reference: Any) -> dict[str, Any]:
+    return reference if isinstance(reference, dict) else {"answer": reference}
+
+
+def _formats(fields: dict[str, Any]) -> list[str]:
+    formats = fields.get("format", ["boxed", "answer"])
     return [formats] if isinstance(formats, str) else list(formats)
 
 
 def _answer(completion: str, formats: list[str]) -> str:
-    """The answer in the first format that there is, "" where there is none."""
-    said = after_thinking(completion)
-    return next((found for name in formats if (found := FORMATS[name](said))), "")
+    """Extract the answer by the first format that finds one; "" if none does."""
+    response = after_thinking(completion)
+    return next((answer for name in formats if (answer := FORMATS[name](response))), "")
 
 
 def _by_text(answer: str, wanted: str) -> bool | None:
-    """Whether they are equal, as far as the letters say: plain numbers and words need no SymPy."""
+    """Return whether answer and reference are equal, by their letters; None where only SymPy can tell."""
     ours, theirs = fold(_bare(wanted)), fold(_bare(answer))
     if ours == theirs:
         return True
@@ -154,7 +158,7 @@ def _by_text(answer: str, wanted: str) -> bool | None:
 
 
 def _bare(text: str) -> str:
-    r"""`text` without the $ or \( \) around it; dollars inside would make it two formulas."""
+    r"""Strip the $ or \( \) around a formula, and the dollars in it, which would make it two formulas."""
     text = text.strip()
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing):

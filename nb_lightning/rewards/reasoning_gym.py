@@ -1,12 +1,12 @@
-"""The verifier "reasoning_gym", and its tasks as a source of prompts.
+"""The verifier "reasoning_gym", and the tasks of that package as a source of prompts.
 
     python -m nb_lightning.rewards.reasoning_gym chain_sum --size 1000 --seed 0 --set max_terms=3 > tasks.jsonl
 
-Reference: {"task": "chain_sum", "entry": {...}, "config": {...}}: the entry as the package made it, and the
-configuration that it was made with. The reward is 1 or 0.
+Reference: {"task": "chain_sum", "entry": {...}, "config": {...}}: the entry that the package generated, and the
+configuration that it was generated with. The reward is 1 or 0.
 
-Not every task of the package has a scorer that can be trusted: some give 1 to anything, some give 0 to their own
-answer, some evaluate the answer as Python. Here are those that passed (tests/rewards/test_reasoning_gym.py).
+Not every task of the package has a scorer that can be trusted: some give 1 to any answer, some give 0 to the task's own
+answer, some evaluate the answer as Python. Only tasks that passed tests/rewards/test_reasoning_gym.py are listed here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox, failure,
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.rewards.verifier import Score
 
-# One right answer, in one form: compared with it here, letter for letter.
+# Tasks with one right answer in one form, which is compared here, letter for letter.
 EXACT = frozenset(
     "acre aiw arc_1d base_conversion basic_arithmetic bf binary_alternation binary_matrix bitwise_arithmetic "
     "caesar_cipher calendar_arithmetic chain_sum count_bits count_primes course_schedule game_of_life_halting gcd "
@@ -34,7 +34,7 @@ EXACT = frozenset(
     "simple_equations simple_geometry spell_backward spiral_matrix string_insertion string_manipulation "
     "string_splitting string_synthesis syllogism word_sequence_reversal word_sorting".split()
 )
-# More than one right answer or form: the package's scorer looks at it, in the sandbox, and must say 1.
+# Tasks with several right answers or forms: the package's scorer judges in the sandbox, and must return 1.
 SCORED = frozenset(
     "ab circuit_logic color_cube_rotation decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships "
     "figlet_font futoshiki game_of_life group_anagrams jugs manipulate_matrix mini_sudoku needle_haystack "
@@ -48,7 +48,7 @@ LIMITS = Limits(cpu_seconds=5.0, wall_seconds=21.0, memory_mb=1024)
 
 
 class ReasoningGym:
-    """The answer is what follows the last "Answer:" (all of the response where there is none)."""
+    """Judges the text after the last "Answer:", or all of the response without one."""
 
     def check(self, reference: Any) -> None:
         if not isinstance(reference, dict) or not set(reference) <= {"task", "entry", "config"}:
@@ -57,7 +57,7 @@ class ReasoningGym:
             )
         check_task(reference.get("task"))
         if reference["task"] in SCORED:
-            self.sandbox  # noqa: B018  here, so that a missing package or an unsafe machine is said and not scored
+            self.sandbox  # noqa: B018  raise for a missing package or an unsafe machine here, not in each score
         entry = reference.get("entry")
         if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str):
             raise ValueError("'entry' in a 'reasoning_gym' reference must be an object with an 'answer'")
@@ -67,10 +67,10 @@ class ReasoningGym:
         wanted = reference["entry"]["answer"]
         right = {answer: fold(answer) == fold(wanted) for answer in answers}
         judged = {answer: _score(answer, float(same)) for answer, same in right.items()}
-        left = [answer for answer, same in right.items() if answer and not same]
-        if reference["task"] in SCORED and left:
+        others = [answer for answer, same in right.items() if answer and not same]
+        if reference["task"] in SCORED and others:
             job = {"task": reference["task"], "config": reference.get("config", {}), "entry": reference["entry"]}
-            judged |= dict(zip(left, map(_judged, left, self.sandbox.run_items(job, left, LIMITS))))
+            judged |= dict(zip(others, map(_judge, others, self.sandbox.run_items(job, others, LIMITS))))
         return [judged[answer] for answer in answers]
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class ReasoningGym:
 
 
 def check_task(name: Any) -> None:
-    """Raise ValueError for a task that is not one of those here."""
+    """Raise ValueError for a task that is not listed here."""
     if not isinstance(name, str) or name not in EXACT | SCORED:
         raise ValueError(
             f"no sound reasoning-gym task is called {name!r}; there are: {', '.join(sorted(EXACT | SCORED))}"
@@ -87,10 +87,10 @@ def check_task(name: Any) -> None:
 
 
 def tasks(name: str, size: int, seed: int, **config: Any) -> Iterator[Task]:
-    """The first `size` tasks that the package makes from `seed` and the settings `config`.
+    """Generate the first `size` tasks of the package for `seed` and the settings `config`.
 
     Raises:
-        ValueError: not one of the tasks here, a setting that it does not have, or the package is missing.
+        ValueError: a task that is not listed here, a setting that it does not have, or the package is missing.
     """
     check_task(name)
     with_packages("run_reasoning_gym", PACKAGES, ())
@@ -116,7 +116,7 @@ def _score(answer: str, score: float) -> Score:
     return Score(float(score == 1), {"status": status, "answer": answer[:200]})
 
 
-def _judged(answer: str, result: Any) -> Score:
+def _judge(answer: str, result: Any) -> Score:
     if isinstance(result, Outcome):
         status, why = failure(result)
         return Score(0.0, {"status": status, "answer": answer[:200], "why": why})

@@ -1,4 +1,4 @@
-"""Verifiable tasks: what a model is asked, who judges the answer, and against what.
+"""Verifiable tasks: a question, the verifier that judges the answer, and the reference it compares with.
 
 A set of tasks is a .jsonl file with one task a line:
 
@@ -21,9 +21,9 @@ class Task:
 
     Attributes:
         id: unique in its file.
-        source: which set it is of, for tables by source.
-        messages: what the model is asked, as a chat; the last one is not the assistant's.
-        verifier: name for `nb_lightning.rewards.get_verifier`.
+        source: the set that the task belongs to; results are shown by source.
+        messages: the question as a chat; the last message is not the assistant's.
+        verifier: a name that `nb_lightning.rewards.get_verifier` knows.
         reference: what the verifier compares with, as plain JSON.
     """
 
@@ -38,10 +38,10 @@ _FIELDS = tuple(field.name for field in fields(Task))
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """The tasks of a .jsonl file; blank lines are skipped.
+    """Read the tasks of a .jsonl file; blank lines are skipped.
 
     Raises:
-        ValueError: no such file, no task in it, or a line that is not a task, by file and line.
+        ValueError: no such file, no task in it, or a line that is not a task; names file and line.
     """
     try:
         raw = Path(path).read_bytes()
@@ -63,6 +63,7 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 
 def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
+    """Write tasks as a .jsonl file."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(task), ensure_ascii=False) + "\n" for task in tasks)
 
@@ -70,8 +71,8 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
 def _task(line: bytes) -> Task:
     value = json.loads(line.decode("utf-8-sig"))  # both errors are ValueErrors
     if not isinstance(value, dict) or value.keys() != set(_FIELDS):
-        found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"it must be an object with exactly {', '.join(_FIELDS)}; found {found or 'nothing'}")
+        content = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"it must be an object with exactly {', '.join(_FIELDS)}; found {content or 'nothing'}")
     for name in ("id", "source", "verifier"):
         if not isinstance(value[name], str) or not value[name]:
             raise ValueError(f"{name} must be a string that is not empty")

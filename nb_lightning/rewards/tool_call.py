@@ -1,7 +1,7 @@
-"""The verifier "tool_call": the calls that a completion makes are the expected ones.
+"""The verifier "tool_call": a completion makes exactly the expected calls.
 
-Reference: `{"name": "weather", "arguments": {"city": "Rome"}}`, or a list of such, in order. Calls are read from
-`<tool_call>` blocks of one JSON object each, as ChatML-style templates write them; what is said around them is free.
+Reference: `{"name": "weather", "arguments": {"city": "Rome"}}`, or a list of such objects, in order. Calls are read
+from `<tool_call>` blocks of one JSON object each, as ChatML-style templates write them. Text around the blocks is free.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class ToolCall:
-    """The whole reward for exactly the expected calls, with equal arguments; numbers are equal as numbers."""
+    """Gives reward 1 for exactly the expected calls with equal arguments; numbers are compared as numbers."""
 
     def check(self, reference: Any) -> None:
         calls = reference if isinstance(reference, list) else [reference]
         if not calls or not all(map(_is_call, calls)):
-            known = "{'name': ..., 'arguments': {...}} or a list of them"
-            raise ValueError(f"the reference of 'tool_call' is {reference!r:.80}; give {known}")
+            form = "{'name': ..., 'arguments': {...}} or a list of them"
+            raise ValueError(f"the reference of 'tool_call' is {reference!r:.80}; give {form}")
 
     def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]:
         wanted = reference if isinstance(reference, list) else [reference]
@@ -31,7 +31,7 @@ class ToolCall:
 
 
 def calls_of(completion: str) -> list[Any]:
-    """What each closed block holds; None for one that is not a call."""
+    """Parse the call in each closed block; None for a block that holds no call."""
     blocks = [block.partition(CLOSE) for block in after_thinking(completion).split(OPEN)[1:]]
     return [_parsed(text) for text, closed, _ in blocks if closed]
 
@@ -61,7 +61,7 @@ def _is_call(value: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal as JSON: True is not 1, 2 is 2.0."""
+    """Return whether two values are equal as JSON: True is not 1, 2 is 2.0."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):

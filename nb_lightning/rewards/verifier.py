@@ -11,40 +11,43 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Score:
-    """The worth of one completion.
+    """The reward of one completion, and why.
 
-    `info` says at least "status": "correct", "wrong", "no_answer", "timeout", "memory", "flood", "crash" or
-    "verifier_error"; of "preference" also "compared", "alone", "too_long" or "unreadable". And whatever else helps to
-    see why. Its values are plain data.
+    Attributes:
+        reward: in [0, 1].
+        info: plain data. It has at least "status": "correct", "wrong", "no_answer", "timeout", "memory", "flood",
+            "crash" or "verifier_error"; for "preference" also "compared", "alone", "too_long" or "unreadable".
     """
 
-    reward: float  # in [0, 1]
+    reward: float
     info: Mapping[str, Any]
 
 
 class Verifier(Protocol):
-    """Scores completions of one prompt. Called from any thread, from several at once.
+    """Scores the completions of one prompt. It is called from several threads at once.
 
-    Optional beside `score`: `check(reference)`, which raises ValueError when the reference is not of the form this
-    verifier reads, so that a bad data set is refused before training. And for verifiers of other packages, which run
-    in a process of their own (isolated.py): `in_process = True` to run in this one instead (it needs the GPU, say), or
-    `limits`, a `sandbox.Limits`.
+    Optional beside `score`:
+        `check(reference)` raises ValueError for a reference that this verifier cannot read, so that a bad data set is
+        refused before training.
+
+        Verifiers of other packages run in a separate process (isolated.py). `in_process = True` runs one in this
+        process instead, for example because it needs the GPU. `limits`, a `sandbox.Limits`, replaces the default.
     """
 
     def score(self, prompt: str, completions: Sequence[str], reference: Any) -> list[Score]: ...
 
 
 class Guarded:
-    """A verifier whose failures are rewards of 0 with the status "verifier_error".
+    """A verifier whose failures become rewards of 0 with the status "verifier_error".
 
-    Only a bad reference is raised (ValueError, from a built-in verifier's `check`): that is a mistake in the data.
+    Only the ValueError of a built-in verifier's `check` is raised: a bad reference is a mistake in the data.
     """
 
     def __init__(self, name: str, verifier: Verifier) -> None:
         self.name, self.verifier = name, verifier
 
     def check(self, reference: Any) -> None:
-        """Raise ValueError when `reference` is not of the form this verifier reads."""
+        """Raise ValueError for a reference that this verifier cannot read."""
         check = getattr(self.verifier, "check", None)
         if check is not None:
             check(reference)
@@ -70,5 +73,5 @@ class Guarded:
 
 
 def statuses(scores: Iterable[Score]) -> dict[str, int]:
-    """How many scores have each status: the counters to log."""
+    """Count the scores of each status, for the log."""
     return dict(Counter(score.info["status"] for score in scores))

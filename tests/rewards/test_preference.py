@@ -216,6 +216,17 @@ def test_other_comparisons_than_it_was_trained_on_are_refused(
         load_reward_model(str(run))
 
 
+def test_a_model_without_a_context_is_refused(run: Path, tmp_path: Path) -> None:
+    """Without one no comparison can be called too long, and every reward would be 0 with "verifier_error"."""
+    export.main(["--from", str(run), "--to", str(tmp_path / "judge")])
+    file = tmp_path / "judge/config.json"
+    config = json.loads(file.read_text())
+    del config["max_position_embeddings"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="judge does not give its model's context in tokens"):
+        load_reward_model(str(tmp_path / "judge"))
+
+
 def test_an_export_judges_alike_and_under_the_same_check(run: Path, model: RewardModel, tmp_path: Path) -> None:
     folder, again = tmp_path / "judge", tmp_path / "again"
     export.main(["--from", str(run), "--to", str(folder)])
