@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import append_jsonl, table
-from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
+from nb_lightning.checkpoints.hf_config import config_from_shape
+from nb_lightning.checkpoints.hf_weights import to_hf
 from nb_lightning.generation.decoder import Request, stream
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer

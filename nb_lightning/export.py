@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nb_lightning import __version__
-from nb_lightning.checkpoints import folders, gguf, hugging_face
+from nb_lightning.checkpoints import folders, gguf, hf_config, hf_weights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.model_card import model_card
 from nb_lightning.checkpoints.pretrained import EXPORT, AdapterOrigin, Origin, find_origin
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")
     p.add_argument("--gguf", metavar="FILE", help="the .gguf file to write")
     p.add_argument("--adapter", metavar="FOLDER", help="of an adapter run: the folder to write, in peft's format")
-    p.add_argument("--dtype", default="auto", choices=["auto", *hugging_face.DTYPES], help="auto: as it is stored")
+    p.add_argument("--dtype", default="auto", choices=["auto", *hf_config.DTYPES], help="auto: as it is stored")
     p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf.TYPES], help="auto: as --dtype")
     p.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
     p.add_argument("--shard-size", default="4GB", help="of the safetensors files: a number with KB, MB or GB")
@@ -76,11 +76,11 @@ def run(a: argparse.Namespace) -> None:
     if a.chat_template:
         source = read_template(a.chat_template, f"--chat-template {a.chat_template}")
         tokenizer = replace(tokenizer, chat_template=source)
-    dtype = tensors.dtype if a.dtype == "auto" else hugging_face.DTYPES[a.dtype]
+    dtype = tensors.dtype if a.dtype == "auto" else hf_config.DTYPES[a.dtype]
     if a.to:
         export_hf(origin, tensors, tokenizer, Path(a.to), dtype, shard_bytes, a.name or Path(a.to).absolute().name)
     if a.gguf:
-        kind = a.gguf_type if a.gguf_type != "auto" else hugging_face.dtype_name(dtype)
+        kind = a.gguf_type if a.gguf_type != "auto" else hf_config.dtype_name(dtype)
         export_gguf(origin, tensors, tokenizer, Path(a.gguf), kind, a.name or Path(a.gguf).stem)
 
 
@@ -94,7 +94,7 @@ def export_hf(
     name: str,
 ) -> None:
     """Write a Hugging Face folder beside its place and rename it there when it is whole."""
-    context, kind = origin.context or DEFAULT_CONTEXT, hugging_face.dtype_name(dtype)
+    context, kind = origin.context or DEFAULT_CONTEXT, hf_config.dtype_name(dtype)
     special = {"eos_token": tokenizer.tokenizer.id_to_token(tokenizer.eos_id), **tokenizer.special}
     ids: dict[str, Any] = {  # null where there is none: transformers has defaults
         f"{role}_id": tokenizer.tokenizer.token_to_id(special[role]) if role in special else None
@@ -106,10 +106,10 @@ def export_hf(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        hugging_face.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
-        config = hugging_face.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
-        _write_json(temporary / hugging_face.CONFIG, config)
-        _write_json(temporary / hugging_face.GENERATION_CONFIG, {k: v for k, v in generation.items() if v is not None})
+        hf_weights.save_hf(tensors, origin.shape, temporary, dtype, shard_bytes)
+        config = hf_config.config_from_shape(origin.shape, dtype, max_position_embeddings=context, **ids)
+        _write_json(temporary / hf_config.CONFIG, config)
+        _write_json(temporary / hf_config.GENERATION_CONFIG, {k: v for k, v in generation.items() if v is not None})
         tokenizer.save(temporary, model_max_length=context)
         card = model_card(name, origin, kind, chat=tokenizer.chat_template is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -156,7 +156,7 @@ def export_adapter(origin: Origin, target: Path) -> None:
     try:
         temporary.mkdir(parents=True)
         trained, shape = folders.CheckpointWeights(origin.path), origin.shape
-        hugging_face.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
+        hf_weights.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
         folders.commit(temporary, target, {"version": __version__, "from": origin.path.name}, EXPORT)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error

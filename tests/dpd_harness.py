@@ -14,7 +14,8 @@ from data.preference import PreferenceData
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.checkpoints.folders import CheckpointWeights
-from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
+from nb_lightning.checkpoints.hf_config import config_from_shape
+from nb_lightning.checkpoints.hf_weights import save_hf
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.checks import check
 from nb_lightning.config.compose import plan_of, run_dir

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning.checkpoints.hugging_face import config_from_shape
+from nb_lightning.checkpoints.hf_config import config_from_shape
 from nb_lightning.config.compose import plan_of
 from nb_lightning.config.schema import plain
 from nb_lightning.dry_run import GIB, beside, describe, memory_per_device, missing

@@ -13,7 +13,7 @@ import torch
 from nb_lightning import export
 from nb_lightning.checkpoints.gguf import GGUFWeights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
-from nb_lightning.checkpoints.hugging_face import HFWeights
+from nb_lightning.checkpoints.hf_weights import HFWeights
 from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate

@@ -82,6 +82,7 @@ RULES = [
     one_place("OpenAI's client", ("openai",), "data/pairs/endpoint.py"),
     one_place("Jinja", ("jinja2",), "nb_lightning/text/template_worker.py", "nb_lightning/report/__main__.py"),
     one_place("gguf", ("gguf",), "nb_lightning/checkpoints/gguf.py"),
+    one_place("SentencePiece", ("sentencepiece",), "nb_lightning/checkpoints/sentencepiece.py"),
     one_place("the server", ("litserve", "fastapi", "starlette", "pydantic"),
               *(f"nb_lightning/serve/{name}.py" for name in ("__main__", "engine", "protocol", "routes"))),
     one_place("Hydra", ("hydra",), "nb_lightning/config/compose.py", "train.py"),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nb_lightning.checkpoints.hugging_face import LARGEST
+from nb_lightning.checkpoints.hf_config import MAX_SIZE
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import Stored, Weights, parameter_shapes
 
@@ -138,8 +138,8 @@ def _shape(metadata: Mapping[str, Any], stored: Mapping[str, Stored], path: Path
 
     def size(key: str, default: int | None = None) -> int:
         value = metadata.get(f"llama.{key}", default)
-        if not isinstance(value, int) or not 0 < value <= LARGEST:
-            raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a whole number from 1 to {LARGEST:,}")
+        if not isinstance(value, int) or not 0 < value <= MAX_SIZE:
+            raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a whole number from 1 to {MAX_SIZE:,}")
         return value
 
     def number(key: str, default: float | None = None) -> float:

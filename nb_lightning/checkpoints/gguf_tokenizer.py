@@ -63,7 +63,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], origin: Path) -> TextTokeni
     try:
         if kind == "llama":
             prefix = metadata.get(KEY + "add_space_prefix", True)
-            tokenizer = sentencepiece.build(
+            tokenizer = sentencepiece.build_tokenizer(
                 sentencepiece.Pieces(tokens, metadata.get(KEY + "scores"), types, prefix), {}, origin
             )
         else:
@@ -129,7 +129,7 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     if model["type"] == "BPE" and model["byte_fallback"]:
         pieces = _pieces(content, listed, types)
         metadata |= {KEY + "model": "llama", KEY + "pre": "default", KEY + "scores": list(pieces.scores),
-                     KEY + "token_type": list(pieces.types), KEY + "add_space_prefix": pieces.prefix}  # fmt: skip
+                     KEY + "token_type": list(pieces.types), KEY + "add_space_prefix": pieces.add_dummy_prefix}  # fmt: skip
     else:
         metadata |= {KEY + "model": "gpt2", KEY + "pre": _split_of(content), KEY + "merges": _merges(model)}
     special = {"eos_token": tokenizer.tokenizer.id_to_token(tokenizer.eos_id), **tokenizer.special}
@@ -167,7 +167,7 @@ def _pieces(content: Mapping[str, Any], tokens: list[str], types: list[int]) -> 
 
 def _normalizer(prefix: bool) -> Any:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = sentencepiece.normalizer(prefix)
+    tokenizer.normalizer = sentencepiece.space_normalizer(prefix)
     return json.loads(tokenizer.to_str())["normalizer"]
 
 

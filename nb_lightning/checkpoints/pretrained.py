@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nb_lightning.checkpoints import folders, hugging_face
+from nb_lightning.checkpoints import folders, hf_config, hf_weights
 from nb_lightning.checkpoints.gguf import GGUFWeights
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
@@ -126,10 +126,10 @@ class AdapterOrigin(CheckpointOrigin):
 
 class HFOrigin(Origin):
     def open(self) -> weights.Weights:
-        return hugging_face.HFWeights(self.path)
+        return hf_weights.HFWeights(self.path)
 
     def _named_ends(self) -> list[Any]:
-        config = read_json(self.path / hugging_face.CONFIG)
+        config = read_json(self.path / hf_config.CONFIG)
         named = [content.get("eos_token_id") for content in (config, self._generation)]
         return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
 
@@ -141,7 +141,7 @@ class HFOrigin(Origin):
 
     @property
     def _generation(self) -> dict[str, Any]:
-        return hugging_face.read_generation_config(self.path)
+        return hf_config.read_generation_config(self.path)
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,15 @@ def find_origin(path: str, verify: bool = True) -> Origin:
     if where.suffix == ".gguf":
         gguf = GGUFWeights(where)
         return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
-    if (where / hugging_face.CONFIG).is_file():
-        config = read_json(where / hugging_face.CONFIG)
+    if (where / hf_config.CONFIG).is_file():
+        config = read_json(where / hf_config.CONFIG)
         context = config.get("max_position_embeddings")
-        shape = hugging_face.shape_from_config(config, where / hugging_face.CONFIG)
+        shape = hf_config.shape_from_config(config, where / hf_config.CONFIG)
         return HFOrigin(where, shape, context if isinstance(context, int) else None)
     if where.is_dir() and not folders.is_checkpoint(where) and not folders.all_checkpoints(where):
         raise ValueError(
             f"{path} is neither a run (checkpoints/), nor a checkpoint ({folders.MANIFEST}), "
-            f"nor a Hugging Face folder ({hugging_face.CONFIG})"
+            f"nor a Hugging Face folder ({hf_config.CONFIG})"
         )
     folder = folders.resolve(path, verify)
     info = folders.read_info(folder)
@@ -226,15 +226,15 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
         ValueError: nothing to load there, or it is damaged, hostile or of another architecture.
     """
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype != "auto" and dtype not in hugging_face.DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hugging_face.DTYPES)}")
+    if dtype != "auto" and dtype not in hf_config.DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hf_config.DTYPES)}")
     wanted = torch.bfloat16 if where.type == "cuda" else torch.float32
     origin = find_origin(path)
     tokenizer = origin.tokenizer()
     tensors = origin.open()
     tensors.require(origin.shape)  # before memory is taken for them
     with torch.device("meta"):
-        model = Transformer(origin.shape).to(hugging_face.DTYPES.get(dtype, wanted))
+        model = Transformer(origin.shape).to(hf_config.DTYPES.get(dtype, wanted))
     model.to_empty(device=where)
     model.tie()
     weights.fill(model, tensors)

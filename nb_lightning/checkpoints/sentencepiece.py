@@ -1,20 +1,19 @@
-"""SentencePiece tokenizers (byte-fallback BPE), as Llama 2 and Nanbeige4 have them, as a `tokenizers.Tokenizer`.
+"""SentencePiece tokenizers (byte-fallback BPE, as in Llama 2 and Nanbeige4) as a `tokenizers.Tokenizer`.
 
-Their pieces come from a `tokenizer.model`, a protocol buffer that is read here without its library, or from the
-metadata of a GGUF file. A text begins with a space that was not there, and so does what follows a special token.
+The pieces come from a `tokenizer.model`, read with the model class of the package `sentencepiece`, or from the metadata
+of a GGUF file. Most of these models put a space in front of a text, and in front of what follows a special token.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, in llama.cpp too
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces; llama.cpp has the same numbers
 SPACE = "▁"
 
 
@@ -23,78 +22,54 @@ class Pieces:
     """A vocabulary in the order of its ids.
 
     Attributes:
-        scores: of two pieces that can be made at a place, the one with the higher score is made.
-        prefix: a text begins with a space that was not there.
+        tokens: the text of each piece, with `SPACE` for a space.
+        scores: BPE merges the pair whose result has the highest score.
+        types: `NORMAL`, `UNKNOWN`, ... of each piece.
+        add_dummy_prefix: put a space in front of every text.
     """
 
     tokens: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
-    prefix: bool
+    add_dummy_prefix: bool
 
 
-def read_model(path: Path) -> Pieces:
-    """The pieces of a `tokenizer.model`.
+def read_pieces(path: Path) -> Pieces:
+    """Read the vocabulary of a `tokenizer.model`.
 
     Raises:
-        ValueError: it is damaged, or not byte-fallback BPE over text as it is.
+        ValueError: the file is damaged, or its model is not byte-fallback BPE over unchanged text.
     """
+    # Imported here: few tokenizers need it. The generated module defines its classes at run time.
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+
     try:
-        model = path.read_bytes()
-        pieces = [dict(_fields(value)) for number, value in _fields(model) if number == 1]
-        trainer, normalizer = ({k: v for n, value in _fields(model) if n == part for k, v in _fields(value)}
-                               for part in (2, 3))  # fmt: skip
-        tokens = [piece[1].decode() for piece in pieces]
-        scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        model = ModelProto.FromString(path.read_bytes())
+    except (OSError, DecodeError) as error:
         raise ValueError(f"{path} is not a readable SentencePiece model: {error}") from error
-    if trainer.get(3, 1) != 2 or not trainer.get(35, 0):
+    tokens = [piece.piece for piece in model.pieces]
+    if not all(isinstance(token, str) and token for token in tokens):  # protobuf returns bytes if it is not UTF-8
+        raise ValueError(f"{path} is not a readable SentencePiece model: a piece is empty or not UTF-8")
+    trainer, rules = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE or not trainer.byte_fallback:
         raise ValueError(f"{path} is not byte-fallback BPE, the one kind of SentencePiece model that is read")
-    if normalizer.get(2) or normalizer.get(4, 1) or trainer.get(24, 0):
-        raise ValueError(f"{path} changes the text before it is split (normalizer {normalizer.get(1, b'')!r})")
-    return Pieces(tokens, scores, [piece.get(3, NORMAL) for piece in pieces], bool(normalizer.get(3, 1)))
+    if rules.precompiled_charsmap or rules.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix:
+        raise ValueError(f"{path} changes the text before it is split (normalizer {rules.name!r})")
+    scores, types = [piece.score for piece in model.pieces], [piece.type for piece in model.pieces]
+    return Pieces(tokens, scores, types, rules.add_dummy_prefix)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protocol buffer: an integer, or bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            if at >= len(data) or shift > 63:
-                raise ValueError("it ends in the middle of a number")
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        if key & 7 not in (1, 2, 5):
-            raise ValueError(f"a field has the unknown type {key & 7}")
-        size = {1: 8, 5: 4}.get(key & 7) or (varint() if key & 7 == 2 else 0)
-        if at + size > len(data):
-            raise ValueError("it is cut off")
-        yield key >> 3, data[at : at + size]
-        at += size
-
-
-def build(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origin: str | Path) -> Tokenizer:
-    """A tokenizer that gives the ids that SentencePiece gives.
+def build_tokenizer(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origin: str | Path) -> Tokenizer:
+    """Build a tokenizer that gives the same ids as SentencePiece.
 
     Args:
-        added: id -> (token, special) of more tokens, which are found in a text before it is split. Their ids go on
-            where the pieces end, or are pieces' own.
+        added: id -> (token, is special) of further tokens, which are matched before a text is split. An id is that of
+            a piece, or the next one after the pieces.
+        origin: where the vocabulary is from, for errors.
 
     Raises:
-        ValueError: no vocabulary, or ids of added tokens that leave a gap.
+        ValueError: the vocabulary is not consistent, or the ids of the added tokens leave a gap.
     """
     vocabulary = {token: id for id, token in enumerate(pieces.tokens)}
     if not len(vocabulary) == len(pieces.tokens) == len(pieces.scores) == len(pieces.types):
@@ -104,41 +79,45 @@ def build(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origin: str | P
         vocab=vocabulary, merges=_merges(pieces, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer, tokenizer.decoder = normalizer(pieces.prefix), _decoder(pieces.prefix)
-    marked = {i: (token, type != USER_DEFINED) for i, (token, type) in enumerate(zip(pieces.tokens, pieces.types))
-              if type in (CONTROL, UNKNOWN, USER_DEFINED)}  # fmt: skip
+    tokenizer.normalizer = space_normalizer(pieces.add_dummy_prefix)
+    tokenizer.decoder = _decoder(pieces.add_dummy_prefix)
+    marked = {
+        id: (token, type != USER_DEFINED)
+        for id, (token, type) in enumerate(zip(pieces.tokens, pieces.types))
+        if type in (CONTROL, UNKNOWN, USER_DEFINED)
+    }
     for id, (token, special) in sorted({**marked, **added}.items()):
-        # Not "normalized": else the space that normalizing puts in front would become part of the token.
+        # Not "normalized": the space that the normalizer puts in front would become part of the token.
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-        found = tokenizer.token_to_id(token)
-        if found != id:
-            raise ValueError(f"{origin}: the added token {token!r} has id {id}, but {found} is the next free one")
+        assigned = tokenizer.token_to_id(token)
+        if assigned != id:
+            raise ValueError(f"{origin}: the added token {token!r} has id {id}, but {assigned} is the next free one")
     return tokenizer
 
 
-def normalizer(prefix: bool) -> Any:
-    """Spaces become `SPACE`, with one in front."""
+def space_normalizer(add_dummy_prefix: bool) -> Any:
+    """Replace spaces by `SPACE`; with `add_dummy_prefix`, put one in front of the text."""
     spaces = normalizers.Replace(" ", SPACE)
-    return normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    return normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if add_dummy_prefix else spaces
 
 
-def _decoder(prefix: bool) -> Any:
+def _decoder(add_dummy_prefix: bool) -> Any:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add_dummy_prefix else steps)
 
 
 def _merges(pieces: Pieces, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All ways to make a piece of two, the piece with the highest score first.
+    """List all pairs of pieces that form a piece, sorted by its score, the highest first.
 
-    SentencePiece takes the leftmost of equal scores (runs of spaces have them): a longer left part, made of what lies
-    further left, comes first.
+    SentencePiece merges the leftmost of pairs with equal scores (runs of spaces have them), so of these the pair with
+    the longer left part comes first.
     """
     usable = {token for token, type in zip(pieces.tokens, pieces.types) if type in (NORMAL, USER_DEFINED, UNUSED)}
-    found = []
+    ranked = []
     for token in usable:
         score = pieces.scores[vocabulary[token]]
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in usable and right in usable:
-                found.append((-score, -len(left), -len(right), vocabulary[left], (left, right)))
-    return [pair for *_, pair in sorted(found)]
+                ranked.append((-score, -len(left), -len(right), vocabulary[left], (left, right)))
+    return [pair for *_, pair in sorted(ranked)]

@@ -81,9 +81,9 @@ def _json(path: Path) -> Tokenizer:
 
 def _sentencepiece(path: Path, beside: Mapping[str, Any]) -> Tokenizer:
     """A tokenizer.model and the tokenizer_config.json's added tokens, as transformers' LlamaTokenizer reads them."""
-    pieces = sentencepiece.read_model(path)
+    pieces = sentencepiece.read_pieces(path)
     if beside.get("add_prefix_space") is False:
-        pieces = replace(pieces, prefix=False)
+        pieces = replace(pieces, add_dummy_prefix=False)
     try:
         more = beside.get("added_tokens_decoder", {})
         added = {int(id): (token["content"], token["special"]) for id, token in more.items()}
@@ -91,7 +91,7 @@ def _sentencepiece(path: Path, beside: Mapping[str, Any]) -> Tokenizer:
         raise ValueError(f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder is damaged") from error
     if beside.get("add_eos_token"):
         raise ValueError(f"{path.parent / 'tokenizer_config.json'}: add_eos_token is set, which is not supported")
-    tokenizer = sentencepiece.build(pieces, added, path)
+    tokenizer = sentencepiece.build_tokenizer(pieces, added, path)
     bos = special_tokens(beside, tokenizer).get("bos_token")
     if beside["add_bos_token"] and bos is not None:
         begin_with(tokenizer, bos)

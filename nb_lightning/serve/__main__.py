@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("nb_lightning.serve needs LitServe: pip install 'nb_lightning[serve]'")
 
-from nb_lightning.checkpoints.hugging_face import GENERATION_CONFIG, read_generation_config
+from nb_lightning.checkpoints.hf_config import GENERATION_CONFIG, read_generation_config
 from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.errors import one_line_errors
 from nb_lightning.generation.sampling import PAPER_DECODING, Sampling

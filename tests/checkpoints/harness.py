@@ -12,7 +12,8 @@ from typing import Any
 import sentencepiece
 import torch
 
-from nb_lightning.checkpoints.hugging_face import HFWeights, shape_from_config
+from nb_lightning.checkpoints.hf_config import shape_from_config
+from nb_lightning.checkpoints.hf_weights import HFWeights
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.model.weights import Stored, Weights, fill, parameter_shapes
 from tests.model.harness import TINY

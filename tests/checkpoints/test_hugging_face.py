@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from nb_lightning.checkpoints.gguf import from_gguf, to_gguf
-from nb_lightning.checkpoints.hugging_face import config_from_shape, from_hf, shape_from_config, to_hf
+from nb_lightning.checkpoints.hf_config import config_from_shape, shape_from_config
+from nb_lightning.checkpoints.hf_weights import from_hf, to_hf
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import parameter_shapes
 from tests.checkpoints.harness import NANBEIGE, load, write

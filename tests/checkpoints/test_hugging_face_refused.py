@@ -18,8 +18,9 @@ import torch
 import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
-from nb_lightning.checkpoints import folders, hugging_face
-from nb_lightning.checkpoints.hugging_face import HFWeights, shape_from_config
+from nb_lightning.checkpoints import folders, hf_weights
+from nb_lightning.checkpoints.hf_config import shape_from_config
+from nb_lightning.checkpoints.hf_weights import HFWeights
 from tests.checkpoints.harness import NANBEIGE, load, write
 from tests.model.harness import TINY
 
@@ -87,7 +88,7 @@ def test_an_index_that_leads_elsewhere_opens_nothing(
 ) -> None:
     shutil.move(folder / "model.safetensors", folder.parent / "secret.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: name}}))
-    monkeypatch.setattr(hugging_face, "safe_open", None)  # would be called
+    monkeypatch.setattr(hf_weights, "safe_open", None)  # would be called
     words = f"names {str(name)!r}; only .safetensors files beside it are opened"
     with pytest.raises(ValueError, match=re.escape(words)):
         HFWeights(folder)

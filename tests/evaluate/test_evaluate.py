@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from data.prepare.source_writer import SourceWriter
-from nb_lightning.checkpoints.hugging_face import config_from_shape, to_hf
+from nb_lightning.checkpoints.hf_config import config_from_shape
+from nb_lightning.checkpoints.hf_weights import to_hf
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.evaluate import __main__ as evaluate
 from nb_lightning.evaluate.accuracy import evaluate_tasks

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nb_lightning.checkpoints.hugging_face import config_from_shape, save_hf
+from nb_lightning.checkpoints.hf_config import config_from_shape
+from nb_lightning.checkpoints.hf_weights import save_hf
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import adapters

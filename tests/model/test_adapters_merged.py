@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nb_lightning.checkpoints import hugging_face
+from nb_lightning.checkpoints import hf_weights
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.generation.decoder import generate
 from nb_lightning.generation.sampling import Sampling
@@ -116,7 +116,7 @@ def test_peft_loads_what_is_saved_and_computes_the_same(tmp_path: Path, also_tra
     model = adapted(cfg, base, shape)
     train(model, 8)
     (tmp_path / "adapter").mkdir()
-    hugging_face.save_peft(trained(model), cfg, str(folder), tied, tmp_path / "adapter")
+    hf_weights.save_peft(trained(model), cfg, str(folder), tied, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     tokens = ids(2, 24, 260)
     with torch.no_grad():

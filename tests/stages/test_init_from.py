@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.gguf import save_gguf
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
-from nb_lightning.checkpoints.hugging_face import to_hf
+from nb_lightning.checkpoints.hf_weights import to_hf
 from nb_lightning.checkpoints.pretrained import find_origin, shape_at
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.checks import check

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.fg_wsd import FGWSD
 from nb_lightning.batch import PackedBatch, StepBatch, pack_responses
-from nb_lightning.checkpoints.hugging_face import to_hf
+from nb_lightning.checkpoints.hf_weights import to_hf
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 from nb_lightning.stages.next_token import SFTStage
 from tests.config.harness import composed
