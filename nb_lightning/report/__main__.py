@@ -1,7 +1,7 @@
-"""The report: `python -m nb_lightning.report --root outputs` writes report/report.html and report/report.md there.
+"""Write the report: `python -m nb_lightning.report --root outputs` makes report/report.html and report/report.md there.
 
-It reads what the runs left behind and works at any point of the recipe; what is not there is shown as not run. The page
-is one file: pictures inside, no scripts, nothing from elsewhere.
+It reads the files that the runs left and works at any point of the recipe; a stage that is not there is shown as not
+run. The page is one file: pictures are embedded, there are no scripts and no external resources.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import base64
 import re
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,86 +17,87 @@ from typing import Any
 
 import jinja2
 
+from nb_lightning.errors import one_line_errors
 from nb_lightning.files import read_json
 from nb_lightning.recipe.runner import clock
-from nb_lightning.report.examples import before_and_after
+from nb_lightning.report.examples import choose_examples
 from nb_lightning.report.pictures import plot_accuracy
-from nb_lightning.report.results import at_the_end, while_training
+from nb_lightning.report.results import results_of_evaluation, results_of_training
 from nb_lightning.report.runs import Run, read_runs
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.report", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.report", description="Write the report.")
     p.add_argument("--root", type=Path, default=Path("outputs"), help="where the runs are (default: %(default)s)")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="(default: report in --root)")
     a = p.parse_args(arguments)
-    if not (a.root / "runs").is_dir():
-        sys.exit(f"error: --root {a.root} has no runs; it is what paths.root (or NB_ROOT) was")
-    print(write(a.root, a.output or a.root / "report"))
+    with one_line_errors():
+        if not (a.root / "runs").is_dir():
+            raise ValueError(f"--root {a.root} has no runs; it is what paths.root (or NB_ROOT) was")
+        print(write(a.root, a.output or a.root / "report"))
 
 
 def write(root: Path, output: Path) -> Path:
-    """Both forms of the report; returns the page."""
+    """Write both forms of the report; return the path of the page."""
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
-    found = gather(root)
+    content = gather(root)
     headline = images / "accuracy.png"
     headline.unlink(missing_ok=True)
-    plot_accuracy(found["results"], headline)
+    plot_accuracy(content["results"], headline)
 
-    def beside(path: Path) -> str:
-        """A copy of a picture of a run, as a link from the Markdown."""
+    def link(path: Path) -> str:
+        """Copy a run's picture beside the Markdown and return the link to it."""
         name = path.name if path.parent == images else f"{path.parent.name}_{path.name}"
         if path.parent != images:
             shutil.copyfile(path, images / name)
         return f"images/{name}"
 
-    for name, picture in (("report.md", beside), ("report.html", embedded)):
-        text = environment().get_template(f"{name}.jinja").render(found, picture=picture, headline=headline)
+    for name, picture in (("report.md", link), ("report.html", embed)):
+        text = environment().get_template(f"{name}.jinja").render(content, picture=picture, headline=headline)
         (output / name).write_text(text, encoding="utf-8")
     return output / "report.html"
 
 
 def gather(root: Path) -> dict[str, Any]:
-    """What the templates are made of."""
+    """Collect the variables of the templates."""
     runs = read_runs(root)
     steps = read_json(root / "recipe" / "state.json", {})
-    there = [run for run in runs if run.manifest]
     return {
         "runs": runs,
         "steps": steps,
         "seconds": sum(step["seconds"] for step in steps.values()),
-        "results": while_training(runs),
-        "evaluation": at_the_end(root),
-        "samples": before_and_after(root),
-        "versions": versions(there),
+        "results": results_of_training(runs),
+        "evaluation": results_of_evaluation(root),
+        "examples": choose_examples(root),
+        "versions": versions([run for run in runs if run.manifest]),
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
 def versions(runs: Sequence[Run]) -> dict[str, str]:
-    """Of all starts of all runs; more than one where they differ."""
-    found: dict[str, dict[str, None]] = {}
+    """List versions, commit and device over all starts of the runs; several where they differ."""
+    distinct: dict[str, dict[str, None]] = {}  # name -> its values as the keys of a dict, in order
     for run in runs:
         for start in run.manifest["starts"]:
             for name, version in start["versions"].items():
-                found.setdefault(name, {})[version] = None
+                distinct.setdefault(name, {})[version] = None
             if start["git"]:
                 changed = " with changes" if start["git"]["modified"] else ""
-                found.setdefault("commit", {})[start["git"]["commit"][:10] + changed] = None
-            found.setdefault("device", {})[f"{start['device']}, {start['world_size']} process(es)"] = None
-    return {name: ", ".join(values) for name, values in found.items()}
+                distinct.setdefault("commit", {})[start["git"]["commit"][:10] + changed] = None
+            distinct.setdefault("device", {})[f"{start['device']}, {start['world_size']} process(es)"] = None
+    return {name: ", ".join(values) for name, values in distinct.items()}
 
 
-def embedded(path: Path) -> str:
+def embed(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def environment() -> jinja2.Environment:
     e = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -121,19 +121,19 @@ def short(number: float) -> str:
 
 
 def fenced(text: str) -> str:
-    """A block of Markdown that the text, a model's say, cannot end."""
+    """Put text into a block of Markdown that no fence inside it can close."""
     fence = "`" * max(4, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
 def points(share: float) -> str:
-    """A difference in percentage points; no sign where it is written as zero."""
+    """Format a difference in percentage points; a rounded zero has no sign."""
     text = f"{100 * share:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def sign(interval: tuple[float, float] | None) -> str:
-    """Whether an interval is all above zero, all below, or neither."""
+    """Return "up" or "down" for an interval entirely above or below zero, else "open"."""
     if interval is None or interval[0] <= 0 <= interval[1]:
         return "open"
     return "up" if interval[0] > 0 else "down"

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nb_lightning.plotting import COLORS, pyplot
 from nb_lightning.report.results import ALL, Results
-
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol, colour-blind safe
 
 
 def plot_accuracy(results: Results, path: Path) -> None:
-    """avg@k of each family, thin, and of all tasks, with its 95 % interval, over the phases of the recipe."""
-    import matplotlib
+    """Draw avg@k over the phases of the recipe: thin lines for families, a thick one with 95 % intervals for all.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Draws nothing where only the teacher was measured.
+    """
     shown = [m for m in results.measurements if m.run != "teacher"]
     if not shown:
         return
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(10, 4.6), constrained_layout=True)
     for number, family in enumerate(results.families):
-        points = [(x, s) for x, m in enumerate(shown) if (s := results.score(m, family)) is not None]
-        x, y = [p[0] for p in points], [100 * p[1].mean for p in points]
+        points = [(x, a) for x, m in enumerate(shown) if (a := results.accuracy(m, family)) is not None]
+        places, percents = [x for x, _ in points], [100 * accuracy.mean for _, accuracy in points]
         if family != ALL:
             color = COLORS[number % len(COLORS)]
-            axis.plot(x, y, color=color, linewidth=1.3, marker="o", markersize=3.5, label=family.replace("_", " "))
+            label = family.replace("_", " ")
+            axis.plot(places, percents, color=color, linewidth=1.3, marker="o", markersize=3.5, label=label)
             continue
-        axis.plot(x, y, color="#222222", linewidth=2.6, marker="o", markersize=6, label="all", zorder=5)
-        for place, score in points:
-            low, high = score.interval or (score.mean, score.mean)
-            axis.vlines(place, 100 * low, 100 * high, color="#222222", linewidth=1.6, zorder=5)
-            label = f"{100 * score.mean:.0f}"
-            axis.annotate(label, (place, 100 * high), (0, 6), textcoords="offset points", weight="bold", ha="center")
+        axis.plot(places, percents, color="#222222", linewidth=2.6, marker="o", markersize=6, label="all", zorder=5)
+        for x, accuracy in points:
+            low, high = accuracy.interval or (accuracy.mean, accuracy.mean)
+            axis.vlines(x, 100 * low, 100 * high, color="#222222", linewidth=1.6, zorder=5)
+            label = f"{100 * accuracy.mean:.0f}"
+            axis.annotate(label, (x, 100 * high), (0, 6), textcoords="offset points", weight="bold", ha="center")
     axis.set_xticks(range(len(shown)), [m.title.replace(": ", "\n") for m in shown])
     axis.set_xlim(-0.3, len(shown) - 0.6)
     axis.set_ylim(-3, 103)

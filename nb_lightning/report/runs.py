@@ -1,4 +1,4 @@
-"""A run as the report sees it: the files that it left in its folder, and nothing that is not there."""
+"""A run as the report sees it: the files in its folder, any of which may be missing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from nb_lightning import run_folder
 from nb_lightning.checkpoints import folders
 from nb_lightning.files import read_json
 from nb_lightning.run_folder import read_metrics
 
-# Run folders of the recipe, in its order.
+# The recipe's run folders in its order, and what the report calls them.
 RUNS = {
     "pretrain": "Pretraining",
     "sft": "SFT",
@@ -28,13 +29,16 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Run:
+    """One stage of the recipe, run or not."""
+
     name: str
     title: str
     folder: Path
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.folder / "manifest.json", {})
+        """Empty where the stage has not run."""
+        return read_json(self.folder / run_folder.MANIFEST, {})
 
     @property
     def state(self) -> str:
@@ -44,26 +48,28 @@ class Run:
 
     @cached_property
     def config(self) -> Any:
-        return OmegaConf.load(self.folder / "config.yaml")
+        return OmegaConf.load(self.folder / run_folder.CONFIG)
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
+        """{name: [n, 2] of (tokens_seen, value)}."""
         return read_metrics(self.folder)
 
     @property
     def accuracy(self) -> dict[str, Any]:
-        """Held-out tasks, by when they were measured (callbacks/task_accuracy.py)."""
-        return read_json(self.folder / "accuracy.json", {})
+        """What callbacks/task_accuracy.py measured, by phase."""
+        return read_json(self.folder / run_folder.ACCURACY, {})
 
     @property
-    def filtered(self) -> dict[str, Any]:
-        """What the on-policy filter kept, by phase and source."""
-        return read_json(self.folder / "on_policy_filter.json", {})
+    def filter_report(self) -> dict[str, Any]:
+        """How many prompts passed callbacks/on_policy_filter.py, by phase and source."""
+        return read_json(self.folder / run_folder.ON_POLICY_FILTER, {})
 
     def pictures(self) -> list[Path]:
-        """Plan, curves, and the filter's histograms in the order of the phases."""
-        names = ["plan", "curves", *(f"on_policy_filter_{phase}" for phase in self.filtered)]
-        return [path for name in names if (path := self.folder / f"{name}.png").is_file()]
+        """Return plan, curves, and the on-policy filter's histograms in the order of the phases."""
+        names = [run_folder.PLAN_PICTURE, run_folder.CURVES_PICTURE]
+        names += [run_folder.on_policy_filter_picture(phase) for phase in self.filter_report]
+        return [path for name in names if (path := self.folder / name).is_file()]
 
     @property
     def steps(self) -> int:
@@ -72,48 +78,55 @@ class Run:
 
     @property
     def tokens_seen(self) -> int:
+        """The clock at the end, or at the last point that was logged."""
         if "tokens_seen" in self.manifest:
             return self.manifest["tokens_seen"]
         return int(max((series[-1, 0] for series in self.metrics.values()), default=0))
 
     @property
     def tokens(self) -> int:
-        """Trained on. RL's clock counts what rollouts can hold; here is what they held, if every step was logged."""
+        """Tokens trained on.
+
+        RL's clock counts what rollouts can hold at most; where every step was logged, this is what they held.
+        """
         if "rl/sampled_tokens" in self.metrics and self.config.trainer.log_every_n_steps == 1:
             return int(self.metrics["rl/sampled_tokens"][:, 1].sum())
         return self.tokens_seen
 
     @property
     def tokens_per_sec(self) -> float | None:
-        """Median over the points that were logged."""
+        """The median over the logged points."""
         speeds = self.metrics.get("perf/tokens_per_sec")
         return None if speeds is None else float(np.median(speeds[:, 1]))
 
-    def last(self, prefix: str) -> dict[str, float]:
-        """The last value of each metric whose name begins so, by the rest of the name."""
-        found = {name: series[-1, 1] for name, series in self.metrics.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): float(value) for name, value in found.items()}
+    def last_values(self, prefix: str) -> dict[str, float]:
+        """Return the last value of each metric whose name begins with `prefix`, by the rest of the name."""
+        return {
+            name.removeprefix(prefix): float(series[-1, 1])
+            for name, series in self.metrics.items()
+            if name.startswith(prefix)
+        }
 
     def shares(self) -> list[tuple[str, float, float]]:
-        """Of each source its planned and realised share of the tokens up to the last point that was logged."""
-        found = []
+        """Return (source, planned share, realised share) of the tokens up to the last logged point."""
+        shares = []
         for source in dict.fromkeys(name for phase in self.manifest["plan"] for name in phase["mixture"]):
             series = self.metrics.get(f"data/share/{source}")
             if series is not None:
                 tokens = np.diff(series[:, 0], prepend=0.0)
                 end = series[-1, 0]
-                found.append((source, self._planned(source, end), float((series[:, 1] * tokens).sum() / end)))
-        return found
+                shares.append((source, self._planned_share(source, end), float((series[:, 1] * tokens).sum() / end)))
+        return shares
 
-    def _planned(self, source: str, end: float) -> float:
+    def _planned_share(self, source: str, end: float) -> float:
         start, tokens = 0.0, 0.0
         for phase in self.manifest["plan"]:
             tokens += phase["mixture"].get(source, 0.0) * max(0.0, min(phase["tokens"], end - start))
             start += phase["tokens"]
         return tokens / end
 
-    def checkpoint(self) -> tuple[str, str] | None:
-        """Name and SHA-256 of the newest checkpoint; of a sharded one, of its first file."""
+    def newest_checkpoint(self) -> tuple[str, str] | None:
+        """Return name and SHA-256 of the newest checkpoint; the hash of a sharded one is that of its first file."""
         for folder in reversed(folders.all_checkpoints(self.folder)):
             files: Mapping[str, Any] = folders.read_info(folder)["files"]
             return folder.name, next(iter(files.values()))["sha256"]
@@ -121,5 +134,5 @@ class Run:
 
 
 def read_runs(root: Path) -> list[Run]:
-    """All runs of the recipe, those that are not there too."""
+    """Return all runs of the recipe, also those that are not there."""
     return [Run(name, title, root / "runs" / name) for name, title in RUNS.items()]

@@ -15,7 +15,7 @@ import pytest
 
 from nb_lightning.evaluate.statistics import bootstrap
 from nb_lightning.report.__main__ import fenced, gather, points, short, write
-from nb_lightning.report.results import at_the_end, while_training
+from nb_lightning.report.results import results_of_evaluation, results_of_training
 from nb_lightning.report.runs import read_runs
 
 FAMILIES = ("maths_sort", "code_functions")
@@ -206,9 +206,9 @@ def test_gains_are_paired_task_by_task(root: Path) -> None:
 def test_without_each_task_a_gain_says_that_it_is_not_paired(tmp_path: Path) -> None:
     before, after = (entry(FAMILIES, right, right, each=False) for right in (0.2, 0.6))
     run(tmp_path, "sft", {"before": before, "overall": after})
-    (gain,) = while_training(read_runs(tmp_path)).gains
+    (gain,) = results_of_training(read_runs(tmp_path)).gains
     assert not gain.paired
-    mean, (low, high) = gain.of["all"]
+    mean, (low, high) = gain.differences["all"]
     a, b = before["sources"]["all"], after["sources"]["all"]
     assert mean == pytest.approx(b["avg@8"] - a["avg@8"])
     widths = [s["interval"][1] - s["interval"][0] for s in (a, b)]
@@ -226,15 +226,15 @@ def test_fewer_families_have_no_all(root: Path) -> None:
 
 
 def test_evaluation_is_paired_over_the_samples(root: Path) -> None:
-    results = at_the_end(root)
+    results = results_of_evaluation(root)
     each = {
         name: np.array([s["reward"] for s in map(json.loads, open(root / f"recipe/evaluate_{name}.jsonl"))
                         if s["way"] == "sampled" and s["source"] == FAMILIES[0]]).reshape(TASKS, 8).mean(1)
         for name in ("sft", "dpd")
     }  # fmt: skip
     assert results.gains[0].paired and results.gains[0].title == "SFT to DPD"
-    assert results.gains[0].of[FAMILIES[0]][0] == pytest.approx((each["dpd"] - each["sft"]).mean())
-    assert [m.scores[FAMILIES[0]].mean for m in results.measurements] == pytest.approx(
+    assert results.gains[0].differences[FAMILIES[0]][0] == pytest.approx((each["dpd"] - each["sft"]).mean())
+    assert [m.accuracies[FAMILIES[0]].mean for m in results.measurements] == pytest.approx(
         [e.mean() for e in each.values()]
     )
 
@@ -245,8 +245,8 @@ def test_what_an_evaluation_did_not_do_is_not_made_up(root: Path) -> None:
     del content["tasks"]["greedy"]
     content["settings"]["temperature"] = 1.0
     path.write_text(json.dumps(content))
-    results = at_the_end(root)
-    assert [m.scores["all"].greedy for m in results.measurements] == [0.5, None]
+    results = results_of_evaluation(root)
+    assert [m.accuracies["all"].greedy for m in results.measurements] == [0.5, None]
     assert not results.one_protocol and not results.gains[0].paired
     assert "Each model with other settings" in written(root)[1]
 
@@ -257,7 +257,7 @@ def test_runs_that_measured_other_tasks_are_not_paired(root: Path) -> None:
     for of in content["distillation"]["sources"].values():  # resumed with fewer tasks
         of["each"] = of["each"][: len(of["each"]) // 2]
     path.write_text(json.dumps(content))
-    (gain,) = (g for g in while_training(read_runs(root)).gains if g.title == "DPD: distillation")
+    (gain,) = (g for g in results_of_training(read_runs(root)).gains if g.title == "DPD: distillation")
     assert not gain.paired
 
 
@@ -272,9 +272,9 @@ def test_numbers_for_people_and_a_fence_that_no_answer_ends() -> None:
 
 
 def test_samples_are_the_first_and_the_first_learnt(root: Path) -> None:
-    for prompt in gather(root)["samples"]:
-        rewards = [answer.reward for answer in prompt.answers]
-        assert len(rewards) == 2 and (prompt.chosen == "the first" or rewards == [0.0, 1.0])
+    for example in gather(root)["examples"]:
+        rewards = [answer.reward for answer in example.answers]
+        assert len(rewards) == 2 and (example.reason == "the first" or rewards == [0.0, 1.0])
     text = write(root, root / "report").read_text()
     assert "<b>0</b>" not in text and "&lt;b&gt;0&lt;/b&gt;" in text and "<i>so</i>" not in text
 
