@@ -142,7 +142,8 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
         from pathlib import Path
         import psutil
         import torch
-        from nb_lightning.checkpoints.hugging_face import HFWeights, shape_from_config
+        from nb_lightning.checkpoints.hf_config import shape_from_config
+        from nb_lightning.checkpoints.hf_weights import HFWeights
         from nb_lightning.model.transformer import Transformer
         from nb_lightning.model.weights import fill
 
