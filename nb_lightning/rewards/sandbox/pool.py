@@ -1,10 +1,11 @@
-"""Where model-written code runs: jobs in locked-down processes, forked by a few zygotes. Never in this process.
+"""A pool of locked-down processes for model-written code, which never runs in this process.
 
-    sandbox = Sandbox("run_code")                 starts a zygote, runs its self-test, refuses where that fails
-    outcome = sandbox.run(job, stdin, limits)     from any thread; never raises for what a job does
+    sandbox = Sandbox(Setup("run_code"))          start a zygote and run its self-test; raise if that fails
+    outcome = sandbox.run(job, stdin, limits)     from any thread; never raises, whatever the job does
 
-A zygote is a bare interpreter (jail/zygote.py). A job is its fork, behind Landlock, a seccomp allow-list and resource
-limits (jail/lockdown.py), as another user where this process is root, inside bubblewrap where that works.
+A zygote is a bare interpreter (jail/zygote.py). A job is a fork of a zygote, behind Landlock, a seccomp allow-list and
+resource limits (jail/lockdown.py). If this process is root, a job runs as another user; where bubblewrap works, inside
+bubblewrap.
 """
 
 from __future__ import annotations
@@ -31,27 +32,37 @@ log = logging.getLogger(__name__)
 
 
 class SandboxError(RuntimeError):
-    """This machine cannot hold the jobs, or no zygote starts."""
+    """This machine cannot confine the jobs, or no zygote starts."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the zygotes of a sandbox are given."""
+    """The configuration of a sandbox's zygotes.
 
-    runner: str  # module of jail/ that does the jobs
-    preload: tuple[str, ...] = ()  # modules that a zygote imports once
-    path: tuple[str, ...] = ()  # entries of sys.path beside the standard library
-    readable: tuple[str, ...] = ()  # what jobs may read beside the standard library
-    jail: bool = True  # False: time and memory limits only, for verifiers that are trusted
-    memory_bytes: int = 512 << 20  # for the self-test
-    argument: str = ""  # for the runner
+    Attributes:
+        runner: the module of jail/ that runs the jobs.
+        preload: modules that a zygote imports once.
+        path: entries of sys.path beside the standard library.
+        readable: files and folders that jobs may read beside the standard library.
+        jail: False applies only time and memory limits, for trusted verifiers.
+        memory_bytes: memory limit of the self-test.
+        argument: passed to the runner.
+    """
+
+    runner: str
+    preload: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+    readable: tuple[str, ...] = ()
+    jail: bool = True
+    memory_bytes: int = 512 << 20
+    argument: str = ""
 
 
 def with_packages(runner: str, packages: Sequence[str], preload: Sequence[str]) -> Setup:
-    """A setup whose jobs run installed packages (of the extra "rewards") and may read them.
+    """Return a setup whose jobs may import and read installed packages (of the extra "rewards").
 
     Raises:
-        ValueError: one is not installed.
+        ValueError: a package is not installed.
     """
     found = {name: importlib.util.find_spec(name) for name in packages}
     if missing := [name for name, spec in found.items() if spec is None]:
@@ -62,7 +73,7 @@ def with_packages(runner: str, packages: Sequence[str], preload: Sequence[str]) 
 
 
 def failure(outcome: Outcome) -> tuple[str, str]:
-    """The status, in a score, of a job that ended before it told its result, and why."""
+    """Return the status and the reason for the score of a job that ended without a result."""
     if outcome.status == "lost":
         return "verifier_error", outcome.reason
     told = [line["error"] for line in outcome.report if isinstance(line, dict) and line.keys() == {"error"}]
@@ -72,26 +83,27 @@ def failure(outcome: Outcome) -> tuple[str, str]:
 
 
 def error_status(error: str) -> str:
-    """The status for what a job says went wrong in it."""
+    """Return the status for an error that a job reported."""
     return "memory" if error.startswith("MemoryError") else "crash"
 
 
 def readable(text: str) -> str:
-    """The beginning of a text from the sandbox, fit for any log."""
+    """Return the beginning of a text from the sandbox, safe to log."""
     return text[:300].encode("utf-8", "replace").decode()
 
 
 class Sandbox:
-    """A pool of zygotes, each with at most one job at a time.
+    """A pool of zygotes, each of which runs one job at a time.
 
     Args:
-        setup: what runs in it.
-        workers: zygotes at most (they start as they are needed); by default this process' share of the CPUs.
-        unsafe: go on where the self-test fails, with what protection there is. Also the environment variable
-            NB_UNSAFE_SANDBOX=1.
+        setup: the configuration of the zygotes.
+        workers: the largest number of zygotes, which start when they are needed; by default this process' share of the
+            CPUs.
+        unsafe: continue if the self-test fails, with the protection that works. The environment variable
+            NB_UNSAFE_SANDBOX=1 does the same.
 
     Raises:
-        SandboxError: a zygote does not start, or its self-test finds that a job could get out.
+        SandboxError: a zygote does not start, or its self-test finds that a job could escape.
     """
 
     def __init__(self, setup: Setup, workers: int | None = None, unsafe: bool = False) -> None:
@@ -108,7 +120,7 @@ class Sandbox:
         _LIVE.add(self)
 
     def run(self, job: dict[str, Any], stdin: bytes = b"", limits: Limits = LIMITS) -> Outcome:
-        """Do one job; waits for a free zygote first."""
+        """Run one job, as soon as a zygote is free."""
         idle = self._idle
         worker = idle.get()
         keep = False
@@ -121,7 +133,7 @@ class Sandbox:
             outcome = worker.run(job, stdin, limits)
             keep = outcome.status != "lost"
             return outcome
-        except (SandboxError, OSError) as error:  # out of memory, processes or descriptors, say
+        except (SandboxError, OSError) as error:  # for example out of memory, processes or descriptors
             return Outcome("lost", f"no zygote: {error}")
         finally:
             if worker is not None and not keep:
@@ -129,14 +141,16 @@ class Sandbox:
             idle.put(worker if keep else None)
 
     def map(self, jobs: Sequence[tuple[dict[str, Any], bytes, Limits]]) -> list[Outcome]:
-        """`run` each, as many at a time as there are zygotes; the outcomes in order."""
+        """Run jobs, as many at a time as there are zygotes; return their outcomes in order."""
         return list(self.threads.map(lambda job: self.run(*job), jobs))
 
     def run_items(self, job: dict[str, Any], items: Sequence[Any], limits: Limits) -> list[Any]:
-        """Do many small things in one job: `limits` (time) are for each of `items`, which the job finds as "items".
+        """Run many items in one job, which finds them as "items". The time limits hold for each item.
 
-        Returns for each item what the job reported of it ({"item": i, ...}), or the `Outcome` that it came to: an
-        item that ends its job costs only itself, for the later ones get jobs of their own.
+        An item that ends the job costs only its own result: each later item gets a job of its own.
+
+        Returns:
+            For each item the line that the job reported for it ({"item": i, ...}), or the `Outcome` of its job.
         """
         if not items:
             return []
@@ -154,14 +168,14 @@ class Sandbox:
         return results
 
     def close(self) -> None:
-        """End all zygotes and the jobs they have. A later `run` starts anew."""
+        """End all zygotes and their jobs. A later `run` starts new zygotes."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in [*self._running]:
             self._drop(worker)
         self._open()
 
     def forget(self) -> None:
-        """In a fork of this process: the zygotes are the parent's."""
+        """Let go of the zygotes without ending them, in a fork of this process: they are the parent's."""
         for worker in self._running:
             worker.forget()
         self._open()
@@ -188,7 +202,7 @@ class Sandbox:
 
 
 def _fair_share() -> int:
-    """CPUs for this process, of those that it shares with the other ranks of torchrun on this machine."""
+    """Return the number of CPUs for this process, which shares them with the other torchrun ranks of this machine."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(32, max(1, len(os.sched_getaffinity(0)) // ranks))
 
@@ -203,7 +217,7 @@ _LOCK = threading.Lock()
 
 
 def shared(setup: Setup) -> Sandbox:
-    """The sandbox of this process for that setup; made at the first call, closed at the exit."""
+    """Return this process' sandbox for a setup, which is started by the first call and closed at exit."""
     with _LOCK:
         if setup not in _shared:
             _shared[setup] = Sandbox(setup)
@@ -211,7 +225,7 @@ def shared(setup: Setup) -> Sandbox:
 
 
 def describe(hello: dict[str, Any]) -> str:
-    """What protects this machine from the jobs, in words."""
+    """Describe what protects this machine from the jobs, in words."""
     if not hello:
         return "no jail: time and memory limits only"
     parts = [f"Landlock {hello['landlock']}" if hello["landlock"] else "no Landlock: no file can be opened"]

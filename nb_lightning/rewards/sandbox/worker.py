@@ -1,4 +1,4 @@
-"""This side of one zygote: start it, give it jobs, read what they write, see it end."""
+"""The trainer's side of one zygote: start it, give it jobs, read their output, notice its end."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = Path(__file__).parent / "jail" / "zygote.py"
-# All that a job finds in its environment. A fixed hash seed: the same program gives the same result in every zygote.
+# A job's whole environment. The hash seed is fixed so that a program gives the same result in every zygote.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-START_SECONDS = 120.0  # for a zygote to import what it preloads, on a busy machine
-GRACE_SECONDS = 2.0  # a zygote that reports the end of a job this late is taken for dead
-PROBE_SECONDS = 30.0  # for bubblewrap to show that it works
+START_SECONDS = 120.0  # time limit for a zygote's start: it imports its preloaded modules, perhaps on a busy machine
+GRACE_SECONDS = 2.0  # a zygote that reports a job's end this long after its time limit is considered dead
+PROBE_SECONDS = 30.0  # time limit for bubblewrap to show that it works
 MESSAGE = 1 << 16
 TIME_SIGNALS = (signal.SIGXCPU, signal.SIGPROF, signal.SIGALRM)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one job. `output_bytes` is for its standard output and for its report, each; more ends it."""
+    """The limits of one job. `output_bytes` holds for its standard output and for its report; more output ends it."""
 
     cpu_seconds: float = 10.0
     wall_seconds: float = 30.0
@@ -43,16 +43,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, and what it wrote. None of that is to be trusted.
+    """How a job ended, and what it wrote. None of its output may be trusted.
 
-    `status`: "ok" (by itself, with exit code 0), "timeout", "flood" (too much output), "crash" (any other end of its
-    own) or "lost" (its zygote died).
+    Attributes:
+        status: "ok" (it ended by itself with exit code 0), "timeout", "flood" (too much output), "crash" (any other end
+            of the job) or "lost" (its zygote died).
+        reason: the status in more words.
+        stdout: its standard output.
+        report: the values in the lines of JSON that it reported.
+        cpu_seconds: CPU time.
+        wall_seconds: wall-clock time.
     """
 
     status: str
     reason: str = ""
     stdout: bytes = b""
-    report: list[Any] = field(default_factory=list)  # the values in the lines of JSON that it wrote
+    report: list[Any] = field(default_factory=list)
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
 
@@ -60,8 +66,10 @@ class Outcome:
 class Worker:
     """One zygote.
 
-    `hello` is what it said at its start: {"landlock", "seccomp", "other_user", "escapes"}, or {"error"} when it could
-    not start; then `close` is all that is left to call.
+    Attributes:
+        hello: its first message: {"landlock", "seccomp", "other_user", "escapes"}; or {"error"} if it could not start,
+            and then only `close` may be called.
+        pid: its process number.
     """
 
     def __init__(self, setup: dict[str, Any]) -> None:
@@ -70,9 +78,9 @@ class Worker:
         self._using, self._closing = threading.Lock(), threading.Lock()
         self._handle = -1  # a pidfd of the zygote
         command = [sys.executable, "-B", "-X", "utf8", str(PROGRAM), str(theirs.fileno())]
-        if setup["jail"]:  # the standard library alone, until `path` says more; nothing of the environment
+        if setup["jail"]:  # only the standard library, until `path` adds more; nothing of the environment
             command = [*bubblewrap(), command[0], "-s", "-S", "-P", *command[1:]]
-        # Its own session: Ctrl-C is for the trainer, which ends it in order.
+        # In a session of its own, Ctrl-C does not reach it: the trainer ends it in order.
         self._process = subprocess.Popen(
             command, env=ENVIRONMENT if setup["jail"] else None, cwd="/" if setup["jail"] else None,
             pass_fds=[theirs.fileno()], start_new_session=True,
@@ -90,21 +98,21 @@ class Worker:
             self._socket.settimeout(None)
         except OSError as error:
             return {"error": f"no word from it in {START_SECONDS:.0f} s ({error})"}
-        if not message:  # by itself, or by the same limit
+        if not message:  # it ended by itself, or by its own time limit for the start
             return {"error": f"it ended with exit code {self._process.wait()}"}
-        # Inside bubblewrap the zygote is a grandchild: the kernel says which process it is. A number may soon be
-        # another's, where every job takes one; a handle stays this process'.
+        # Inside bubblewrap the zygote is a grandchild, so its number comes from the kernel. Every job takes a process
+        # number, so the zygote's may soon be reused; a pidfd stays with this process.
         self.pid = struct.unpack("3i", ancillary[0][2])[0]
         with contextlib.suppress(ProcessLookupError):
             self._handle = os.pidfd_open(self.pid)
         return json.loads(message)
 
     def is_alive(self) -> bool:
-        """While it is idle: whether it is there. An idle zygote has nothing to say, so any word is its end."""
+        """Return whether an idle zygote is alive. An idle zygote sends nothing, so anything to read is its end."""
         return not _poll(self._socket.fileno()).poll(0)
 
     def run(self, job: dict[str, Any], stdin: bytes, limits: Limits) -> Outcome:
-        """Have one job done."""
+        """Run one job."""
         with self._using:
             return self._run(job, stdin, limits)
 
@@ -138,9 +146,12 @@ class Worker:
         return Outcome(status, reason, stdout, _lines(report), end["cpu"], end["wall"])
 
     def _read(self, outputs: dict[int, bytearray], limits: Limits) -> tuple[dict[str, Any] | None, bool]:
-        """Collect the outputs until the zygote tells of the job's end (None: it never did); whether they flooded.
+        """Collect the outputs until the zygote reports the job's end.
 
-        The end is the zygote's word, not the pipes' being closed: a fork of this process may hold them open.
+        The zygote's message is the end, not the closing of the pipes: a fork of this process may hold them open.
+
+        Returns:
+            The message, None if there was none; and whether there was too much output.
         """
         waiting = _poll(*outputs, self._socket.fileno())
         deadline = time.monotonic() + limits.wall_seconds + GRACE_SECONDS
@@ -166,7 +177,7 @@ class Worker:
         return end, flooded
 
     def close(self) -> None:
-        """End the zygote; with it goes the job it has. A thread in `run` notices that at once."""
+        """End the zygote and with it its job. A thread in `run` notices that at once."""
         with self._closing:
             if self._handle >= 0:
                 with contextlib.suppress(ProcessLookupError):
@@ -179,7 +190,7 @@ class Worker:
                 self._socket.close()
 
     def forget(self) -> None:
-        """In a fork of the process that started it: let go of it without touching it."""
+        """Let go of the zygote without ending it, in a fork of the process that started it."""
         self._socket.close()
         if self._handle >= 0:
             os.close(self._handle)
@@ -194,7 +205,7 @@ def _poll(*descriptors: int) -> select.poll:
 
 
 def _drain(descriptor: int, data: bytearray, limit: int) -> bool:
-    """Read what is there, a little more than `limit` in all at most; whether more may come."""
+    """Read the available data, in all at most slightly more than `limit`; return whether more may come."""
     try:
         while len(data) <= limit:
             read = os.read(descriptor, MESSAGE)
@@ -219,7 +230,7 @@ def _verdict(end: dict[str, Any], flooded: bool) -> tuple[str, str]:
 
 
 def _lines(report: bytes) -> list[Any]:
-    """The values in lines of JSON, up to the first that is none."""
+    """Parse lines of JSON, up to the first line that is not JSON."""
     values = []
     for line in report.splitlines():
         try:
@@ -230,7 +241,7 @@ def _lines(report: bytes) -> list[Any]:
 
 
 def _memory_file(content: bytes) -> int:
-    """A file in memory that holds `content`, at its start, and can only be read."""
+    """Create a sealed file in memory with `content`, open for reading at its start; return the descriptor."""
     descriptor = os.memfd_create("nb", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(content)
@@ -242,7 +253,7 @@ def _memory_file(content: bytes) -> int:
 
 @functools.cache
 def bubblewrap() -> tuple[str, ...]:
-    """The command that puts a zygote into namespaces of its own, or nothing where bubblewrap is missing or fails."""
+    """Return the command that gives a zygote its own namespaces; () where bubblewrap is missing or fails."""
     program = shutil.which("bwrap")
     if program is None:
         return ()

@@ -1,5 +1,5 @@
-"""What runs beside the trainer: the zygote and, forked from it, the locked-down jobs. Standard library only.
+"""The code that runs beside the trainer: the zygote, and the locked-down jobs forked from it. Standard library only.
 
-The modules in here are imported by plain name in a bare interpreter (`zygote.py` is run as a script), so they import
-nothing of the package.
+A bare interpreter runs `zygote.py` as a script and imports these modules by plain name, so they import nothing of the
+package.
 """

@@ -1,4 +1,4 @@
-"""The self-test: a job that tries to get out in each of the ways that the jail has to stop."""
+"""The self-test: a job that tries every escape that the jail has to stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REFUSALS = (errno.EPERM, errno.EACCES)
 
 
 def escapes(memory_bytes: int) -> list[str]:
-    """Run inside a job: what it could do and should not, and what it should be able to do and could not."""
+    """Run inside a job: list the forbidden things that it could do, and the needed things that it could not."""
     found = [name for name, attempt in _forbidden(memory_bytes).items() if not _refused(attempt)]
     return found + [name for name, attempt in _needed().items() if not _possible(attempt)]
 
@@ -30,7 +30,9 @@ def _forbidden(memory_bytes: int) -> dict[str, Callable[[], object]]:
         "forks": _fork,
         "runs a program": lambda: os.execv("/nb_canary", ["nb_canary"]),
         "sends a signal": lambda: os.kill(os.getppid(), 0),
-        "traces": lambda: _call("ptrace", 0x4200, os.getpid(), 0, 0),  # on oneself: another error where it is allowed
+        "traces": lambda: _call(
+            "ptrace", 0x4200, os.getpid(), 0, 0
+        ),  # on itself: where ptrace is allowed, the error differs
         "makes a memory file": lambda: os.memfd_create("canary"),
         "raises a limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10)),
         "changes the user": lambda: os.setresuid(-1, -1, -1),
@@ -46,7 +48,7 @@ def _needed() -> dict[str, Callable[[], object]]:
 def _refused(attempt: Callable[[], object]) -> bool:
     try:
         attempt()
-    except (MemoryError, ValueError):  # setrlimit says EPERM with a ValueError
+    except (MemoryError, ValueError):  # setrlimit turns EPERM into a ValueError
         return True
     except OSError as error:
         return error.errno in (*REFUSALS, errno.ENOMEM)

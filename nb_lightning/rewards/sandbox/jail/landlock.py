@@ -1,4 +1,4 @@
-"""Landlock: a job reads the standard library and nothing else; no TCP, no signal out of its domain (landlock(7))."""
+"""Landlock: a job reads only the standard library, uses no TCP and signals no process outside (landlock(7))."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 def abi() -> int:
-    """The version of Landlock in this kernel; 0 where there is none (or it is switched off)."""
+    """Return the version of Landlock in this kernel; 0 if there is none or it is switched off."""
     return max(_syscall(CREATE_RULESET, None, 0, 1), 0)
 
 
 def ruleset(readable: Iterable[str]) -> int:
-    """A file descriptor for `restrict`: reading files and folders at or below `readable`, nothing else.
+    """Create a ruleset for `restrict` that allows only reading at or below `readable`; return its descriptor.
 
     Raises:
         OSError: the kernel refuses.
@@ -45,7 +45,7 @@ def ruleset(readable: Iterable[str]) -> int:
 
 
 def restrict(made: int) -> None:
-    """Put this process under the ruleset for good. Needs no_new_privs."""
+    """Put this process under the ruleset, irrevocably. Needs no_new_privs."""
     _checked(_syscall(RESTRICT_SELF, made, _QUIET), "landlock_restrict_self")
 
 
@@ -60,4 +60,4 @@ def _checked(result: int, name: str) -> int:
     return result
 
 
-_QUIET = int(abi() >= 7)  # what is denied to a job is not worth a line in the audit log
+_QUIET = int(abi() >= 7)  # do not write the denials of a job to the audit log

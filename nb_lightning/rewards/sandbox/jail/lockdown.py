@@ -1,4 +1,4 @@
-"""From the zygote into a job: limits, privileges, Landlock, descriptors, seccomp, in this order."""
+"""Lock a fork of the zygote in as a job: limits, privileges, Landlock, descriptors, seccomp, in this order."""
 
 from __future__ import annotations
 
@@ -15,32 +15,36 @@ from pathlib import Path
 import landlock
 import seccomp
 
-FIRST_FREE = 5  # a job keeps 0 stdin, 1 stdout, 2 /dev/null, 3 its report, 4 what it has to do
+FIRST_FREE = 5  # a job keeps the descriptors 0 stdin, 1 stdout, 2 /dev/null, 3 its report, 4 its task
 DESCRIPTORS = 64
-FIRST_UID = 1_500_000_000  # as root, every zygote's jobs are a user of their own, where such a number is mapped
+FIRST_UID = 1_500_000_000  # as root, the jobs of each zygote run as another user, where such a number is mapped
 NOBODY = 65534
 CAP_SETUID = 1 << 7
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_prctl, _capset, _setfsuid = _LIBC.prctl, _LIBC.capset, _LIBC.setfsuid  # looked up here once, not in each job
+_prctl, _capset, _setfsuid = _LIBC.prctl, _LIBC.capset, _LIBC.setfsuid  # looked up once, not in each job
 
 
 @dataclass(frozen=True)
 class Jail:
     """What a zygote prepares once and every job enters."""
 
-    ruleset: int | None  # Landlock; None where the kernel has none, and then no file can be opened at all
-    filter: bytes | None  # seccomp; None where the kernel has none
-    uid: int | None  # to change to; None when not root or when no other user is mapped
-    keep_fsuid: bool  # read files as root does all the same: no other user can reach the interpreter's library
-    base_bytes: int  # of address space that the zygote has already
-    zygote: int  # its process number
+    ruleset: int | None  # of Landlock; None where the kernel has none, and then no file can be opened at all
+    filter: bytes | None  # of seccomp; None where the kernel has none
+    uid: int | None  # the user that a job becomes; None if this is not root or no other user is mapped
+    keep_fsuid: bool  # read files as root even so, because no other user can reach the interpreter's library
+    base_bytes: int  # address space that the zygote has mapped already
+    zygote: int  # process number of the zygote
 
     def enter(self, memory_bytes: int, cpu_seconds: int, threads: int) -> None:
-        """Lock this process in for good. Raises OSError: the job must not go on then."""
+        """Lock this process in, irrevocably.
+
+        Raises:
+            OSError: locking in failed; the job must not run.
+        """
         limit_resources(self.base_bytes + memory_bytes, cpu_seconds)
         if self.uid is not None:
-            if self.uid != NOBODY:  # whose other processes would count
+            if self.uid != NOBODY:  # other processes of that user would count
                 resource.setrlimit(resource.RLIMIT_NPROC, (threads + 1, threads + 1))
             _become(self.uid, self.keep_fsuid)
         _set_capabilities(0)
@@ -53,11 +57,11 @@ class Jail:
 
 
 def prepare(readable: Sequence[str], machine: str) -> Jail:
-    """Set what all jobs inherit, and see what this machine has for the rest.
+    """Set the limits that all jobs inherit, and find out which protections this machine has.
 
     Args:
         readable: files and folders that jobs may read.
-        machine: as uname says.
+        machine: the architecture, as `uname` names it.
     """
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
@@ -65,7 +69,7 @@ def prepare(readable: Sequence[str], machine: str) -> Jail:
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     try:
         ruleset = None
-        if landlock.abi():  # the descriptor goes out of the way of those that a job gets
+        if landlock.abi():  # its descriptor is moved above those that a job gets
             ruleset = fcntl.fcntl(landlock.ruleset(readable), fcntl.F_DUPFD_CLOEXEC, 30)
     except OSError:
         ruleset = None
@@ -81,26 +85,26 @@ def prepare(readable: Sequence[str], machine: str) -> Jail:
 
 
 def die_with(parent: int) -> None:
-    """End when `parent` does; at once, if it is gone already."""
+    """Let this process end when `parent` does; raise if the parent is gone already."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise ProcessLookupError("the parent is gone")
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Of this process: address space in all, and CPU time (SIGXCPU at the limit, SIGKILL a second later)."""
+    """Limit this process' address space and CPU time (SIGXCPU at the limit, SIGKILL a second later)."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
 
 
 def address_space() -> int:
-    """Bytes of address space that this process has mapped."""
+    """Return how many bytes of address space this process has mapped."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def works(attempt: Callable[[], object]) -> bool:
-    """Whether `attempt` raises no OSError, tried in a process of its own."""
+    """Return whether `attempt` raises no OSError in a fork of this process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -117,7 +121,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def _become(uid: int, keep_fsuid: bool) -> None:
-    """Be another user and group with no others; with `keep_fsuid`, go on opening files as the present user."""
+    """Become another user and group, with no other groups. With `keep_fsuid`, keep opening files as the old user."""
     before = os.geteuid()
     if keep_fsuid:
         prctl(PR_SET_KEEPCAPS, 1)
@@ -130,7 +134,7 @@ def _become(uid: int, keep_fsuid: bool) -> None:
 
 
 def _set_capabilities(wanted: int) -> None:
-    """Have these capabilities (of the first 32, of those permitted) and no others."""
+    """Have only the wanted capabilities (of the first 32, of those permitted)."""
     header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
     data = struct.pack("6I", wanted, wanted, 0, 0, 0, 0)
     if _capset(header, data):

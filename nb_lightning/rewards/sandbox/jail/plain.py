@@ -1,8 +1,8 @@
-"""Values as tagged plain data: what crosses the border of the sandbox, either way.
+"""Values as tagged plain data, the only form in which they cross the border of the sandbox.
 
-`encode` writes only exact built-in types; a subclass (with an `__eq__` of its own, say) is refused. `same` compares
-two encoded values without ever making objects of them, so nothing that comes out of the sandbox is hashed, called or
-compared by its own methods.
+`encode` accepts only exact built-in types. It refuses a subclass, which could have an `__eq__` of its own. `same`
+compares two encoded values without making objects of them, so nothing that comes out of the sandbox is hashed, called
+or compared by its own methods.
 
     None, bool, str: as they are    ["i", "0x2a"]  ["f", "0x1.8p+0"]  ["c", real, imag]  ["b", "hex"]
     ["list", ...]  ["tuple", ...]  ["set", ...]  ["frozenset", ...]  ["dict", [key, value], ...]
@@ -19,11 +19,11 @@ CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(value: Any, depth: int = DEPTH) -> Any:
-    """`value` as JSON that keeps the types.
+    """Encode `value` as JSON that keeps the types.
 
     Raises:
         TypeError: a type that is not plain data.
-        ValueError: nested too deep (or in itself).
+        ValueError: nested too deep, or in itself.
     """
     kind = type(value)
     if value is None or kind is bool or kind is str:
@@ -47,7 +47,7 @@ def encode(value: Any, depth: int = DEPTH) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The value that `encode` wrote. Only for data from the trusted side."""
+    """Decode the output of `encode`. Only for data from the trusted side."""
     if not isinstance(data, list):
         return data
     tag, *items = data
@@ -65,13 +65,13 @@ def decode(data: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The Python value of a JSON one; what JSON has no word for is an object with one key:
+    """Convert JSON to a Python value. A type that JSON lacks is written as an object with one key:
 
     {"$tuple": [...]}, {"$set": [...]}, {"$frozenset": [...]}, {"$dict": [[key, value], ...]}, {"$bytes": "hex"},
     {"$float": "nan"}, {"$complex": [re, im]}
 
     Raises:
-        ValueError: such an object with a wrong content.
+        ValueError: such an object has a wrong content.
     """
     if isinstance(value, list):
         return [from_json(item) for item in value]
@@ -95,10 +95,10 @@ def from_json(value: Any) -> Any:
 
 
 def same(wanted: Any, got: Any, tolerance: float | None = None) -> bool:
-    """Whether the encoded `got`, which may be anything that JSON can hold, is the encoded value `wanted`.
+    """Return whether the encoded `got`, which may be any JSON, equals the encoded value `wanted`.
 
-    Types must agree: True is not 1, 1 is not 1.0, a list is no tuple. NaN is NaN. With a `tolerance`, int and float
-    are numbers alike and equal up to it, relative or absolute (not in sets and keys, which are compared exactly).
+    Types must agree: True is not 1, 1 is not 1.0, a list is not a tuple. NaN equals NaN. With a `tolerance`, int and
+    float are both numbers, which are equal up to it, relative or absolute; sets and keys are still compared exactly.
     """
     return _shallow(got) and _same(wanted, got, tolerance)
 
@@ -129,7 +129,7 @@ def _same(wanted: Any, got: Any, tolerance: float | None) -> bool:
 
 
 def show(data: Any) -> str:
-    """Encoded data for people: a short value as Python writes it."""
+    """Format encoded data for messages: a short value as Python writes it."""
     text = json.dumps(data)
     try:
         return repr(decode(data)) if len(text) < 300 else f"{text[:200]}..."
@@ -150,7 +150,7 @@ def _same_number(wanted: list[Any], got: list[Any], tolerance: float | None) -> 
 
 
 def _text(data: Any) -> str:
-    """A text that two encoded values share exactly when they are the same, whatever the order in their sets."""
+    """Return a text that is equal for two encoded values exactly if they are equal, whatever the order of sets."""
     return json.dumps(_sorted(data))
 
 
@@ -162,7 +162,7 @@ def _sorted(data: Any) -> Any:
 
 
 def _shallow(data: Any) -> bool:
-    """Whether lists are nested no deeper than `encode` writes them (a dict takes two levels)."""
+    """Return whether lists are nested no deeper than `encode` nests them (a dict takes two levels)."""
     level = [data]
     for _ in range(2 * DEPTH + 2):
         level = [item for inner in level if isinstance(inner, list) for item in inner]

@@ -1,8 +1,8 @@
 """The job of code.py: run a solution on inputs. It knows no expected answer.
 
 In: {"code", "entry" (a function, or Class.method), "calls": [encoded argument list, ...], "cpu", "wall"} or {"code"}.
-Out, one JSON a line: {"call": i, "value": encoded} or {"call": i, "error"}; {"error"} when the code itself fails;
-{"done": exit code} of a program.
+Out, one JSON value a line: {"call": i, "value": encoded} or {"call": i, "error"}; {"error"} if the code itself fails;
+{"done": exit code} for a program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "<solution>"
 
 def main() -> int:
     job = runner.task()
-    # As __stdout__ too, or the descriptor is closed with the object when a program puts another in its place.
+    # Also as __stdout__: else, when a program replaces sys.stdout, the old object closes the descriptor.
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape")
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
     return _calls(job) if "entry" in job else _program(job)
@@ -65,7 +65,7 @@ def _program(job: dict[str, Any]) -> int:
 
 def _run(code: str, name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
-    sys.modules[name] = module  # dataclasses look there
+    sys.modules[name] = module  # dataclasses look the module up there
     exec(compile(code, FILE, "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 

@@ -1,4 +1,4 @@
-"""The job of math.py: which of the answers equal the wanted one, by math-verify and SymPy.
+"""The job of math.py: find the answers that equal the wanted one, by math-verify and SymPy.
 
 In: {"wanted", "items", "cpu", "wall"}. Out: {"item": i, "equal": bool} for each answer.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import runner
 
-# Compared once in the zygote: the parser's tables are built as it goes, and SymPy imports much only when it is needed.
+# Compared once in the zygote: the parser builds its tables on first use, and SymPy imports many modules only then.
 WARM = (
     ("\\frac{1}{2}", "0.5"), ("x^2+2x+1", "(x+1)^2"), ("\\sqrt{2}", "2^{1/2}"), ("\\{1, 2\\}", "\\{2, 1\\}"),
     ("[1, 2)", "[1, 3)"), ("2\\pi", "6.28"), ("\\sin x", "\\cos(x)"), ("1 \\le x < 2", "x > 3"), ("\\infty", "-1"),
@@ -42,6 +42,6 @@ def main() -> int:
 def equal(wanted: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # Its own time limits are alarms, which this job sets for itself.
+    # No time limits of math-verify: they are alarms, which this job sets itself.
     parsed = [parse(f"${text}$", parsing_timeout=None, raise_on_error=True) for text in (wanted, answer)]
     return bool(verify(*parsed, timeout_seconds=None))

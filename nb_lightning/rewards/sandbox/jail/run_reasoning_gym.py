@@ -1,4 +1,4 @@
-"""The job of reasoning_gym.py: what a task's own scorer says of answers.
+"""The job of reasoning_gym.py: score answers by the scorer of their task.
 
 In: {"task", "config", "entry", "items", "cpu", "wall"}. Out: {"item": i, "score"} for each answer.
 """
@@ -19,6 +19,6 @@ def main() -> int:
             runner.report({"item": i, "score": float(data.score_answer(answer, job["entry"]))})
         except MemoryError:
             return runner.out_of_memory()
-        except Exception as error:  # some scorers raise on what they cannot read
+        except Exception as error:  # some scorers raise for an answer that they cannot read
             runner.report({"item": i, "score": 0.0, "error": f"{type(error).__name__}: {error}"[:300]})
     return 0

@@ -1,7 +1,7 @@
-"""The job of isolated.py: a verifier from another package. No jail: only limits of time and memory.
+"""The job of isolated.py: run a verifier of another package. No jail, only limits of time and memory.
 
 In: {"prompt", "reference", "completions"}. Out: {"reward", "info"} for each completion, or {"error"}.
-In: {"reference"} alone. Out: {"valid": true}, or {"valid": false, "error"} when the verifier's `check` refuses it.
+In: only {"reference"}. Out: {"valid": true}, or {"valid": false, "error"} if the verifier's `check` refuses it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _made: list[Any] = []
 
 
 def prepare(setup: dict[str, Any]) -> None:
-    """Make the verifier once, in the zygote: every job is a fork that has it."""
+    """Construct the verifier once, in the zygote: every job is a fork that has it."""
     module, _, attribute = setup["argument"].partition(":")
     found = importlib.import_module(module)
     for name in attribute.split("."):

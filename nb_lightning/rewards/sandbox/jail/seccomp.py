@@ -1,7 +1,7 @@
 """The system calls that a job may make: an allow-list, compiled to a seccomp filter (seccomp(2)).
 
-Whatever is not listed fails with EPERM, so that a program which only tries goes on. No fork, exec, socket, signal to
-anyone, ptrace, memfd, io_uring, keyring, namespace or write to a file; threads are allowed.
+A call that is not listed fails with EPERM, so that a program which only tries it can go on. There is no fork, exec,
+socket, signal to any process, ptrace, memfd, io_uring, keyring, namespace or write to a file. Threads are allowed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
 
 @dataclass(frozen=True)
 class If:
-    """Allowed when argument `arg`, its lower 32 bits masked with `mask`, is one of `values`; else `error`.
+    """A condition: the call is allowed if argument `arg`, its low 32 bits masked with `mask`, is one of `values`.
 
-    With `null`, when the whole argument is 0.
+    Otherwise it fails with `error`. With `null` it is allowed only if the whole argument is 0.
     """
 
     arg: int
@@ -52,8 +52,8 @@ class If:
     error: int = errno.EPERM
 
 
-# Opening for reading only: neither O_WRONLY, O_RDWR, O_CREAT nor O_TRUNC, of which Landlock before ABI 3 knows less.
-# (O_TMPFILE needs one of the first two.)
+# Open for reading only: no O_WRONLY, O_RDWR, O_CREAT or O_TRUNC. (Landlock before ABI 3 does not restrict all of
+# them; O_TMPFILE needs one of the first two.)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _THREAD, _NAMESPACES = 0x00010000, 0x7E020080
 _FCNTL = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
@@ -66,7 +66,7 @@ CONDITIONS = {
     "prlimit64": If(arg=2, null=True),  # reads limits, sets none
     "prctl": If(arg=0, values=(15, 16)),  # PR_SET_NAME, PR_GET_NAME: names of threads
 }
-# The C library goes on without these: it falls back to clone, to openat, to "not a terminal".
+# The C library works without these: it falls back to clone, to openat, and to "not a terminal".
 REFUSED = {"clone3": errno.ENOSYS, "openat2": errno.ENOSYS, "ioctl": errno.ENOTTY}
 OPENING = ("open", "openat", "getdents64")
 
@@ -78,10 +78,10 @@ _NUMBER, _ARCH, _ARGS = 0, 4, 16  # offsets in struct seccomp_data
 
 
 def program(machine: str, files: bool = True) -> bytes:
-    """The filter for `machine` (a key of `ARCHITECTURES`) as an array of struct sock_filter.
+    """Compile the filter for `machine` (a key of `ARCHITECTURES`): an array of struct sock_filter.
 
     Args:
-        files: whether files may be opened (for reading) at all; Landlock then says which.
+        files: whether files may be opened (for reading) at all; Landlock then decides which.
     """
     column = list(ARCHITECTURES).index(machine)
     bodies = {numbers[column]: _body(name, files) for name, numbers in NUMBERS.items() if numbers[column] is not None}
@@ -96,7 +96,7 @@ def program(machine: str, files: bool = True) -> bytes:
 
 
 def install(filter_: bytes) -> None:
-    """Put the filter over this process for good. Needs no_new_privs.
+    """Put this process under the filter, irrevocably. Needs no_new_privs.
 
     Raises:
         OSError: the kernel has no seccomp filters.
@@ -108,7 +108,7 @@ def install(filter_: bytes) -> None:
 
 
 def _search(bodies: list[tuple[int, list[bytes]]]) -> list[bytes]:
-    """Find the call's number by halving: the kernel runs this at each call, and over all numbers to install it."""
+    """Find the call's number by bisection: the kernel runs this at every call, and for all numbers to install it."""
     if len(bodies) == 1:
         [(number, body)] = bodies
         return [_op(_JUMP_IF, number, 0, len(body)), *body, _op(_RETURN, ERRNO | errno.EPERM)]

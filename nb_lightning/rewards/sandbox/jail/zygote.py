@@ -1,9 +1,9 @@
 """The zygote: a small process that forks a job whenever the trainer asks, watches its limits, and reaps it.
 
-    python -s -S -P -B zygote.py DESCRIPTOR       of a SOCK_SEQPACKET socket to the trainer
+    python -s -S -P -B zygote.py DESCRIPTOR       the descriptor of a SOCK_SEQPACKET socket to the trainer
 
-It never sees what a job is about: code, inputs and results pass between trainer and job through descriptors that come
-with the order. So there is nothing of one job in the memory that the next one inherits.
+It never sees the content of a job: code, inputs and results pass between trainer and job through descriptors that come
+with the order. So the memory that a job inherits holds nothing of an earlier job.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import canary  # noqa: E402
 import lockdown  # noqa: E402
 
 del sys.path[0]
-TICK = 0.02  # seconds between two looks at a running job
+TICK = 0.02  # seconds between two checks of a running job
 
 
 def main(descriptor: int) -> None:
     control = socket.socket(fileno=descriptor)
     setup = json.loads(control.recv(1 << 20))
-    signal.setitimer(signal.ITIMER_REAL, setup["start_seconds"])  # a start that hangs ends, the trainer there or not
+    signal.setitimer(signal.ITIMER_REAL, setup["start_seconds"])  # end a start that hangs, also without a trainer
     try:
         zygote = Zygote(control, setup)
-    except Exception as error:  # a module that is not there, say
+    except Exception as error:  # for example a missing module
         control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
     hello = zygote.hello()
@@ -51,10 +51,12 @@ def main(descriptor: int) -> None:
 class Zygote:
     """Forks jobs, one at a time.
 
-    `setup`: "jail" (false: limits only, for verifiers that are trusted), "runner" (a module here with `main`), "path"
-    (sys.path, where the standard library alone will not do), "preload" (modules to import once), "readable" (what jobs
-    may read beside the standard library), "memory_bytes" (for the self-test), "start_seconds" (for all this) and what
-    else the runner wants.
+    Args:
+        control: the socket to the trainer.
+        setup: "jail" (false: only limits, for trusted verifiers), "runner" (a module of this folder with `main`),
+            "path" (sys.path, if the standard library is not enough), "preload" (modules to import once), "readable"
+            (what jobs may read beside the standard library), "memory_bytes" (of the self-test), "start_seconds" (time
+            limit of the start), and what the runner needs.
     """
 
     def __init__(self, control: socket.socket, setup: dict[str, Any]) -> None:
@@ -68,7 +70,7 @@ class Zygote:
             importlib.import_module(name)
         getattr(self.runner, "prepare", lambda setup: None)(setup)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # when memory is short, a job goes first
+            file.write("1000")  # when memory is short, the kernel ends a job first
         self.jail = None
         if setup["jail"]:
             self.jail = lockdown.prepare([*standard_library(), *setup["readable"]], platform.machine())
@@ -78,7 +80,7 @@ class Zygote:
         gc.freeze()
 
     def hello(self) -> dict[str, Any]:
-        """What the trainer needs to know before it sends anything."""
+        """Describe the protections that work, for the trainer."""
         jail = self.jail
         if jail is None:
             return {}
@@ -90,11 +92,11 @@ class Zygote:
         }
 
     def serve(self) -> bool:
-        """Do the next job. False: the trainer is gone or says that it was the last."""
+        """Run the next job. Return False if the trainer is gone or has closed the socket."""
         waiting = select.poll()
         waiting.register(self.control, select.POLLIN)
         while not waiting.poll(1000):
-            if os.getppid() != self.trainer:  # another process may still hold the other end of the socket
+            if os.getppid() != self.trainer:  # a fork of the trainer may still hold the other end of the socket
                 return False
         try:
             message, descriptors, _, _ = socket.recv_fds(self.control, 1 << 16, 4)
@@ -103,14 +105,14 @@ class Zygote:
         if not message:
             return False
         order = json.loads(message)
-        if "stop" in order:  # of a job that had ended by then
+        if "stop" in order:  # it was for a job that has ended in the meantime
             return True
         started = time.monotonic()
         pid = self._fork(order, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         reason = self._watch(pid, order, started)
-        if self.jail is None:  # a verifier's own processes go with it
+        if self.jail is None:  # end the verifier's own processes with it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
@@ -132,7 +134,7 @@ class Zygote:
         try:
             self._enter(order, descriptors)
             code = self.runner.main()
-        except BaseException:  # nothing of a job may ever get back into the loop above
+        except BaseException:  # no job may ever return into the loop above
             pass
         finally:
             os._exit(code if type(code) is int else 70)
@@ -154,7 +156,7 @@ class Zygote:
             os.closerange(5, 1024)
 
     def _watch(self, pid: int, order: dict[str, Any], started: float) -> str | None:
-        """Wait for the job's end, kill it at a limit; why it was killed."""
+        """Wait for the job's end, and kill it at a limit; return the reason, None if it ended by itself."""
         handle = os.pidfd_open(pid)
         waiting = select.poll()
         waiting.register(handle, select.POLLIN)
@@ -165,7 +167,7 @@ class Zygote:
                 ready = dict(waiting.poll(TICK * 1000))
                 if handle in ready:
                     return None
-                if ready:  # the trainer has seen enough, or is gone
+                if ready:  # the trainer wants the job stopped, or is gone
                     self.control.recv(1 << 16)
                     reason = "stopped"
                 elif time.monotonic() - started > order["wall"]:
@@ -180,7 +182,7 @@ class Zygote:
             os.close(handle)
 
     def _escapes(self) -> list[str]:
-        """Run the canary as a job."""
+        """Run the canary as a job, and return what it found."""
         ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -202,7 +204,7 @@ class Zygote:
 
 
 def standard_library() -> list[str]:
-    """Its files and folders, without the packages that are installed beside it, and the two harmless devices."""
+    """List the library's files and folders, without the packages installed beside it, and two harmless devices."""
     folder = os.path.dirname(os.__file__)
     hidden = ("site-packages", "dist-packages")
     return [os.path.join(folder, name) for name in os.listdir(folder) if name not in hidden] + [
