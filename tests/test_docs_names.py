@@ -101,9 +101,9 @@ def test_every_file_name_exists(page: Path) -> None:
 
 
 @functools.cache
-def data_keys() -> set[str]:
-    """Return the keys below `data:` in the config: `data.sources` is no module."""
-    return set().union(*(members for name, members in classes().items() if name.endswith("DataConfig")))
+def config_keys() -> set[str]:
+    """Return the fields of all schemas: `data.sources` is a key of the config, no module."""
+    return set().union(*(members for name, members in classes().items() if name.endswith("Config")))
 
 
 @each_page
@@ -111,7 +111,7 @@ def test_every_dotted_name_can_be_imported(page: Path) -> None:
     missing = []
     for name in MODULE.findall(" ".join(CODE_SPAN.findall(without_old_names(page)))):
         parent, _, last = name.rpartition(".")
-        if name == "nb_lightning.json" or (name.startswith("data.") and name.split(".")[1] in data_keys()):
+        if name == "nb_lightning.json" or (name.startswith("data.") and name.split(".")[1] in config_keys()):
             continue
         folder = ROOT.joinpath(*parent.split("."))
         is_module = (folder / last).is_dir() or (folder / f"{last}.py").exists()
@@ -119,6 +119,12 @@ def test_every_dotted_name_can_be_imported(page: Path) -> None:
         if not is_module and not any(last in names_in(home) for home in homes):
             missing.append(name)
     assert missing == []
+
+
+@each_page
+def test_every_config_key_exists(page: Path) -> None:
+    keys = re.findall(r"`[~+]?(?:stage|trainer|model|paths)\.(\w+)[^`]*`", text_of(page, code_blocks=False))
+    assert sorted(set(keys) - config_keys()) == []
 
 
 @each_page
