@@ -1,10 +1,10 @@
-"""Checkpoint folders that are whole or not there, and known to be what was written.
+"""Checkpoint folders: written atomically, verified before they are loaded.
 
     checkpoints/step-00000200/state     what Lightning wrote: a file, or a folder of shards
                               checkpoint.json size and SHA-256 of every file; model, plan, tokens_seen
 
-A checkpoint is written into a hidden folder beside its place, synced, and renamed: a kill, a full disk or a separate
-file system leaves either the whole checkpoint or none. Before one is loaded its files are compared with the manifest.
+A checkpoint is written into a hidden folder beside its place, synced, and renamed: a kill or a full disk leaves either
+the whole checkpoint or none. Before it is loaded, its files are compared with the manifest.
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ MANIFEST = "checkpoint.json"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint is incomplete, or differs from what was written."""
 
 
 def commit(temporary: Path, final: Path, info: dict[str, Any], name: str = MANIFEST) -> None:
-    """Make what is in `temporary` durable, with a manifest called `name`, and rename it to `final` (both on one file
-    system); what was there goes."""
+    """Write a manifest into `temporary`, sync all files, and rename the folder to `final`, which is replaced.
+
+    Args:
+        temporary: a folder on the file system of `final`.
+        info: goes into the manifest, with the size and SHA-256 of every file.
+        name: of the manifest.
+    """
     files = {}
     for path in _files(temporary):
         _sync(path)
@@ -46,20 +51,20 @@ def commit(temporary: Path, final: Path, info: dict[str, Any], name: str = MANIF
     _sync(manifest)
     for folder in {temporary, *(path.parent for path in _files(temporary))}:
         _sync(folder)
-    gone = final.with_name(f".dropping-{final.name}")
-    shutil.rmtree(gone, ignore_errors=True)
+    replaced = final.with_name(f".dropping-{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        os.replace(final, gone)
+        os.replace(final, replaced)
     os.replace(temporary, final)
     _sync(final.parent)
-    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_info(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """What the manifest says: of a checkpoint, the stage's `state()` and the files.
+    """Read the manifest of a folder: for a checkpoint, the stage's `state()` and the files.
 
     Raises:
-        DamagedCheckpoint: it is missing or damaged.
+        DamagedCheckpoint: the manifest is missing or damaged.
     """
     try:
         info = json.loads((folder / name).read_text())
@@ -73,10 +78,10 @@ def read_info(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of a checkpoint with what was written.
+    """Compare the size and SHA-256 of every file with the manifest.
 
     Raises:
-        DamagedCheckpoint: names the file and what is wrong with it.
+        DamagedCheckpoint: names the first file that differs, and how.
     """
     for name, entry in read_info(folder)["files"].items():
         path = folder / name
@@ -89,16 +94,19 @@ def verify(folder: Path) -> None:
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first."""
     folder = run / CHECKPOINTS
     return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
 
 
 def newest(run: Path, but: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and what was wrong with each newer one.
+    """Find the newest undamaged checkpoint of a run.
 
     Args:
-        but: leave aside what was saved when so many tokens were seen.
+        but: skip a checkpoint that was saved when so many tokens had been seen.
+
+    Returns:
+        The checkpoint, or None; and one line for each newer one that is damaged.
     """
     problems: list[str] = []
     for folder in reversed(all_checkpoints(run)):
@@ -116,13 +124,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def resolve(path: str, check: bool = True) -> Path:
-    """The checkpoint folder that `path` means: a checkpoint, or a run (its newest whole checkpoint).
+    """Find the checkpoint that `path` names: a checkpoint's folder, or a run (its newest undamaged checkpoint).
 
     Args:
-        check: verify its files; without it a run stands for its newest checkpoint.
+        check: verify the files; if not, a run stands for its newest checkpoint, damaged or not.
 
     Raises:
-        ValueError: nothing there, or damaged.
+        ValueError: no checkpoint is there, or none that is undamaged.
     """
     folder = Path(path)
     if folder.name == STATE:
@@ -134,17 +142,17 @@ def resolve(path: str, check: bool = True) -> Path:
     if all_checkpoints(folder):
         if not check:
             return all_checkpoints(folder)[-1]
-        found, problems = newest(folder)
-        if found is None:
+        checkpoint, problems = newest(folder)
+        if checkpoint is None:
             raise DamagedCheckpoint("; ".join(problems))
-        return found
+        return checkpoint
     raise ValueError(f"no checkpoint at {path!r}: give a run folder or one of its checkpoints/step-* folders")
 
 
 class CheckpointWeights(Weights):
-    """The model's weights in a checkpoint, whatever number of ranks wrote it; one tensor is in memory at a time.
+    """The model's weights in a checkpoint, written by any number of ranks; one tensor is in memory at a time.
 
-    Nothing but tensors and plain containers is unpickled (`weights_only`).
+    Only tensors and plain containers are unpickled (`weights_only`), so that no file can run code.
     """
 
     def __init__(self, folder: Path, prefix: str = "model.") -> None:
@@ -161,7 +169,11 @@ class CheckpointWeights(Weights):
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The shape of a checkpoint's model, with the RoPE base it was last trained with."""
+    """Read the shape of a checkpoint's model, with the RoPE base it was last trained with.
+
+    Raises:
+        DamagedCheckpoint: the manifest describes no model.
+    """
     try:
         return ModelShape(**read_info(folder)["model"])
     except (KeyError, TypeError) as error:
@@ -178,13 +190,13 @@ class _Sharded:
     reader: Any  # of torch.distributed.checkpoint
 
     def read(self) -> torch.Tensor:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        whole = {self.key: torch.empty(self.shape, dtype=self.dtype)}
+        tensors = {self.key: torch.empty(self.shape, dtype=self.dtype)}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it was told to be
-            dcp.load(whole, storage_reader=self.reader, no_dist=True)
-        return whole[self.key]
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which `no_dist` asks for
+            load(tensors, storage_reader=self.reader, no_dist=True)
+        return tensors[self.key]
 
 
 def _open_single(state: Path) -> dict[str, torch.Tensor]:
@@ -195,11 +207,11 @@ def _open_single(state: Path) -> dict[str, torch.Tensor]:
 
 
 def _open_sharded(state: Path) -> dict[str, _Sharded]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     class Reader(FileSystemReader):
-        """torch's reader, which would unpickle the folder's table of contents as it is."""
+        """torch's reader, without its unrestricted unpickling of the folder's table of contents."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             return contents
@@ -222,7 +234,7 @@ def _open_sharded(state: Path) -> dict[str, _Sharded]:
 
 
 class _TableOfContents(pickle.Unpickler):
-    """Unpickles what a folder of shards says of itself, and nothing that could run code."""
+    """An unpickler for the table of contents of a folder of shards; it refuses all that could run code."""
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": (

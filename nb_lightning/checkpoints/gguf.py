@@ -1,7 +1,8 @@
 """GGUF, llama.cpp's one-file format: weights and metadata of a Llama model, in and out.
 
-Its attention rotates neighbouring components, ours pairs e with e + E / 2, so the rows of q and k are permuted on the
-way. Quantized tensors are read as the float32 they stand for. Its tokenizers are in gguf_tokenizer.py.
+llama.cpp rotates the components 2e and 2e + 1 of a head together, our RoPE e and e + E / 2, so the rows of q_proj and
+k_proj are permuted in both directions. Quantized tensors are read as the float32 values that they encode. Tokenizers
+are read and written by gguf_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nb_lightning.checkpoints.hf_config import MAX_SIZE
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import Stored, Weights, parameter_shapes
 
-MARK = "nb_lightning.version"  # in the files that `save_gguf` wrote
+MARK = "nb_lightning.version"  # a key in the metadata of the files that `save_gguf` wrote
 TYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 _TOP = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
@@ -38,7 +39,7 @@ _OURS = {theirs: ours for ours, theirs in (_TOP | _LAYER).items()}
 
 
 def require_package() -> Any:
-    """The `gguf` package.
+    """Import the package `gguf`.
 
     Raises:
         ValueError: it is not installed.
@@ -54,7 +55,7 @@ class GGUFWeights(Weights):
     """A GGUF file of a Llama model.
 
     Attributes:
-        metadata: key -> value, lists included.
+        metadata: key -> value; a value may be a list.
         shape: of the model.
 
     Raises:
@@ -82,18 +83,22 @@ class GGUFWeights(Weights):
 
         tensor = self._tensors[self.stored[name].spelling]
         try:
-            whole = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+            weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         except NotImplementedError as error:
             raise ValueError(f"{self.origin}: tensor {tensor.name} is {tensor.tensor_type.name}: {error}") from error
-        heads = _heads(name, self.shape)
-        return whole.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(whole.shape) if heads else whole
+        heads = _rotated_heads(name, self.shape)
+        return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape) if heads else weight
 
     def spell(self, name: str) -> str:
         return to_gguf(name)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Key -> value. Raises ValueError for what is not a GGUF file."""
+    """Read the keys and values of a GGUF file.
+
+    Raises:
+        ValueError: it is not a readable GGUF file.
+    """
     return _read(path)[0]
 
 
@@ -103,13 +108,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         return metadata, {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # a damaged file gives any error that numpy and struct can give
+    except Exception as error:  # a damaged file can raise any error of numpy and struct
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a readable GGUF file: {reason}") from error
 
 
 def to_gguf(name: str) -> str:
-    """`Transformer`'s name of a parameter in llama.cpp's spelling."""
+    """Translate the name of a `Transformer` parameter into llama.cpp's name."""
     if name in _TOP:
         return _TOP[name]
     _, layer, part = name.split(".", 2)
@@ -117,15 +122,15 @@ def to_gguf(name: str) -> str:
 
 
 def from_gguf(name: str) -> str | None:
-    """The inverse of `to_gguf`; None for a name that is not one of theirs."""
+    """Invert `to_gguf`. Returns None for a name that a Llama model does not have."""
     match name.split(".", 2):
         case ["blk", layer, part] if part in _OURS and part not in _TOP.values():
             return f"layers.{layer}.{_OURS[part]}"
     return _OURS[name] if name in _TOP.values() else None
 
 
-def _heads(name: str, shape: ModelShape) -> int:
-    """Number of heads whose rows are permuted; 0 for all but q and k."""
+def _rotated_heads(name: str, shape: ModelShape) -> int:
+    """Count the heads of q_proj or k_proj, whose rows are permuted; 0 for other parameters."""
     if name.endswith("q_proj.weight"):
         return shape.n_heads
     return shape.n_kv_heads if name.endswith("k_proj.weight") else 0
@@ -146,7 +151,7 @@ def _shape(metadata: Mapping[str, Any], stored: Mapping[str, Stored], path: Path
         value = metadata.get(f"llama.{key}", default)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a positive number")
-        return float(str(np.float32(value)))  # 1e-05 is stored as 9.999999747378752e-06
+        return float(str(np.float32(value)))  # a float32: 1e-05 reads as 9.999999747378752e-06
 
     if metadata.get("llama.rope.scaling.type", "none") != "none":
         scaling = metadata["llama.rope.scaling.type"]
@@ -183,9 +188,11 @@ def save_gguf(
     """Write a GGUF file, one tensor at a time.
 
     Args:
-        kind: one of `TYPES`, for the matrices; norms stay float32, and a row that no block of 32 divides float16.
-        context: llama.context_length.
+        kind: one of `TYPES`, for the matrices. Norms stay float32; with q8_0, matrices whose row length is not a
+            multiple of 32 become float16.
+        context: tokens a row that the model was made for (llama.context_length).
         metadata: more keys and values (the tokenizer's); a list holds strings, integers or numbers.
+        version: of nb_lightning, which marks the file as ours.
 
     Raises:
         ValueError: see `Weights.require`.
@@ -193,7 +200,7 @@ def save_gguf(
     gguf = require_package()
     weights.require(shape)
     types = gguf.GGMLQuantizationType
-    wanted = {"float32": types.F32, "float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
+    matrix_type = {"float32": types.F32, "float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
     file_types = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}  # llama.cpp's llama_ftype
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_string(MARK, version)
@@ -219,28 +226,28 @@ def save_gguf(
             writer.add_uint32(key, value)
         else:
             writer.add_string(key, value)
-    chosen = {}
+    type_of = {}
     for name, dims in parameter_shapes(shape).items():
-        chosen[name] = types.F32 if len(dims) == 1 else wanted
-        if wanted == types.Q8_0 and len(dims) > 1 and dims[-1] % 32:
-            chosen[name] = types.F16
-        size = math.prod(gguf.quant_shape_to_byte_shape(dims, chosen[name]))
-        writer.add_tensor_info(to_gguf(name), dims, np.dtype(np.float32), size, chosen[name])
+        type_of[name] = types.F32 if len(dims) == 1 else matrix_type
+        if matrix_type == types.Q8_0 and len(dims) > 1 and dims[-1] % 32:
+            type_of[name] = types.F16
+        size = math.prod(gguf.quant_shape_to_byte_shape(dims, type_of[name]))
+        writer.add_tensor_info(to_gguf(name), dims, np.dtype(np.float32), size, type_of[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, kind_of in chosen.items():
-        whole = weights.read(name).float()
-        heads = _heads(name, shape)
+    for name, tensor_type in type_of.items():
+        weight = weights.read(name).float()
+        heads = _rotated_heads(name, shape)
         if heads:
-            whole = whole.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(whole.shape)
-        writer.write_tensor_data(gguf.quants.quantize(whole.contiguous().numpy(), kind_of))
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        writer.write_tensor_data(gguf.quants.quantize(weight.contiguous().numpy(), tensor_type))
     writer.close()
 
 
 def is_ours(path: Path) -> bool:
-    """Whether `save_gguf` wrote this file."""
+    """Whether `save_gguf` wrote this file; False for what is no GGUF file at all."""
     try:
         return MARK in require_package().GGUFReader(path).fields
-    except Exception:  # whatever else it is
+    except Exception:  # a damaged file can raise any error
         return False

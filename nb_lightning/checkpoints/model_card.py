@@ -32,7 +32,12 @@ model.compare(asked, [("one response", "another")])  # how likely the first is t
 
 
 def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
-    """Markdown with the front matter that model hubs read."""
+    """Write the card in Markdown, with the front matter that model hubs read.
+
+    Args:
+        dtype: of the exported weights.
+        chat: the model has a chat template.
+    """
     s = origin.shape
     embeddings = s.vocab_size * s.d_model * (1 if s.tie_embeddings else 2)
     facts = [
@@ -44,13 +49,13 @@ def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
         ("context, RoPE base", f"{origin.context or 'unknown'}, {s.rope_theta:g}"),
         ("weights", f"{dtype}"),
     ]
-    parts = [_FRONT, f"# {name}", _table(("", ""), facts)]
+    sections = [_FRONT, f"# {name}", _table(("", ""), facts)]
     if isinstance(origin, CheckpointOrigin):
-        parts += _training(origin.path)
+        sections += _training(origin.path)
     else:
-        parts.append(f"Converted from `{origin.path.name}` by nb_lightning {__version__}.")
-    parts += ["## Use", f"```python\n{_use(name, chat, judge=origin.comparison() is not None)}\n```"]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+        sections.append(f"Converted from `{origin.path.name}` by nb_lightning {__version__}.")
+    sections += ["## Use", f"```python\n{_use(name, chat, judge=origin.comparison() is not None)}\n```"]
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
 
 
 def _use(name: str, chat: bool, judge: bool) -> str:
@@ -66,7 +71,7 @@ def _use(name: str, chat: bool, judge: bool) -> str:
 
 
 def _training(checkpoint: Path) -> list[str]:
-    """How the run was, from the checkpoint and the run's manifest."""
+    """Describe the training in sections, from the manifests of the checkpoint and of its run."""
     info = folders.read_info(checkpoint)
     seen, start = info["tokens_seen"], 0
     rows = []
@@ -78,30 +83,30 @@ def _training(checkpoint: Path) -> list[str]:
             tokens = min(phase["tokens"], seen - start)
             rows.append((phase["name"], f"{tokens:,}", rate, mixture, phase["seq_len"], f"{phase['rope_theta']:g}"))
         start += phase["tokens"]
-    parts = [
+    sections = [
         "## Training",
         f"nb_lightning {__version__}, {seen:,} tokens, checkpoint `{checkpoint.name}`, seed {info['seed']}.",
         _table(("phase", "tokens", "learning rate", "mixture", "context", "RoPE base"), rows),
     ]
     manifest = read_json(checkpoint.parent.parent / run_folder.MANIFEST, {})
     if not manifest:
-        return parts
+        return sections
     if manifest.get("init_from"):
-        parts.append(f"It began with the weights of `{Path(manifest['init_from']).name}`.")
+        sections.append(f"It began with the weights of `{Path(manifest['init_from']).name}`.")
     data = manifest.get("data", {})
     if data:
-        facts = list(next(iter(data.values())))  # of text tokens and documents, of RL's prompts tasks
+        facts = list(next(iter(data.values())))  # text has tokens and documents, RL's prompts have tasks
         heads = ["data", *("SHA-256" if fact == "sha256" else fact for fact in facts)]
-        parts.append(_table(heads, [(name, *(value[fact] for fact in facts)) for name, value in data.items()]))
+        sections.append(_table(heads, [(name, *(value[fact] for fact in facts)) for name, value in data.items()]))
     metrics = manifest.get("metrics", {})
     if metrics and manifest.get("tokens_seen") == seen:
-        parts.append(_table(("at the end", ""), [(key, f"{value:.4g}") for key, value in sorted(metrics.items())]))
+        sections.append(_table(("at the end", ""), [(key, f"{value:.4g}") for key, value in sorted(metrics.items())]))
     start_of_run = manifest["starts"][-1]
     git = start_of_run.get("git")
     commit = f", commit {git['commit']}{' with changes' if git['modified'] else ''}" if git else ""
     versions = ", ".join(f"{name} {version}" for name, version in start_of_run["versions"].items())
-    parts.append(f"Software: {versions}{commit}.")
-    return parts
+    sections.append(f"Software: {versions}{commit}.")
+    return sections
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -1,4 +1,7 @@
-"""A model to use: weights, tokenizer and chat template of a run, a checkpoint, a Hugging Face folder or a GGUF file."""
+"""Load a model to use from a run, a checkpoint, a Hugging Face folder or a GGUF file.
+
+`find_origin` says what is at a path and reads its shape; `load_pretrained` reads weights, tokenizer and chat template.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,19 @@ from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.tokenizer import END_OF_TURN, TextTokenizer
 
-EXPORT = "nb_lightning.json"  # in a Hugging Face folder of ours: its files, and what is known of the model
+EXPORT = "nb_lightning.json"  # in a Hugging Face folder that we exported: its files, and where the model is from
 _DECODING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass
 class Pretrained:
-    """A model that generates.
+    """A model to generate with, and what it takes to write its prompts and read its text.
 
     Attributes:
-        model: in eval mode, on its device.
-        stop_ids: what ends a generated row: the end of a document and the end of a turn.
-        name: for humans: the folder's or file's name.
+        model: on its device; in eval mode, unless a run is training it.
+        chat: None for a model without a chat template.
+        stop_ids: tokens that end a generated row: the end of a document and the end of a turn.
+        name: of the folder or file, for reports.
     """
 
     model: Transformer
@@ -44,19 +48,19 @@ class Pretrained:
 
 
 def in_training(model: Transformer, tokenizer: TextTokenizer, chat: ChatTemplate, name: str) -> Pretrained:
-    """A model that a run is training, to generate with between two steps."""
+    """Wrap a model that a run is training, to generate with it between two steps."""
     stop_ids = (tokenizer.eos_id, ChatTokenizer(tokenizer, chat).end_id)
     return Pretrained(model, tokenizer, chat, stop_ids, name)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from, before any of them is read.
+    """A place that holds a model. Its shape is read, its weights are not.
 
     Attributes:
         path: the checkpoint's folder, the Hugging Face folder or the GGUF file.
-        shape: of the model, with its own RoPE base.
-        context: tokens a row that the model was made for; None where nothing says so.
+        shape: of the model, with the RoPE base it was last trained with.
+        context: tokens a row that the model was made for; None if the files do not say.
     """
 
     path: Path
@@ -64,47 +68,54 @@ class Origin:
     context: int | None
 
     def open(self) -> weights.Weights:
-        """The tensors, read one at a time."""
+        """Open the weights; tensors are read one at a time."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """SHA-256 over names and contents of all tensors; reads every one of them."""
+        """Hash the names and contents of all tensors (SHA-256), which reads every one of them."""
         tensors = self.open()
         digests = {name: tensors.digest(name) for name in weights.parameter_shapes(self.shape)}
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> TextTokenizer:
-        """Raises ValueError where there is none, or one with more tokens than the model."""
-        found = self._tokenizer()
-        if found.vocab_size > self.shape.vocab_size:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: there is none, or it has ids that the model does not have.
+        """
+        tokenizer = self._load_tokenizer()
+        if tokenizer.vocab_size > self.shape.vocab_size:
             raise ValueError(
-                f"{self.path}: the tokenizer's ids go up to {found.vocab_size - 1}, the model's to "
+                f"{self.path}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, the model's to "
                 f"{self.shape.vocab_size - 1}"
             )
-        return found
+        return tokenizer
 
-    def _tokenizer(self) -> TextTokenizer:
+    def _load_tokenizer(self) -> TextTokenizer:
         return load_tokenizer(str(self.path))
 
     def stop_ids(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
-        """The end of a document, and all that the files call an end."""
-        named = [END_OF_TURN, tokenizer.special.get("eos_token", END_OF_TURN)]
-        ids = {tokenizer.eos_id, *map(tokenizer.tokenizer.token_to_id, named), *self._named_ends()}
+        """List the ids that end a generated row: the end of a document, and every end that the files name."""
+        names = [END_OF_TURN, tokenizer.special.get("eos_token", END_OF_TURN)]
+        ids = {tokenizer.eos_id, *map(tokenizer.tokenizer.token_to_id, names), *self._end_ids()}
         return tuple(sorted(id for id in ids if isinstance(id, int)))
 
-    def _named_ends(self) -> list[Any]:
+    def _end_ids(self) -> list[Any]:
+        """Return the ends that the model's config names; an entry may be None."""
         return []
 
     def decoding(self) -> dict[str, Any]:
-        """How its makers sample from it, in transformers' words; empty where nothing says so."""
+        """Return how the model's makers sample from it, in transformers' words; {} if the files do not say."""
         return {}
 
     def comparison(self) -> str | None:
-        """Of a reward model the digest of how its comparisons are written (`pairwise.ComparisonForm`)."""
+        """Return the digest of a reward model's `ComparisonForm`; None for other models."""
         return None
 
 
 class CheckpointOrigin(Origin):
+    """A checkpoint of a run."""
+
     def comparison(self) -> str | None:
         return _comparison(folders.read_info(self.path))
 
@@ -113,7 +124,7 @@ class CheckpointOrigin(Origin):
 
 
 class AdapterOrigin(CheckpointOrigin):
-    """A checkpoint of adapters: they come merged into their base."""
+    """A checkpoint of adapters. `open` gives the weights of the base with the adapters merged into them."""
 
     def open(self) -> weights.Weights:
         saved = folders.read_info(self.path)["adapter"]
@@ -125,52 +136,56 @@ class AdapterOrigin(CheckpointOrigin):
 
 
 class HFOrigin(Origin):
+    """A Hugging Face folder."""
+
     def open(self) -> weights.Weights:
         return hf_weights.HFWeights(self.path)
 
-    def _named_ends(self) -> list[Any]:
+    def _end_ids(self) -> list[Any]:
         config = read_json(self.path / hf_config.CONFIG)
-        named = [content.get("eos_token_id") for content in (config, self._generation)]
-        return [id for ids in named for id in (ids if isinstance(ids, list) else [ids])]
+        entries = [content.get("eos_token_id") for content in (config, self._generation_config)]
+        return [id for ids in entries for id in (ids if isinstance(ids, list) else [ids])]
 
     def comparison(self) -> str | None:
         return _comparison(folders.read_info(self.path, EXPORT)) if (self.path / EXPORT).is_file() else None
 
     def decoding(self) -> dict[str, Any]:
-        return {key: self._generation[key] for key in _DECODING if key in self._generation}
+        return {key: self._generation_config[key] for key in _DECODING if key in self._generation_config}
 
     @property
-    def _generation(self) -> dict[str, Any]:
+    def _generation_config(self) -> dict[str, Any]:
         return hf_config.read_generation_config(self.path)
 
 
 @dataclass(frozen=True)
 class GGUFOrigin(Origin):
-    content: GGUFWeights
+    """A .gguf file."""
+
+    tensors: GGUFWeights
 
     def open(self) -> weights.Weights:
-        return self.content
+        return self.tensors
 
-    def _tokenizer(self) -> TextTokenizer:
-        return tokenizer_from_gguf(self.content.metadata, self.path)
+    def _load_tokenizer(self) -> TextTokenizer:
+        return tokenizer_from_gguf(self.tensors.metadata, self.path)
 
-    def _named_ends(self) -> list[Any]:
-        return [self.content.metadata.get("tokenizer.ggml.eot_token_id")]
+    def _end_ids(self) -> list[Any]:
+        return [self.tensors.metadata.get("tokenizer.ggml.eot_token_id")]
 
 
 def _comparison(info: dict[str, Any]) -> str | None:
-    found = info.get("comparison")
-    return found.get("digest") if isinstance(found, dict) else None
+    comparison = info.get("comparison")
+    return comparison.get("digest") if isinstance(comparison, dict) else None
 
 
 def find_origin(path: str, verify: bool = True) -> Origin:
-    """What is at `path`: a run, one of its checkpoints, a Hugging Face folder, or a .gguf file.
+    """Find out what is at `path`: a run, one of its checkpoints, a Hugging Face folder, or a .gguf file.
 
     Args:
         verify: compare a checkpoint's files with their hashes, which reads all of them.
 
     Raises:
-        ValueError: none of them, damaged, or a model that the backbone cannot be.
+        ValueError: nothing of this kind is there, it is damaged, or the backbone cannot compute the model.
     """
     where = Path(path)
     if not where.exists():
@@ -198,7 +213,7 @@ def find_origin(path: str, verify: bool = True) -> Origin:
 
 @functools.cache
 def shape_at(init_from: str | None) -> dict[str, Any]:
-    """`ModelConfig`'s values for the model whose weights a run begins with.
+    """Return the fields of `ModelConfig` for the model whose weights a run begins with.
 
     Raises:
         ValueError: see `find_origin`.
@@ -223,19 +238,19 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "float32", "bfloat16" or "float16".
 
     Raises:
-        ValueError: nothing to load there, or it is damaged, hostile or of another architecture.
+        ValueError: see `find_origin`; or the tensors do not fit the shape.
     """
-    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto" and dtype not in hf_config.DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(hf_config.DTYPES)}")
-    wanted = torch.bfloat16 if where.type == "cuda" else torch.float32
+    default_dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
     origin = find_origin(path)
     tokenizer = origin.tokenizer()
     tensors = origin.open()
-    tensors.require(origin.shape)  # before memory is taken for them
+    tensors.require(origin.shape)  # before memory is allocated
     with torch.device("meta"):
-        model = Transformer(origin.shape).to(hf_config.DTYPES.get(dtype, wanted))
-    model.to_empty(device=where)
+        model = Transformer(origin.shape).to(hf_config.DTYPES.get(dtype, default_dtype))
+    model.to_empty(device=target)
     model.tie()
     weights.fill(model, tensors)
     model.eval()
@@ -244,23 +259,23 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
     return Pretrained(model, tokenizer, chat, origin.stop_ids(tokenizer), Path(path).resolve().name)
 
 
-KEY = "stage.teacher"
+TEACHER_KEY = "stage.teacher"
 
 
 def require_same_vocabulary(teacher: Origin, tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Refuse a teacher whose distributions are over other tokens than the student's.
+    """Refuse a teacher with another vocabulary than the student's.
 
     Args:
         tokenizer: the student's.
         vocab_size: of the student's head.
 
     Raises:
-        ValueError: its tokenizer has other tokens, or its head another number of them.
+        ValueError: names the first token that differs, or the two sizes.
     """
     try:
         theirs = teacher.tokenizer().tokenizer.get_vocab(with_added_tokens=True)
     except ValueError as error:
-        raise ValueError(f"{KEY}={teacher.path}: {error}") from error
+        raise ValueError(f"{TEACHER_KEY}={teacher.path}: {error}") from error
     ours = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     problem = None
     if theirs != ours:
@@ -271,5 +286,5 @@ def require_same_vocabulary(teacher: Origin, tokenizer: TextTokenizer, vocab_siz
         problem = f"the teacher's head has {teacher.shape.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}"
     if problem:
         raise ValueError(
-            f"{KEY}={teacher.path} has another vocabulary: {problem}; distributions are compared token by token"
+            f"{TEACHER_KEY}={teacher.path} has another vocabulary: {problem}; distributions are compared token by token"
         )

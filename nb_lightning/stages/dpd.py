@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nb_lightning.batch import PreferenceBatch
-from nb_lightning.checkpoints.pretrained import KEY, Origin, find_origin, require_same_vocabulary
+from nb_lightning.checkpoints.pretrained import TEACHER_KEY, Origin, find_origin, require_same_vocabulary
 from nb_lightning.config.compose import run_dir
 from nb_lightning.config.schema import Config, plain
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs
@@ -68,7 +68,7 @@ class DPDStage(ValidatedByMeans):
             try:
                 self._teacher_origin = find_origin(self.cfg.stage.teacher)
             except ValueError as error:
-                raise ValueError(f"{KEY}={self.cfg.stage.teacher}: {error}") from error
+                raise ValueError(f"{TEACHER_KEY}={self.cfg.stage.teacher}: {error}") from error
             require_same_vocabulary(self._teacher_origin, data.tokenizer, self.shape.vocab_size)
 
     def configure_model(self) -> None:
@@ -170,6 +170,6 @@ class DPDStage(ValidatedByMeans):
         teacher = self._teacher_origin.digest() if self._teacher_origin else ""
         if teacher != self._began_as["teacher"]:
             raise ValueError(
-                f"{KEY}={self.cfg.stage.teacher} is not the teacher that this run was trained with so far; "
+                f"{TEACHER_KEY}={self.cfg.stage.teacher} is not the teacher that this run was trained with so far; "
                 "begin another run to change it"
             )
