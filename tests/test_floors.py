@@ -1,15 +1,17 @@
-"""A file imports only from lower floors. Read from the source, functions and `if TYPE_CHECKING` included.
+"""A file imports only from lower floors, and the tests mirror the packages.
 
-A rule is a line of `RULES`: which files, and what they may not import, or all that they may.
+Imports are read from the source, so those in functions and under `if TYPE_CHECKING` count too. A line of `RULES` names
+files, and either what they must not import or all that they may import.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from tests.harness import ROOT
 
 STDLIB = frozenset(sys.stdlib_module_names)
 
-# The house, from the ground up. A package imports only from floors below its own; packages of one floor not each other.
+# From the ground up. A package imports only from floors below it, and never from a neighbour on its floor.
 FLOORS = [
     ["nb_lightning.phases", "nb_lightning.batch", "nb_lightning.errors", "nb_lightning.files", "nb_lightning.text",
      "nb_lightning.run_folder", "nb_lightning.plotting"],
@@ -39,13 +41,13 @@ EVERYWHERE = ("nb_lightning/**/*.py", "callbacks/**/*.py", "data/**/*.py", "trai
 
 @dataclass(frozen=True)
 class Rule:
-    """`never` are module prefixes; `only`, when given, is all that may be imported beside the standard library."""
+    """What some files may import, as prefixes of module names; the standard library is always allowed."""
 
     name: str
-    files: tuple[str, ...]  # globs from the repository's root; ** is any depth
+    files: tuple[str, ...]  # globs from the root of the checkout
     never: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-    but: tuple[str, ...] = ()  # files of `files` that are exempt
+    only: tuple[str, ...] | None = None  # if set, nothing else
+    exempt: tuple[str, ...] = ()  # paths that `files` matches and the rule leaves out
 
 
 def modules(*names: str) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ def modules(*names: str) -> tuple[str, ...]:
 
 
 def one_place(name: str, packages: tuple[str, ...], *files: str) -> Rule:
-    return Rule(f"one place for {name}", EVERYWHERE, never=packages, but=files)
+    return Rule(f"one place for {name}", EVERYWHERE, never=packages, exempt=files)
 
 
 RULES = [
@@ -67,7 +69,7 @@ RULES = [
          only=("tokenizers", "jinja2", *modules("text"))),
     Rule("training does not evaluate", (
         "nb_lightning/stages/*.py", "nb_lightning/rollouts/*.py", "callbacks/*.py", "data/**/*.py",
-    ), never=modules("evaluate"), but=("callbacks/task_accuracy.py",)),  # a measurement
+    ), never=modules("evaluate"), exempt=("callbacks/task_accuracy.py",)),  # a measurement
     Rule("the library knows no application", ("nb_lightning/**/*.py",), never=APPLICATION),
     Rule("callbacks: no data, no stages", ("callbacks/**/*.py",), never=("data", "train", *modules("stages"))),
     Rule("data: no callbacks, no stages", ("data/**/*.py",), never=("callbacks", "train", *modules("stages"))),
@@ -89,45 +91,48 @@ RULES = [
 ]  # fmt: skip
 
 
-def imports(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of all that `source`, a module of `package`, imports anywhere in it.
+@cache
+def imports(source: str, package: str) -> tuple[tuple[int, str], ...]:
+    """Return (line, dotted name) of every import in `source`, a module of `package`, functions included.
 
     `from a import b` gives a.b: b may be a module.
     """
+    names: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            names += ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: 1 - node.level or None] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+            names += ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
             if node.args and isinstance(node.args[0], ast.Constant):
-                yield node.lineno, str(node.args[0].value)
+                names.append((node.lineno, str(node.args[0].value)))
+    return tuple(names)
 
 
-def below(name: str, prefixes: tuple[str, ...]) -> bool:
+def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def allowed(rule: Rule, name: str) -> bool:
-    if below(name, rule.never):
+def is_allowed(rule: Rule, name: str) -> bool:
+    if is_under(name, rule.never):
         return False
-    return rule.only is None or name.split(".")[0] in STDLIB or below(name, rule.only)
+    return rule.only is None or name.split(".")[0] in STDLIB or is_under(name, rule.only)
 
 
 def files_of(rule: Rule) -> list[Path]:
-    found = {path for glob in rule.files for path in ROOT.glob(glob)}
-    return sorted(path for path in found if str(path.relative_to(ROOT)) not in rule.but)
+    paths = {path for glob in rule.files for path in ROOT.glob(glob)}
+    return sorted(path for path in paths if str(path.relative_to(ROOT)) not in rule.exempt)
 
 
-def broken(rule: Rule) -> list[str]:
+def violations(rule: Rule) -> list[str]:
     lines = []
     for path in files_of(rule):
-        place = path.relative_to(ROOT)
-        for line, name in imports(path.read_text(), ".".join(place.parent.parts)):
-            if not allowed(rule, name):
-                lines.append(f"{place}:{line} imports {name}")
+        relative = path.relative_to(ROOT)
+        for line, name in imports(path.read_text(), ".".join(relative.parent.parts)):
+            if not is_allowed(rule, name):
+                lines.append(f"{relative}:{line} imports {name}")
     return lines
 
 
@@ -145,8 +150,9 @@ PROGRAM = [
 MODULES = frozenset(map(name_of, PROGRAM))
 
 
+@cache
 def imported_modules() -> dict[str, set[str]]:
-    """Module -> the modules of this checkout that it imports, anywhere in it."""
+    """Map each module to the modules of this checkout that it imports, anywhere in it."""
     graph: dict[str, set[str]] = {}
     for path in PROGRAM:
         targets = graph.setdefault(name_of(path), set())
@@ -159,38 +165,40 @@ def imported_modules() -> dict[str, set[str]]:
 
 
 def floor_of(module: str) -> int:
-    """By the longest name in `FLOORS`; -1 for the package itself (`nb_lightning.__version__`)."""
+    """Return the row of `FLOORS` that holds the module's package; -1 for `nb_lightning` itself (`__version__`)."""
     if module == "nb_lightning":
         return -1
-    names = {name: floor for floor, row in enumerate(FLOORS) for name in row}
-    return names[max((name for name in names if below(module, (name,))), key=len)]
+    return next(floor for floor, row in enumerate(FLOORS) if package_of(module) in row)
 
 
-def room_of(module: str) -> str:
-    return max((name for row in FLOORS for name in row if below(module, (name,))), key=len, default=module)
+def package_of(module: str) -> str:
+    """Return the longest name in `FLOORS` that the module is under."""
+    return max((name for row in FLOORS for name in row if is_under(module, (name,))), key=len, default=module)
 
 
 def test_a_package_imports_only_from_lower_floors() -> None:
-    up = [
+    upward = [
         f"{module} (floor {floor_of(module)}) imports {target} (floor {floor_of(target)})"
         for module, targets in imported_modules().items()
         for target in targets
-        if room_of(module) != room_of(target) and floor_of(target) >= floor_of(module)
+        if package_of(module) != package_of(target) and floor_of(target) >= floor_of(module)
     ]
-    assert up == []
+    assert upward == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = imported_modules()
-    left = set(graph)
-    while ground := {module for module in left if not graph[module] & left}:
-        left -= ground
-    assert left == set()
+    remaining = set(graph)
+    while ground := {module for module in remaining if not graph[module] & remaining}:
+        remaining -= ground
+    assert remaining == set()
 
 
 def test_every_package_has_its_floor() -> None:
-    rooms = {f"nb_lightning.{path.stem}" for path in (ROOT / "nb_lightning").iterdir() if not path.stem.startswith("_")}
-    assert {name for row in FLOORS for name in row if name.startswith("nb_lightning")} == rooms - {"nb_lightning.py"}
+    packages = {
+        f"nb_lightning.{path.stem}" for path in (ROOT / "nb_lightning").iterdir() if not path.stem.startswith("_")
+    }
+    assert {name for row in FLOORS for name in row if name.startswith("nb_lightning")} == packages - {"nb_lightning.py"}
 
 
 # Rules --------------------------------------------------------------------------------------------------------------
@@ -199,15 +207,44 @@ def test_every_package_has_its_floor() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_floors(rule: Rule) -> None:
     assert files_of(rule), "the rule is about no file at all"
-    assert broken(rule) == []
+    assert violations(rule) == []
 
 
 def test_every_exemption_is_used() -> None:
     """An exemption that nothing needs is a hole."""
     for rule in RULES:
-        for exempt in rule.but:
-            names = [name for _, name in imports((ROOT / exempt).read_text(), "nb_lightning")]
-            assert any(below(name, rule.never) for name in names), f"{rule.name}: {exempt}"
+        for path in rule.exempt:
+            names = [name for _, name in imports((ROOT / path).read_text(), "nb_lightning")]
+            assert any(is_under(name, rule.never) for name in names), f"{rule.name}: {path}"
+
+
+# The tests ----------------------------------------------------------------------------------------------------------
+
+TESTS = ROOT / "tests"
+WHOLE_CHECKOUT = ("docs", "docs_names", "floors", "launch", "wheel")  # tests/test_<name>.py of no single module
+
+
+def test_a_folder_of_tests_mirrors_a_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert [
+        str(path) for path in folders if not any((ROOT / top / path).is_dir() for top in ("nb_lightning", "."))
+    ] == []
+
+
+def test_a_test_beside_the_folders_is_of_one_module() -> None:
+    modules = tuple(path.stem for path in (ROOT / "nb_lightning").glob("*.py"))
+    names = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
+    assert [name for name in names.difference(WHOLE_CHECKOUT) if not name.startswith(modules)] == []
+
+
+def test_no_test_imports_another_test() -> None:
+    """What two of them need is in a harness module."""
+    for path in TESTS.rglob("*.py"):
+        for line, name in imports(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts)):
+            assert not re.search(r"\.test_\w+", name), f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+# The reader of imports ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,7 +271,7 @@ def test_the_reader_of_imports(source: str, names: list[str]) -> None:
     "name, ok", [("data", False), ("data.mixture", False), ("database", True), ("torch.utils.data", True)]
 )
 def test_a_prefix_is_whole_names(name: str, ok: bool) -> None:
-    assert allowed(Rule("", (), never=("data",)), name) is ok
+    assert is_allowed(Rule("", (), never=("data",)), name) is ok
 
 
 @pytest.mark.parametrize(
@@ -242,7 +279,7 @@ def test_a_prefix_is_whole_names(name: str, ok: bool) -> None:
     [
         ("nb_lightning.config.schema", ["torch", "numpy", "lightning"]),
         ("nb_lightning.rewards.math", ["torch", "numpy", "lightning", "sympy", "math_verify"]),
-        (", ".join(sorted(name for name in MODULES if below(name, modules("losses", "model", "generation")))), [
+        (", ".join(sorted(name for name in MODULES if is_under(name, modules("losses", "model", "generation")))), [
             "lightning", "hydra", "omegaconf", "torchmetrics", "transformers", "bitsandbytes", "xformers",
         ]),
     ],
