@@ -5,6 +5,7 @@ Before each phase the current weights answer every prompt 16 times, and the mean
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nb_lightning.phase_callback import PhaseCallback
 from nb_lightning.phases import Phase
 from nb_lightning.plotting import COLORS, GREY, pyplot
 from nb_lightning.rollouts.groups import is_judged_in_group
+from nb_lightning.rollouts.policy import PolicyModule
 from nb_lightning.run_folder import ON_POLICY_FILTER, on_policy_filter_picture
 
 
@@ -59,56 +61,57 @@ class OnPolicyFilter(PhaseCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["kept"]
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: PolicyModule) -> None:
         module.data.selected_tasks = self.kept
 
-    def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+    def on_phase_start(self, trainer: pl.Trainer, module: PolicyModule, phase: Phase) -> None:
         if phase.name in self.kept:
             return
-        data = module.data
-        fitting, kept = {}, {}
-        for name, ids in data.fitting_tasks[phase.name].items():
-            if all(is_judged_in_group(data.tasks[name][id]) for id in ids):
-                kept[name] = ids
+        tasks = module.data.tasks
+        candidates, kept = {}, {}
+        for source, ids in module.data.fitting_tasks[phase.name].items():
+            if all(is_judged_in_group(tasks[source][id]) for id in ids):
+                kept[source] = ids
             else:
-                fitting[name] = ids[: self.candidates]
-        self.kept[phase.name] = kept | (self._filter(trainer, module, phase, fitting) if fitting else {})
+                candidates[source] = ids[: self.candidates]
+        if candidates:
+            kept |= self._filter(trainer, module, phase.name, candidates)
+        self.kept[phase.name] = kept
 
     def _filter(
-        self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase, fitting: dict[str, list[str]]
+        self, trainer: pl.Trainer, module: PolicyModule, phase: str, candidates: dict[str, list[str]]
     ) -> dict[str, list[str]]:
-        """Return the task ids of each source that are kept."""
-        data = module.data
-        tasks = [data.tasks[name][id] for name, ids in fitting.items() for id in ids]
+        """Sample the candidates on all ranks together; return the task ids of each source that are kept."""
+        tasks = [module.data.tasks[source][id] for source, ids in candidates.items() for id in ids]
         sampler = replace(module.sampler, k=self.samples)
         share = -(-len(tasks) // trainer.world_size)
-        with tqdm(total=share, desc=f"on-policy filter for {phase.name}", disable=not self._shown(trainer)) as bar:
+        is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with tqdm(total=share, desc=f"on-policy filter for {phase}", disable=not is_shown) as bar:
             prompts = sampler.encode(tasks, module.cfg.seed)
             attempts = iter(sampler.sample_over_ranks(prompts, on_scored=lambda _: bar.update()))
-        means = {name: {id: next(attempts).mean_reward for id in ids} for name, ids in fitting.items()}
-        kept = {name: [id for id, mean in of.items() if self.low < mean < self.high] for name, of in means.items()}
+        means = {source: {id: next(attempts).mean_reward for id in ids} for source, ids in candidates.items()}
+        kept = {
+            source: [id for id, mean in by_id.items() if self.low < mean < self.high] for source, by_id in means.items()
+        }
         report = {
-            name: {"counts": self._counts(list(of.values())), "kept": len(kept[name]), "of": len(of)}
-            for name, of in means.items()
+            source: {"counts": self._counts(by_id.values()), "kept": len(kept[source]), "of": len(by_id)}
+            for source, by_id in means.items()
         }
         if trainer.is_global_zero:
-            self._write(Path(trainer.default_root_dir), phase.name, report)
-        for name, numbers in report.items():
+            self._write(Path(trainer.default_root_dir), phase, report)
+        for source, numbers in report.items():
             module.print(
-                f"phase {phase.name}: {numbers['kept']} of {numbers['of']} prompts of {name} are solved in more than "
+                f"phase {phase}: {numbers['kept']} of {numbers['of']} prompts of {source} are solved in more than "
                 f"{self.low:.0%} and fewer than {self.high:.0%} of {self.samples} attempts"
             )
             if numbers["kept"] < self.min_prompts:
-                self._stop(phase.name, name, list(means[name].values()))
+                self._stop(phase, source, list(means[source].values()))
         return kept
 
-    def _shown(self, trainer: pl.Trainer) -> bool:
-        return trainer.is_global_zero and trainer.progress_bar_callback is not None
-
-    def _counts(self, means: list[float]) -> list[int]:
-        """Prompts by how many of the samples were right, rewards in between rounded."""
-        right = [round(mean * self.samples) for mean in means]
-        return [right.count(n) for n in range(self.samples + 1)]
+    def _counts(self, means: Iterable[float]) -> list[int]:
+        """Count the prompts with 0, 1, ... correct samples; partial rewards are rounded."""
+        n_correct = [round(mean * self.samples) for mean in means]
+        return [n_correct.count(n) for n in range(self.samples + 1)]
 
     def _stop(self, phase: str, source: str, means: list[float]) -> None:
         easy, hard = sum(mean >= self.high for mean in means), sum(mean <= self.low for mean in means)

@@ -1,4 +1,4 @@
-"""What the policy writes in RL: completions with their rewards, in `rollouts.jsonl` and TensorBoard."""
+"""Write completions with their rewards to `rollouts.jsonl` and TensorBoard (RL)."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
 
+from nb_lightning.batch import RolloutStep
 from nb_lightning.files import write_text
+from nb_lightning.phase_callback import StageModule
 from nb_lightning.rollouts.groups import Group
+from nb_lightning.rollouts.policy import PolicyModule
 from nb_lightning.run_folder import ROLLOUTS
 
 
 class RolloutSamples(pl.Callback):
-    """Keeps the first groups of every so-manieth step, of rank 0.
+    """Writes the first groups of every `every_n_steps`-th step on rank 0.
 
     Args:
-        every_n_steps: optimizer steps between two.
-        groups: prompts of each.
-        completions: of each prompt.
+        every_n_steps: optimizer steps.
+        groups: the number of groups of a step.
+        completions: the number of completions of a group.
     """
 
     def __init__(self, every_n_steps: int = 10, groups: int = 2, completions: int = 4) -> None:
         self.every_n_steps, self.groups, self.completions = every_n_steps, groups, completions
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """What a resumed run does again is not kept twice."""
+    def on_train_start(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """Drop the lines of steps that a resumed run repeats."""
         path = Path(trainer.default_root_dir) / ROLLOUTS
         if trainer.is_global_zero and path.is_file():
-            # A kill may have torn the last line; texts have characters that `splitlines` takes for ends of lines.
+            # A kill may have torn the last line. Not `splitlines`: texts have characters that it takes for line ends.
             *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            kept = [line for line in lines if json.loads(line)["clock"] < module.tokens_seen]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            earlier = [line for line in lines if json.loads(line)["clock"] < module.tokens_seen]
+            write_text(path, "".join(f"{line}\n" for line in earlier))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: PolicyModule, outputs: Any, batch: RolloutStep, batch_idx: int
     ) -> None:
         if not trainer.is_global_zero or batch.number % self.every_n_steps:
             return
@@ -44,7 +48,7 @@ class RolloutSamples(pl.Callback):
         with open(Path(trainer.default_root_dir) / ROLLOUTS, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("rollouts", "\n\n".join(map(_markdown, lines)), batch.number)
 
     def _lines(self, group: Group, clock: int, step: int) -> list[dict[str, Any]]:

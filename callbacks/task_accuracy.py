@@ -1,4 +1,4 @@
-"""How often the model is right on held-out tasks: before the first step and at the end of every phase."""
+"""Measure accuracy on held-out tasks, before the first step and at the end of every phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nb_lightning.checkpoints.pretrained import in_training
 from nb_lightning.evaluate.accuracy import Report
 from nb_lightning.files import read_json, write_json
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phase_callback import PhaseCallback, StageModule
 from nb_lightning.phases import Phase
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import read_tasks
@@ -22,14 +22,15 @@ from nb_lightning.run_folder import ACCURACY, BEFORE_TRAINING
 
 
 class TaskAccuracy(PhaseCallback):
-    """Logs `val/greedy/<source>` and `val/avg@k/<source>`, keeps them in `accuracy.json`, prints a table at the end.
+    """Logs `val/greedy/<source>` and `val/avg@k/<source>`, writes `accuracy.json`, prints a table at the end.
 
     Args:
         tasks: .jsonl files of `nb_lightning.rewards.tasks.Task`.
         k: completions sampled for each task.
-        limit: only the first so many tasks of each file.
-        temperature, top_p, max_new_tokens: of the sampled completions (and the greedy one's length).
-        seed: of the samples; the same at every phase.
+        limit: use only the first `limit` tasks of each file.
+        temperature, top_p: of the sampled completions.
+        max_new_tokens: of the sampled and the greedy completions.
+        seed: of the sampled completions; the same after every phase.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class TaskAccuracy(PhaseCallback):
         self._prompts: list[Prompt] = []
         self._sampler: RolloutSampler | None = None  # None without tasks
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: StageModule) -> None:
         if tasks := [task for file in self.files for task in read_tasks(file)[: self.limit]]:
             data = module.data
             policy = in_training(module.model, data.tokenizer, data.chat, module.cfg.run_name)
@@ -57,14 +58,14 @@ class TaskAccuracy(PhaseCallback):
         if module.tokens_seen == 0:
             self._measure(trainer, module, BEFORE_TRAINING)
 
-    def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+    def on_phase_end(self, trainer: pl.Trainer, module: StageModule, phase: Phase) -> None:
         self._measure(trainer, module, phase.name)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: StageModule) -> None:
         if trainer.is_global_zero:  # not `module.print`: the progress bar that would show it is closed by now
             print(table(read_json(Path(trainer.default_root_dir) / ACCURACY, {})))
 
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, when: str) -> None:
+    def _measure(self, trainer: pl.Trainer, module: StageModule, when: str) -> None:
         """Measure on all ranks together; rank 0 writes and logs the results."""
         if self._sampler is None:
             return
@@ -97,7 +98,7 @@ class TaskAccuracy(PhaseCallback):
 
 
 def table(measured: dict[str, Any]) -> str:
-    """Sources down, phases across: greedy and avg@k in percent."""
+    """Format the content of `accuracy.json`: sources down, phases across, greedy and avg@k in percent."""
     if not measured:
         return ""
     k = next(iter(measured.values()))["k"]

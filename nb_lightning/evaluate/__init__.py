@@ -1,1 +1,1 @@
-"""What a model is worth: accuracy on tasks, perplexity of text. Training does not import it."""
+"""Evaluation of a model: accuracy on tasks, perplexity of text. Training does not import it."""

@@ -1,7 +1,7 @@
 """Evaluate a model: `python -m nb_lightning.evaluate --model RUN --tasks tasks.jsonl --k 8 --out result.json`.
 
-Accuracy on verifiable tasks (avg@k, pass@k, greedy), and perplexity and bits per byte of held-out text; a table on the
-terminal, everything in a JSON file. docs/evaluation.md. Under torchrun the processes share the tasks.
+It measures accuracy on verifiable tasks (avg@k, pass@k, greedy), and perplexity and bits per byte of held-out text. It
+prints a table and writes all numbers to a JSON file. Under torchrun the processes share the tasks. docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.text.chat_template import ChatTemplate, read_template
 
+SUMMARY = "Evaluate a model: accuracy on verifiable tasks, perplexity of held-out text."
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    a = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     with one_line_errors():
-        run(a)
+        run(args)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.evaluate", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.evaluate", description=SUMMARY)
     p.add_argument("--model", required=True, help="a run, a checkpoint, a Hugging Face folder or a .gguf file")
     p.add_argument("--tasks", nargs="+", default=[], metavar="FILE", help="verifiable tasks, .jsonl")
     p.add_argument("--source", nargs="+", default=[], metavar="NAME=FOLDER", help="tokenized sources (held-out split)")
@@ -48,103 +50,104 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", metavar="FILE", help="write every completion and its score here, as .jsonl")
     g = p.add_argument_group("tasks")
     g.add_argument("--k", type=int, default=8, help="completions sampled for each task; 0: greedy only")
-    g.add_argument("--no-greedy", action="store_true", help="leave the greedy completion out")
+    g.add_argument("--no-greedy", action="store_true", help="sample no greedy completion")
     g.add_argument("--temperature", type=float, default=PAPER_DECODING["temperature"])
     g.add_argument("--top-p", type=float, default=PAPER_DECODING["top_p"])
     g.add_argument("--top-k", type=int, default=0)
     g.add_argument("--max-new-tokens", type=int, default=512)
-    g.add_argument("--limit", type=int, help="only the first so many tasks of each file")
-    g.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
-    g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="completions generated at the same time")
+    g.add_argument("--limit", type=int, metavar="N", help="use only the first N tasks of each file")
+    g.add_argument("--chat-template", metavar="FILE", help="replaces the model's own; 'chatml' is ours")
+    g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="completions sampled at the same time")
     g = p.add_argument_group("text")
-    g.add_argument("--seq-len", type=int, default=1024, help="tokens of context at most")
-    g.add_argument("--max-tokens", type=int, default=200_000, help="predicted per source or text; 0: all")
+    g.add_argument("--seq-len", type=int, default=1024, help="largest context, in tokens")
+    g.add_argument("--max-tokens", type=int, default=200_000, help="tokens to predict of each source or text; 0: all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     return p
 
 
-def run(a: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for; on rank 0 shown and written.
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate what the arguments ask for. Rank 0 prints and writes the result.
 
     Raises:
-        ValueError: something that was asked for cannot be done.
+        ValueError: an argument cannot be used.
     """
-    if not (a.tasks or a.source or a.text):
-        raise ValueError("nothing to evaluate: give --tasks, --source or --text")
-    for flag in ("seq_len", "max_batch"):
-        if getattr(a, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(a, flag)}; it must be at least 1")
-    if a.k < 0 or (a.k == 0 and a.no_greedy):
-        raise ValueError(f"--k is {a.k}; it must be at least 1, or 0 for greedy only (without --no-greedy)")
-    for name in (a.out, a.samples):
-        if name and not Path(name).absolute().parent.is_dir():
-            raise ValueError(f"{name} cannot be written: its folder does not exist")
-    sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p)
-    tasks = [task for file in a.tasks for task in read_tasks(file)[: a.limit]]
-    texts = [(*_named(pair, "--source"), source_documents) for pair in a.source]
-    texts += [(*_named(pair, "--text"), text_documents) for pair in a.text]
-    device = a.device
-    launched = "WORLD_SIZE" in os.environ
-    if launched:
+    _check(args)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    tasks = [task for file in args.tasks for task in read_tasks(file)[: args.limit]]
+    texts = [(*_name_and_path(pair, "--source"), source_documents) for pair in args.source]
+    texts += [(*_name_and_path(pair, "--text"), text_documents) for pair in args.text]
+    device = args.device
+    is_launched = "WORLD_SIZE" in os.environ  # by torchrun
+    if is_launched:
         distributed.init_process_group("gloo")  # only Python objects are exchanged
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    pretrained = load_pretrained(a.model, device, a.dtype)
-    if a.chat_template:
-        pretrained.chat = ChatTemplate(read_template(a.chat_template, f"--chat-template {a.chat_template}"))
-    result = {"model": _about(pretrained, a.model), "settings": vars(a), "versions": _versions()}
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+    pretrained = load_pretrained(args.model, device, args.dtype)
+    if args.chat_template:
+        pretrained.chat = ChatTemplate(read_template(args.chat_template, f"--chat-template {args.chat_template}"))
+    result = {"model": _describe(pretrained, args.model), "settings": vars(args), "versions": _versions()}
     if tasks:
-        ways = {"sampled": (sampling, a.k), "greedy": (replace(sampling, temperature=0.0), 0 if a.no_greedy else 1)}
-        reports = {}
-        for way, (how, k) in ways.items():
-            if k:
-                reports[way] = _with_bar(way, pretrained, tasks, how, k, a.seed, a.max_batch, first)
+        ways = {"sampled": (sampling, args.k)} if args.k else {}
+        ways |= {} if args.no_greedy else {"greedy": (replace(sampling, temperature=0.0), 1)}
+        reports = {way: _evaluate(args, pretrained, tasks, way, *how, is_first) for way, how in ways.items()}
         result["tasks"] = {way: report.summary() for way, report in reports.items()}
-        if a.samples and first:
-            _write_samples(a.samples, reports)
-    if texts and first:
+        if args.samples and is_first:
+            _write_samples(args.samples, reports)
+    if texts and is_first:
         result["perplexity"] = {}
-        for name, place, documents in texts:
+        for name, path, documents in texts:
             with tqdm(desc=name, unit=" tokens", unit_scale=True, disable=None) as bar:
-                found = perplexity(
-                    pretrained, documents(place, pretrained), a.seq_len, a.max_tokens or None, bar.update
+                result["perplexity"][name] = perplexity(
+                    pretrained, documents(path, pretrained), args.seq_len, args.max_tokens or None, bar.update
                 )
-            result["perplexity"][name] = found
-    if first:
-        print(show(result))
-        if a.out:
-            write_json(Path(a.out), result)
-    if launched:
+    if is_first:
+        print(format_result(result))
+        if args.out:
+            write_json(Path(args.out), result)
+    if is_launched:
         distributed.destroy_process_group()
     return result
 
 
-def _with_bar(
-    way: str,
+def _check(args: argparse.Namespace) -> None:
+    if not (args.tasks or args.source or args.text):
+        raise ValueError("nothing to evaluate: give --tasks, --source or --text")
+    for flag in ("seq_len", "max_batch"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
+    if args.k < 0 or (args.k == 0 and args.no_greedy):
+        raise ValueError(f"--k is {args.k}; it must be at least 1, or 0 for greedy only (without --no-greedy)")
+    for path in (args.out, args.samples):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist")
+
+
+def _evaluate(
+    args: argparse.Namespace,
     pretrained: Pretrained,
     tasks: list[Task],
+    way: str,
     sampling: Sampling,
     k: int,
-    seed: int,
-    max_batch: int,
-    bar: bool,
+    has_bar: bool,
 ) -> Report:
-    with tqdm(total=len(tasks), desc=way, unit="task", disable=None if bar else True) as progress:
-        done: list[float] = []
+    """Evaluate the tasks with a progress bar, which is named after the way of sampling."""
+    with tqdm(total=len(tasks), desc=way, unit="task", disable=None if has_bar else True) as bar:
+        means: list[float] = []
 
         def on_scored(attempts: Attempts) -> None:
-            done.append(attempts.mean_reward)
-            progress.set_postfix(mean=f"{sum(done) / len(done):.3f}", refresh=False)
-            progress.update()
+            means.append(attempts.mean_reward)
+            bar.set_postfix(mean=f"{sum(means) / len(means):.3f}", refresh=False)
+            bar.update()
 
-        return evaluate_tasks(pretrained, tasks, sampling, k, seed, max_batch, on_scored)
+        return evaluate_tasks(pretrained, tasks, sampling, k, args.seed, args.max_batch, on_scored)
 
 
-def show(result: dict[str, Any]) -> str:
-    """The numbers as text."""
-    parts = [f"{result['model']['name']}: {result['model']['parameters']:,} parameters, {result['model']['dtype']}"]
+def format_result(result: dict[str, Any]) -> str:
+    """Format the numbers as tables."""
+    blocks = [f"{result['model']['name']}: {result['model']['parameters']:,} parameters, {result['model']['dtype']}"]
     for way, by_source in result.get("tasks", {}).items():
         sizes = list(next(iter(by_source.values()))["pass"])
         k = sizes[-1]
@@ -155,7 +158,7 @@ def show(result: dict[str, Any]) -> str:
             row = [name, f"{s['tasks']:,}", f"{s['mean']:.3f}", _interval(s)]
             row += [f"{s['pass'][j]:.3f}" for j in sizes if j > 1]
             rows.append([*row, f"{s['truncated']:.1%}", f"{s['tokens']:.0f}"])
-        parts.append(_table(header, rows if len(rows) > 2 else rows[:1]))
+        blocks.append(_table(header, rows if len(rows) > 2 else rows[:1]))
     if "perplexity" in result:
         header = ["text", "tokens", "nats/token", "95 %", "perplexity", "bits/byte"]
         rows = []
@@ -163,8 +166,8 @@ def show(result: dict[str, Any]) -> str:
             bits = "-" if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.3f}"
             rate = f"{s['nats_per_token']:.3f}"
             rows.append([name, f"{s['tokens']:,}", rate, _interval(s), f"{s['perplexity']:,.2f}", bits])
-        parts.append(_table(header, rows))
-    return "\n\n".join(parts)
+        blocks.append(_table(header, rows))
+    return "\n\n".join(blocks)
 
 
 def _interval(numbers: dict[str, Any]) -> str:
@@ -180,22 +183,22 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _named(pair: str, flag: str) -> tuple[str, str]:
-    name, found, place = pair.partition("=")
-    if not (name and found and place):
+def _name_and_path(pair: str, flag: str) -> tuple[str, str]:
+    name, _, path = pair.partition("=")
+    if not (name and path):
         raise ValueError(f"{flag} {pair}: write it as NAME=PATH")
-    return name, place
+    return name, path
 
 
-def _about(pretrained: Pretrained, path: str) -> dict[str, Any]:
-    weight = pretrained.model.embedding.weight
+def _describe(pretrained: Pretrained, path: str) -> dict[str, Any]:
+    embedding = pretrained.model.embedding.weight
     return {
         "name": pretrained.name,
         "path": str(Path(path).resolve()),
         "parameters": pretrained.model.shape.parameters(),
         "shape": asdict(pretrained.model.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": str(weight.device),
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "device": str(embedding.device),
         "tokenizer": pretrained.tokenizer.digest,
     }
 

@@ -1,7 +1,7 @@
-"""How well a model predicts text: nats per token, perplexity, and bits per byte, which compares tokenizers too.
+"""How well a model predicts text: nats per token, perplexity, and bits per byte, which also compares tokenizers.
 
-Every token of a document is predicted exactly once, its end token too. A document begins after an end token; one of
-more than `seq_len` tokens is cut into windows, the first token of each predicted from the one before it alone.
+Every token of a document is predicted exactly once, the end token too. A document follows an end token. A document of
+more than `seq_len` tokens is cut into windows; the first token of each is predicted from the token before it alone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.evaluate.statistics import bootstrap
 from nb_lightning.losses.head import token_logprobs
 from nb_lightning.model.transformer import Transformer
 
-PACKED_TOKENS = 8192  # windows are run together up to this many tokens
-READ_TOKENS = 2**20
+PACKED_TOKENS = 8192  # windows are packed into one forward up to this many tokens
+READ_TOKENS = 2**20  # tokens of a source that are read at a time
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids, the end token last; and the bytes of its text."""
+    """A text to predict.
+
+    Attributes:
+        ids: token ids, the end token last.
+        bytes: the size of the text in UTF-8.
+    """
 
     ids: list[int]
     bytes: int
@@ -41,103 +47,103 @@ def perplexity(
     max_tokens: int | None = None,
     on_tokens: Callable[[int], Any] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """Predict documents.
+    """Measure how well a model predicts documents.
 
     Args:
-        seq_len: tokens of context at most.
-        max_tokens: no further document is begun once so many tokens were predicted.
-        on_tokens: called with the number of tokens of each document as it is read.
+        seq_len: the largest context, in tokens.
+        max_tokens: begin no further document when this many tokens are predicted; None: predict all.
+        on_tokens: called with the number of tokens of each document when it is read.
 
     Returns:
-        documents, tokens, bytes: how much was predicted; nats_per_token; interval: its 95 % bootstrap over documents;
-        perplexity; bits_per_byte.
+        documents, tokens, bytes: how much was predicted; nats_per_token; interval: its 95 % bootstrap interval over
+        documents; perplexity; bits_per_byte (None for no bytes).
 
     Raises:
         ValueError: no document.
     """
-    nll: list[float] = []  # of each document
-    sizes: list[tuple[int, int]] = []  # its tokens and bytes
-    pack: list[tuple[int, list[int]]] = []  # (document, its window and one token more)
-    filled = 0
+    nll: list[float] = []  # negative log-likelihood of each document, in nats
+    sizes: list[tuple[int, int]] = []  # tokens and bytes of each document
+    pack: list[tuple[int, list[int]]] = []  # (number of the document, the window and the token before it)
+    n_packed = 0
     for document in documents:
         if max_tokens is not None and sum(tokens for tokens, _ in sizes) >= max_tokens:
             break
         nll.append(0.0)
-        whole = [pretrained.tokenizer.eos_id, *document.ids]
+        ids = [pretrained.tokenizer.eos_id, *document.ids]
         for start in range(0, len(document.ids), seq_len):
-            window = whole[start : start + seq_len + 1]
-            if pack and filled + len(window) > PACKED_TOKENS:
+            window = ids[start : start + seq_len + 1]
+            if pack and n_packed + len(window) > PACKED_TOKENS:
                 _predict(pretrained.model, pack, nll)
-                pack, filled = [], 0
+                pack, n_packed = [], 0
             pack.append((len(nll) - 1, window))
-            filled += len(window)
+            n_packed += len(window)
         sizes.append((len(document.ids), document.bytes))
         on_tokens(len(document.ids))
     if not sizes:
         raise ValueError("no document to predict")
     _predict(pretrained.model, pack, nll)
-    tokens, size = (int(total) for total in np.sum(sizes, axis=0))
+    tokens, n_bytes = (int(total) for total in np.sum(sizes, axis=0))
     total = math.fsum(nll)
     return {
         "documents": len(nll),
         "tokens": tokens,
-        "bytes": size,
+        "bytes": n_bytes,
         "nats_per_token": total / tokens,
         "interval": bootstrap(np.array(nll), np.array([tokens for tokens, _ in sizes])),
         "perplexity": math.exp(min(total / tokens, 700)),
-        "bits_per_byte": total / math.log(2) / size if size else None,
+        "bits_per_byte": total / math.log(2) / n_bytes if n_bytes else None,
     }
 
 
 @torch.no_grad()
 def _predict(model: Transformer, pack: list[tuple[int, list[int]]], nll: list[float]) -> None:
-    """Add each window's negative log-likelihood to its document's."""
+    """Add the negative log-likelihood of each window to that of its document."""
     device = model.embedding.weight.device
     lengths = [len(window) - 1 for _, window in pack]
-    ids = torch.tensor([id for _, window in pack for id in window[:-1]], device=device)
-    labels = torch.tensor([id for _, window in pack for id in window[1:]], device=device)
+    ids = torch.tensor([id for _, window in pack for id in window[:-1]], device=device)  # [N]
+    labels = torch.tensor([id for _, window in pack for id in window[1:]], device=device)  # [N]
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device) if len(pack) > 1 else None
     head = partial(_logprobs, labels=labels)
-    logprobs = model(ids[None], positions[None], ends, head=head)
-    for (document, _), part in zip(pack, logprobs.double().cpu().split(lengths)):
-        nll[document] -= float(part.sum())
+    logprobs = model(ids[None], positions[None], ends, head=head)  # [N]
+    for (document, _), window_logprobs in zip(pack, logprobs.double().cpu().split(lengths)):
+        nll[document] -= float(window_logprobs.sum())
 
 
-def _logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return token_logprobs(hidden[0], weight, labels)
+def _logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
+    return token_logprobs(hidden[0], head_weight, labels)
 
 
 def source_documents(folder: str, pretrained: Pretrained, split: str = "val") -> Iterator[Document]:
-    """The documents of a tokenized source's split.
+    """Read the documents of a split of a tokenized source.
 
     Raises:
-        ValueError: nothing there, damaged, or tokenized by another tokenizer than the model's.
+        ValueError: no data there, damaged data, or data of another tokenizer than the model's.
     """
-    from nb_lightning.token_source import Source
+    from nb_lightning.token_source import Source  # here: it imports litdata, which tasks and texts do not need
 
     source = Source(f"{folder}/{split}")
     eos_id = source.manifest.eos_id
     if source.manifest.tokenizer != pretrained.tokenizer.digest:
         raise ValueError(f"{folder} was tokenized with another tokenizer than {pretrained.name}'s; evaluate its text")
-    left: list[int] = []
+    unfinished: list[int] = []  # the beginning of a document that the next read continues
     for chunk, tokens in enumerate(source.chunk_tokens.tolist()):
         for start in range(0, tokens, READ_TOKENS):
             read = source.read(chunk, start, min(READ_TOKENS, tokens - start))
             pieces = np.split(read, np.flatnonzero(read == eos_id) + 1)
             for piece in pieces[:-1]:
-                yield _from_ids([*left, *piece.tolist()], pretrained)
-                left = []
-            left += pieces[-1].tolist()
-    if left:
-        yield _from_ids(left, pretrained)
+                yield _from_ids([*unfinished, *piece.tolist()], pretrained)
+                unfinished = []
+            unfinished += pieces[-1].tolist()
+    if unfinished:
+        yield _from_ids(unfinished, pretrained)
 
 
 def text_documents(file: str, pretrained: Pretrained) -> Iterator[Document]:
-    """The texts of a .jsonl file (each line's field "text"), or any other file as one text.
+    """Read the field "text" of each line of a .jsonl file, or any other file as one text.
 
     Raises:
-        ValueError: a file that cannot be read, or a line without a text, by number.
+        ValueError: a file that cannot be read, or a line without a text; names the line.
     """
     try:
         content = Path(file).read_text(encoding="utf-8")

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from math import comb
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 # Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom; any handbook.
@@ -86,6 +85,6 @@ def student_interval(values: np.ndarray) -> Interval | None:
     return float(values.mean() - half_width), float(values.mean() + half_width)
 
 
-def _percentiles(resampled: ArrayLike) -> Interval:
+def _percentiles(resampled: np.ndarray | list[float]) -> Interval:
     low, high = np.percentile(resampled, (2.5, 97.5))
     return float(low), float(high)

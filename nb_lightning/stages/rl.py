@@ -31,22 +31,20 @@ from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.verifier import Guarded
 from nb_lightning.rollouts.attempts import Prompt
 from nb_lightning.rollouts.groups import Group, gather_groups, pack_groups, rewards_of, statistics
+from nb_lightning.rollouts.policy import PolicyModule
 from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.stages.base import BaseStage
 from nb_lightning.stages.frozen import FrozenModel
 
 
-class RLStage(BaseStage):
-    """GRPO on prompts with verifiable answers.
+class RLStage(BaseStage, PolicyModule):
+    """GRPO on prompts with verifiable answers. `configure_model` sets the sampler.
 
     Attributes:
-        sampler: the policy with the verifiers of all tasks; set by `configure_model`.
-        groups: what this rank sampled in the last step.
         reference: the weights at `init_from`, where the loss has a KL term.
     """
 
     per = GRPO_PER
-    sampler: RolloutSampler
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
@@ -60,7 +58,7 @@ class RLStage(BaseStage):
             kl_weight=stage.kl_weight,
             chunk_size=stage.head_chunk,
         )
-        self.groups: list[Group] = []
+        self.groups = []
         self.reference: FrozenModel | None = None
 
     # Building -------------------------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ class RLStage(BaseStage):
         metrics |= rollout_metrics
         metrics |= {name: torch.tensor(value) for name, value in seconds.items()}
         self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % self.cfg.trainer.log_every_n_steps == 0:
             # Not by `log`, which would repeat a value in later steps that have none of that name.
             for logger in self.trainer.loggers:
                 logger.log_metrics({**metrics_by_task, "tokens_seen": self.tokens_seen}, self.trainer.global_step)
