@@ -1,11 +1,12 @@
-"""Chat templates: messages into the text a model sees, and which characters of it the assistant wrote.
+"""Chat templates: render messages as text, and find which characters of it the assistant wrote.
 
-A template comes with a checkpoint and is never trusted: it runs in a process of its own (template_worker.py), which
-is reused, and killed when it takes too long.
+A template comes with a checkpoint and is never trusted. It runs in another process (template_worker.py), which is
+reused, and killed when it takes too long.
 
-Which characters are the assistant's is marked by `{% generation %}` blocks, as in ours. Templates without them (most
-that come with tokenizers) are asked again with each assistant turn replaced by a word that occurs nowhere else: what
-stays the same before and after it is not the turn's. What cannot be told apart in this way is an error, not a guess.
+A template may mark what the assistant writes by `{% generation %}` blocks, as ours does. Most that come with
+tokenizers do not. These are rendered again with each assistant turn replaced by a random word: the text that stays the
+same before and after the word is not part of the turn. A turn that cannot be located in this way is an error, not a
+guess.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from nb_lightning.text.messages import ChatError, Message, check_messages, outcome
+from nb_lightning.text.messages import ChatError, Message, check_messages, or_raise, outcome
 from nb_lightning.text.template_process import TemplateProcess
 
-T = TypeVar("T")
-CPU_S = 2.0  # per call; to render a long conversation takes about a millisecond
+CPU_S = 2.0  # CPU seconds of one call; a long conversation takes about a millisecond
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Turn:
 
 
 class ChatTemplate:
-    """A Jinja chat template: rendered in an immutable sandbox, killed past a time limit, never trusted.
+    """A Jinja chat template, rendered in an immutable sandbox that is killed past a time limit.
 
-    Safe to use from any thread, to pickle, and to carry across a fork; each process has a worker of its own.
+    Safe to use from any thread, to pickle, and to carry across a fork: each process starts its own worker.
 
     Args:
-        source: the template's text.
+        source: Jinja source.
         special: variables of the template such as `bos_token` and `eos_token`.
-        now: ISO date and time that `strftime_now` tells; None is the time of day. What is prepared from a template
-            that writes the date depends on it.
+        now: ISO date and time that `strftime_now` returns; None is the current time. Data that is prepared with a
+            template that writes the date depends on it.
         cpu_s: limit of one call, in CPU seconds.
     """
 
@@ -57,57 +57,63 @@ class ChatTemplate:
 
     @classmethod
     def chatml(cls) -> ChatTemplate:
-        """Ours: `<|im_start|>role`, newline, content, `<|im_end|>`; reasoning in `<think>`, tools, generation blocks.
+        """Return our template: ChatML with reasoning in `<think>`, tools and generation blocks.
 
-        Reasoning is written wherever it is given, in earlier turns too: every rendering of a conversation's beginning
-        is then a prefix of the whole, and all turns can be trained at once.
+        A turn is `<|im_start|>role`, newline, content, `<|im_end|>`. Reasoning is written in earlier turns too, so
+        that the text of the first messages is a prefix of the whole text, and all turns can be trained at once.
         """
         return cls(Path(__file__).with_name("chatml.jinja").read_text("utf-8"))
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation; with `add_generation_prompt`, up to where the assistant begins to write.
+        """Render a conversation; with `add_generation_prompt`, up to where the assistant begins to write.
 
         Raises:
-            ChatError: messages that are no conversation, or a template that raises, takes too long or too much memory.
+            ChatError: invalid messages, or a template that raises, takes too long or too much memory.
         """
         (texts,) = self._render([[_Job(check_messages(messages), tools, add_generation_prompt)]])
-        return _or_raise(texts)[0]
+        return or_raise(texts)[0]
 
     def render_with_spans(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character spans [start, end) to train on: the assistant's, less turns of `train: false`.
+        """Render a conversation, and find the character spans [start, end) to train on.
+
+        These are the assistant's turns without those that have `train: false`.
 
         Raises:
-            ChatError: as `render`; or the template does not show what the assistant wrote.
+            ChatError: as `render`; or the assistant's turns cannot be located.
         """
         text, turns = self.render_turns(messages, tools)
         return text, [(turn.start, turn.end) for turn in turns if messages[turn.index].get("train") is not False]
 
     def render_turns(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Turn]]:
-        """The text, and where in it each assistant turn lies, in order.
+        """Render a conversation, and locate each assistant turn in it, in order.
 
         Raises:
             ChatError: as `render_with_spans`.
         """
-        return _or_raise(self.render_many([(messages, tools)])[0])
+        return or_raise(self.render_many([(messages, tools)])[0])
 
     def render_many(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[Any] | None]]
     ) -> list[tuple[str, list[Turn]] | ChatError]:
-        """`render_turns` of many conversations (messages and tools) at a time, which is faster; or its error."""
+        """Do `render_turns` for many conversations (messages and tools) at once, which is faster.
+
+        Returns:
+            For each conversation its text and turns, or the error that `render_turns` would raise.
+        """
         finder = _Blocks(self) if self.has_generation_blocks else _Replacement(self)
         checked = [outcome(check_messages, messages) for messages, _ in conversations]
         groups = [
             outcome(finder.jobs, messages, tools) if not isinstance(messages, ChatError) else messages
             for messages, (_, tools) in zip(checked, conversations)
         ]
-        answers = iter(self._render([jobs for jobs in groups if not isinstance(jobs, ChatError)]))
+        rendered = iter(self._render([jobs for jobs in groups if not isinstance(jobs, ChatError)]))
         results: list[Any] = []
         for messages, jobs in zip(checked, groups):
-            texts = jobs if isinstance(jobs, ChatError) else next(answers)
+            texts = jobs if isinstance(jobs, ChatError) else next(rendered)
             results.append(texts if isinstance(texts, ChatError) else outcome(finder.turns, messages, texts))
         return results
 
@@ -116,109 +122,21 @@ class ChatTemplate:
         return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
 
     def _render(self, groups: list[list[_Job]]) -> list[list[str] | ChatError]:
+        """Render the jobs of each group in the worker: all of its texts, or one error."""
         if not groups:
             return []
         setup = {"source": self.source, "special": self.special, "now": self.now, "cpu_s": self.cpu_s}
         requests = [
-            [[job.messages, list(job.tools) if job.tools else None, job.prompt, job.marks] for job in jobs]
+            [
+                [job.messages, list(job.tools) if job.tools else None, job.add_generation_prompt, job.marks]
+                for job in jobs
+            ]
             for jobs in groups
         ]
         return self._workers.setdefault(os.getpid(), TemplateProcess()).render(setup, requests)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_workers": {}}
-
-
-class _Job(NamedTuple):
-    messages: list[dict[str, Any]]
-    tools: Sequence[Any] | None = None
-    prompt: bool = False
-    marks: tuple[str, str] = ("", "")
-
-
-class _Blocks:
-    """Finds turns by generation blocks: the text once more with a mark before and after each."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        nonce = secrets.token_hex(8)
-        self.marks = f"<{nonce}>", f"</{nonce}>"
-        self.either = re.compile("|".join(f"({mark})" for mark in self.marks))
-
-    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
-        return [_Job(messages, tools), _Job(messages, tools, marks=self.marks)]
-
-    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
-        indices, (text, marked) = _assistant(messages), texts
-        pieces = self.either.split(marked)
-        found = [mark for mark in pieces if mark in self.marks]
-        if found != [*self.marks] * len(indices):
-            raise ChatError(
-                "the template has not one generation block for each assistant turn",
-                detail=f", but {found.count(self.marks[0])} for {len(indices)}",
-            )
-        pieces = pieces[::3]  # without the two groups of the separator
-        if "".join(pieces) != text:
-            raise ChatError("the template changes what it wrote in a generation block afterwards; it must not")
-        ends = [0, *accumulate(map(len, pieces))]
-        return text, [Turn(i, ends[2 * n + 1], ends[2 * n + 2]) for n, i in enumerate(indices)]
-
-
-class _Replacement:
-    """Finds turns of a template without generation blocks.
-
-    With turn i replaced by a word W and nothing else (no reasoning, no calls), the text is A + W + Z. In the real text
-    the turn is what lies between A's generation prompt and Z, and the end-of-turn token that Z begins with. The text
-    must begin as A does up to that prompt, and end in Z: else the template writes what is around a turn differently
-    depending on its content, and where the turn lies cannot be told.
-    """
-
-    def __init__(self, template: ChatTemplate) -> None:
-        self.template, self.word = template, f"W{secrets.token_hex(12)}"
-
-    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
-        prompt, _ = self._probe()
-        indices, word = _assistant(messages), {"role": "assistant", "content": self.word}
-        jobs = [_Job(messages, tools)]
-        jobs += [_Job([*messages[:i], word, *messages[i + 1 :]], tools) for i in indices]
-        if not prompt:  # then a turn begins where the text of the messages before it ends
-            jobs += [_Job(messages[:i], tools) for i in indices]
-        return jobs
-
-    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
-        prompt, end = self._probe()
-        indices, (text, *others) = _assistant(messages), texts
-        turns = []
-        for number, i in enumerate(indices):
-            before, found, after = others[number].partition(self.word)
-            if not found:
-                raise ChatError("the template leaves out an assistant turn", f"message {i}")
-            start = _after_prompt(before, prompt) if prompt else len(others[len(indices) + number])
-            content_end = len(text) - len(after)
-            known = start is not None and start <= min(content_end, len(before)) and text[:start] == before[:start]
-            if not (known and text.endswith(after) and after.startswith(end)):
-                raise ChatError(
-                    "the template does not write this assistant turn between its generation prompt and its end of turn",
-                    f"message {i}",
-                    "; give a template with {% generation %} blocks",
-                )
-            head, think, rest = prompt.partition("<think>")
-            if before[:start].endswith(head) and text.startswith(think + rest, start):
-                start += len(think + rest)  # this turn has a thought, so the prompt goes on to open it
-            turns.append(Turn(i, start, content_end + len(end)))
-        return text, turns
-
-    def _probe(self) -> tuple[str, str]:
-        """(generation prompt, end of turn without the white space after it), as the smallest conversation has them."""
-        if self.template.probed is None:
-            question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": self.word}
-            jobs = [_Job([question]), _Job([question], prompt=True), _Job([question, answer])]
-            asked, prompted, answered = _or_raise(self.template._render([jobs])[0])
-            if not prompted.startswith(asked) or self.word not in answered:
-                raise ChatError(
-                    "the template's generation prompt cannot be told; give one with {% generation %} blocks"
-                )
-            self.template.probed = prompted[len(asked) :], answered.partition(self.word)[2].rstrip()
-        return self.template.probed
 
 
 def read_template(spec: str | Path, named: str) -> str:
@@ -239,23 +157,115 @@ def read_template(spec: str | Path, named: str) -> str:
         raise ValueError(f"{named} cannot be read: {error}") from error
 
 
-def _assistant(messages: list[dict[str, Any]]) -> list[int]:
+class _Job(NamedTuple):
+    """One text to render. `marks` are written before and after each generation block."""
+
+    messages: list[dict[str, Any]]
+    tools: Sequence[Any] | None = None
+    add_generation_prompt: bool = False
+    marks: tuple[str, str] = ("", "")
+
+
+class _Blocks:
+    """Locates turns by generation blocks: the text is rendered again with a mark before and after each block."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        nonce = secrets.token_hex(8)
+        self.marks = f"<{nonce}>", f"</{nonce}>"
+        self.any_mark = re.compile("|".join(f"({mark})" for mark in self.marks))
+
+    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
+        return [_Job(messages, tools), _Job(messages, tools, marks=self.marks)]
+
+    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
+        indices, (text, marked) = _assistant_indices(messages), texts
+        pieces = self.any_mark.split(marked)
+        marks = [mark for mark in pieces if mark in self.marks]
+        if marks != [*self.marks] * len(indices):
+            raise ChatError(
+                "the template has not one generation block for each assistant turn",
+                detail=f", but {marks.count(self.marks[0])} for {len(indices)}",
+            )
+        pieces = pieces[::3]  # between them are the two groups of the pattern
+        if "".join(pieces) != text:
+            raise ChatError("the template changes what it wrote in a generation block afterwards; it must not")
+        ends = [0, *accumulate(map(len, pieces))]
+        return text, [Turn(i, ends[2 * n + 1], ends[2 * n + 2]) for n, i in enumerate(indices)]
+
+
+class _Replacement:
+    """Locates turns of a template without generation blocks.
+
+    Turn i is replaced by a message whose content is a word W, without reasoning and calls; the text is then A + W + Z.
+    In the real text the turn lies between A's generation prompt and Z, with the end-of-turn token that Z begins with.
+    The real text must begin with A up to that prompt, and end with Z. Otherwise the text around a turn depends on its
+    content, and the turn cannot be located.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template, self.word = template, f"W{secrets.token_hex(12)}"
+
+    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
+        prompt, _ = self._probe()
+        indices, word = _assistant_indices(messages), {"role": "assistant", "content": self.word}
+        jobs = [_Job(messages, tools)]
+        jobs += [_Job([*messages[:i], word, *messages[i + 1 :]], tools) for i in indices]
+        if not prompt:  # a turn then begins where the text of the messages before it ends
+            jobs += [_Job(messages[:i], tools) for i in indices]
+        return jobs
+
+    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
+        prompt, end = self._probe()
+        indices, (text, *others) = _assistant_indices(messages), texts
+        turns = []
+        for number, i in enumerate(indices):
+            before, word, after = others[number].partition(self.word)
+            if not word:
+                raise ChatError("the template leaves out an assistant turn", f"message {i}")
+            start = _after_prompt(before, prompt) if prompt else len(others[len(indices) + number])
+            content_end = len(text) - len(after)
+            if (
+                start is None
+                or start > min(content_end, len(before))
+                or text[:start] != before[:start]
+                or not (text.endswith(after) and after.startswith(end))
+            ):
+                raise ChatError(
+                    "the template does not write this assistant turn between its generation prompt and its end of turn",
+                    f"message {i}",
+                    "; give a template with {% generation %} blocks",
+                )
+            head, think, rest = prompt.partition("<think>")
+            if before[:start].endswith(head) and text.startswith(think + rest, start):
+                start += len(think + rest)  # this turn has reasoning, so the prompt includes the opened <think>
+            turns.append(Turn(i, start, content_end + len(end)))
+        return text, turns
+
+    def _probe(self) -> tuple[str, str]:
+        """Find the generation prompt, and the end of a turn without white space after it, in a small conversation."""
+        if self.template.probed is None:
+            question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": self.word}
+            jobs = [_Job([question]), _Job([question], add_generation_prompt=True), _Job([question, answer])]
+            asked, prompted, answered = or_raise(self.template._render([jobs])[0])
+            if not prompted.startswith(asked) or self.word not in answered:
+                raise ChatError(
+                    "the template's generation prompt cannot be told; give one with {% generation %} blocks"
+                )
+            self.template.probed = prompted[len(asked) :], answered.partition(self.word)[2].rstrip()
+        return self.template.probed
+
+
+def _assistant_indices(messages: list[dict[str, Any]]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _or_raise(found: T | ChatError) -> T:
-    if isinstance(found, ChatError):
-        raise found
-    return found
-
-
 def _after_prompt(before: str, prompt: str) -> int | None:
-    """Where the last generation prompt in `before` ends, if nothing but white space and an empty thought follow it.
+    """Find the end of the last generation prompt in `before`; only white space and an empty thought may follow it.
 
-    A prompt may end in an opened `<think>` that the template leaves away where there was no thought.
+    A prompt may end in an opened `<think>` that the template omits in a turn without reasoning.
     """
     for form in (prompt, prompt.partition("<think>")[0]):
-        head, found, rest = before.rpartition(form) if form else ("", "", "")
-        if found and re.fullmatch(r"\s*(<think>)?\s*(</think>)?\s*", rest):
+        head, separator, rest = before.rpartition(form) if form else ("", "", "")
+        if separator and re.fullmatch(r"\s*(<think>)?\s*(</think>)?\s*", rest):
             return len(head) + len(form)
     return None

@@ -1,11 +1,11 @@
-"""Conversations into tokens, and which tokens the assistant wrote.
+"""Turn conversations into tokens, and find which tokens the assistant wrote.
 
-A special token in the text is a control token where the template wrote it, and plain text where a message did: nobody
-ends his turn, or begins another's, by spelling `<|im_end|>`. Tokens that a tokenizer lists without calling them special
-(`<think>` in Qwen's) are text that anybody may write.
+A special token that the template wrote becomes a control token; one that a message spells becomes plain text. So a
+message cannot end a turn, or begin another, by spelling `<|im_end|>`. Added tokens that are not special (`<think>` in
+Qwen's tokenizer) are text that any message may write.
 
-The end of a prompt is a border between tokens, as it is in generation, where the prompt's tokens are fixed before the
-first new one is drawn.
+No token reaches across the end of a prompt, as in generation, where the prompt's tokens are fixed before the first new
+token is drawn.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nb_lightning.text.chat_template import ChatTemplate, Turn
-from nb_lightning.text.messages import ChatError, Message, outcome
+from nb_lightning.text.messages import ChatError, Message, or_raise, outcome
 from nb_lightning.text.tokenizer import TextTokenizer
 
-# One character of the private planes for each special token: CONTROL stands for it where the template wrote it, and
-# LITERAL where a message did. Used only for conversations in which a message spells one.
+# Private-use characters that stand for special tokens, used only for conversations in which a message spells one.
+# CONTROL + n is the special token number n where the template wrote it, LITERAL + n where a message did.
 CONTROL, LITERAL, PLANE = 0xF0000, 0x100000, 0xFFFE
 
 
 @dataclass(frozen=True)
 class TurnTokens:
-    """Tokens [start, stop) were written by message number `index`, the last of them its end of turn.
+    """An assistant turn: message number `index` wrote the tokens [start, stop), its end of turn included.
 
-    `thought` is False where the message has `reasoning_content` and the template left it out, as many do in turns
+    `thought` is False if the message has `reasoning_content` that the template left out, as many templates do in turns
     before the last question.
     """
 
@@ -46,15 +46,14 @@ class TurnTokens:
 
 @dataclass(frozen=True)
 class ChatTokens:
+    """The token ids of a conversation, and the assistant's turns in it."""
+
     ids: list[int]
     turns: list[TurnTokens]
 
 
 class ChatTokenizer:
-    """A tokenizer and a chat template.
-
-    Safe to pickle and to carry across a fork.
-    """
+    """A tokenizer and a chat template, safe to pickle and to carry across a fork."""
 
     def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
         self.tokenizer, self.template = tokenizer, template
@@ -70,7 +69,7 @@ class ChatTokenizer:
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer, template: str | None = None, now: str | None = None) -> ChatTokenizer:
-        """With the template `template` (Jinja source), else the tokenizer's own, else ChatML.
+        """Choose the template: `template` (Jinja source), else the tokenizer's, else ChatML.
 
         Args:
             now: see `ChatTemplate`.
@@ -79,7 +78,7 @@ class ChatTokenizer:
         return cls(tokenizer, ChatTemplate(source, tokenizer.special, now))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
-        """Token ids up to where the assistant begins to write.
+        """Tokenize a conversation up to where the assistant begins to write.
 
         Raises:
             ChatError: as `ChatTemplate.render`.
@@ -88,30 +87,37 @@ class ChatTokenizer:
         return self._encode(self.template.render(messages, tools, add_generation_prompt=True), [], guarded)[0]
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatTokens:
-        """Token ids of a whole conversation, and where in it the assistant's turns lie.
+        """Tokenize a conversation, and locate the assistant's turns in it.
 
         Raises:
-            ChatError: as `ChatTemplate.render_turns`; or a turn's end is no token, and no model would learn to stop.
+            ChatError: as `ChatTemplate.render_turns`; or a turn does not end with a token of its own, so that no model
+                could learn to stop.
         """
-        (found,) = self.encode_many([(messages, tools)])
-        if isinstance(found, ChatError):
-            raise found
-        return found
+        return or_raise(self.encode_many([(messages, tools)])[0])
 
     def encode_many(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[Any] | None]]
     ) -> list[ChatTokens | ChatError]:
-        """`encode` of many conversations (messages and tools) at a time, which is faster; or its error."""
+        """Do `encode` for many conversations (messages and tools) at once, which is faster.
+
+        Returns:
+            For each conversation its tokens, or the error that `encode` would raise.
+        """
         guarded = [outcome(self._guard, messages, tools) for messages, tools in conversations]
-        good = [g for g in guarded if not isinstance(g, ChatError)]
-        texts = iter(self.template.render_many([(messages, tools) for messages, tools, _ in good]))
-        found: list[Any] = []
+        valid = [g for g in guarded if not isinstance(g, ChatError)]
+        rendered = iter(self.template.render_many([(messages, tools) for messages, tools, _ in valid]))
+        results: list[ChatTokens | ChatError] = []
         for g in guarded:
-            text = g if isinstance(g, ChatError) else next(texts)
-            found.append(text if isinstance(text, ChatError) else outcome(self._tokens, g[0], *text, g[2]))
-        return found
+            if isinstance(g, ChatError):
+                results.append(g)
+                continue
+            messages, _, is_guarded = g
+            text = next(rendered)
+            results.append(text if isinstance(text, ChatError) else outcome(self._tokens, messages, *text, is_guarded))
+        return results
 
     def _tokens(self, messages: Sequence[Message], text: str, turns: list[Turn], guarded: bool) -> ChatTokens:
+        """Tokenize a rendered conversation; its turns end at borders between tokens."""
         ids, borders = self._encode(text, [border for turn in turns for border in (turn.start, turn.end)], guarded)
         tokens = []
         for number, turn in enumerate(turns):
@@ -129,10 +135,10 @@ class ChatTokenizer:
 
     @cached_property
     def end_id(self) -> int:
-        """The token that ends an assistant turn: where generation stops.
+        """The token that ends an assistant turn, at which generation stops.
 
         Raises:
-            ChatError: as `encode`, of the smallest conversation.
+            ChatError: as `encode`, for a small conversation.
         """
         tokens = self.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}])
         written = tokens.ids[tokens.turns[0].start : tokens.turns[0].stop]
@@ -141,11 +147,11 @@ class ChatTokenizer:
     def answered(
         self, messages: Sequence[Message], answer: str, ended: bool = True, tools: Sequence[Any] | None = None
     ) -> ChatTokens:
-        """Token ids of a prompt and of what was written after it, letter for letter; the one turn is the answer.
+        """Tokenize a prompt and the exact text of an answer to it; the one turn is the answer.
 
         Args:
-            answer: as it was written, reasoning and calls included.
-            ended: the token that ends a turn comes after it, and is the turn's last.
+            answer: as the model wrote it, reasoning and calls included.
+            ended: append the token that ends a turn.
 
         Raises:
             ChatError: as `ChatTemplate.render`, and `end_id`.
@@ -157,7 +163,7 @@ class ChatTokenizer:
         return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))])
 
     def _encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
-        """Ids of `text`, and the number of tokens before each border (character positions, in order)."""
+        """Tokenize `text`, and count the tokens before each border (character positions, in order)."""
         tokenizer, renumbered = self.tokenizer.tokenizer, {}
         if guarded:
             tokenizer, renumbered = self._renamed
@@ -168,11 +174,11 @@ class ChatTokenizer:
         ends = [end for _, end in offsets]
         before = [bisect_right(ends, border) for border in borders]
         if any(n < len(ids) and offsets[n][0] < border for n, border in zip(before, borders)):
-            # A token reaches across a border: the pieces are tokenized one by one.
+            # A token reaches across a border: tokenize the pieces between the borders one by one.
             pieces = [text[a:b] for a, b in pairwise([0, *borders, len(text)])]
-            parts = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
-            ids = [id for part in parts for id in part]
-            before = list(accumulate(map(len, parts[:-1])))
+            piece_ids = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
+            ids = [id for ids in piece_ids for id in ids]
+            before = list(accumulate(map(len, piece_ids[:-1])))
             if tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(
                 encoding.ids, skip_special_tokens=False
             ):
@@ -189,7 +195,11 @@ class ChatTokenizer:
     # A message that spells a special token ----------------------------------------------------------------------------
 
     def _guard(self, messages: Any, tools: Any) -> tuple[Any, Any, bool]:
-        """Messages and tools with a `LITERAL` character for each special token they spell, and whether they do."""
+        """Replace special tokens that messages and tools spell by `LITERAL` characters.
+
+        Returns:
+            Messages, tools, and whether they spell any.
+        """
         if not any(map(self._any_special.search, _strings([messages, tools]))):
             return messages, tools, False
         if any(ord(character) >= CONTROL for text in _strings([messages, tools]) for character in text):
@@ -201,7 +211,7 @@ class ChatTokenizer:
         return _map_strings(messages, replace), _map_strings(tools, replace), True
 
     def _rename(self, text: str) -> str:
-        """Text for the renamed tokenizer: a `CONTROL` character for the template's tokens, the messages' spelt out."""
+        """Write text for the renamed tokenizer: `CONTROL` for the template's tokens, the messages' spelt out again."""
         text = self._any_special.sub(lambda match: chr(CONTROL + self._special[match[0]]), text)
         contents = list(self._special)
         return re.sub(
@@ -210,17 +220,19 @@ class ChatTokenizer:
 
     @cached_property
     def _renamed(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The tokenizer whose special tokens are `CONTROL` characters, and how to number its added tokens as before."""
+        """A tokenizer whose special tokens are `CONTROL` characters, and its ids of added tokens -> ours."""
         spec = json.loads(self.tokenizer.tokenizer.to_str())
         for token in spec["added_tokens"]:
             if token["special"]:
                 token["content"] = chr(CONTROL + self._special[token["content"]])
         renamed = Tokenizer.from_str(json.dumps(spec))
-        return renamed, {renamed.token_to_id(token["content"]): token["id"] for token in spec["added_tokens"]}
+        vocabulary = renamed.get_vocab(with_added_tokens=True)
+        return renamed, {vocabulary[token["content"]]: token["id"] for token in spec["added_tokens"]}
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(map(self.tokenizer.tokenizer.token_to_id, self._special))
+        vocabulary = self.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+        return frozenset(vocabulary[token] for token in self._special)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_renamed"}

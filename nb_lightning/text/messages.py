@@ -1,4 +1,4 @@
-"""Messages: what a conversation is made of, checked before a template sees it.
+"""The messages of a conversation, checked before a template sees them.
 
 A message is {"role": "system|user|assistant|tool", "content": str}. An assistant's may also have `reasoning_content`
 (its thinking), `tool_calls` (as in OpenAI's API) and `train: false` (not to be trained on). Other fields are passed on.
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 class ChatError(ValueError):
-    """Messages that are no conversation, or a template that raises, hangs or cannot be taken apart.
+    """Invalid messages, or a template that raises, hangs or does not show the assistant's turns.
 
-    `kind` is the reason without what differs from one record to the next: what is counted.
+    `kind` is the reason without the details of one record, so that equal kinds can be counted.
     """
 
     def __init__(self, kind: str, where: str = "", detail: str = "") -> None:
@@ -27,18 +27,27 @@ class ChatError(ValueError):
 
 
 def outcome(function: Callable[..., T], *arguments: Any) -> T | ChatError:
-    """What a function returns, or the `ChatError` it raises."""
+    """Call a function, and return a `ChatError` that it raises instead of raising it."""
     try:
         return function(*arguments)
     except ChatError as error:
         return error
 
 
+def or_raise(result: T | ChatError) -> T:
+    """Raise the error that `outcome` returned, or return the result."""
+    if isinstance(result, ChatError):
+        raise result
+    return result
+
+
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages as templates expect them: no null fields, no `train`, the arguments of calls as objects.
+    """Check messages, and return them as templates expect them.
+
+    Null fields and `train` are left out; the arguments of calls are objects.
 
     Raises:
-        ChatError: names the first message that is none, and why.
+        ChatError: names the first invalid message, and why.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise ChatError("messages are not a list")
@@ -65,7 +74,7 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(out.pop("train", True), bool):
         raise ChatError("train is neither true nor false", where)
     for key in ("reasoning_content", "tool_calls"):
-        if not out.get(key, True):  # an empty one says as much as none
+        if not out.get(key, True):  # an empty value means the same as none
             del out[key]
         if key in out and out["role"] != "assistant":
             raise ChatError(f"{key} outside an assistant turn", where)
@@ -84,13 +93,13 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _check_call(call: Any, where: str) -> dict[str, Any]:
-    """`{"type": "function", "function": {"name", "arguments"}}`; the inner object alone will do."""
+    """Return `{"type": "function", "function": {"name", "arguments"}}`; `call` may be the inner object alone."""
     outer = call if isinstance(call, Mapping) else {}
     function = outer.get("function", outer)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ChatError("no function name", where)
     arguments = function.get("arguments")
-    if isinstance(arguments, str):  # as the API sends them
+    if isinstance(arguments, str):  # JSON, as OpenAI's API sends them
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError:

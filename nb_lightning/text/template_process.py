@@ -1,6 +1,6 @@
-"""The process that renders a chat template, as its caller sees it: started when needed, reused, killed past its limits.
+"""The caller's side of the process that renders a chat template: start it, reuse it, kill it past its limits.
 
-What happens inside is in nb_lightning/text/template_worker.py.
+The process itself runs nb_lightning/text/template_worker.py.
 """
 
 from __future__ import annotations
@@ -20,37 +20,40 @@ from typing import Any
 
 from nb_lightning.text.messages import ChatError
 
-WALL_S = 60.0  # for a process that was stopped, and does not use up its CPU time
-WORKER_BYTES = 2**30
-CHARACTERS = 2**24  # of one rendered text
+WALL_S = 60.0  # seconds for one answer; it ends a process that is suspended and uses no CPU time
+WORKER_BYTES = 2**30  # address space of the process
+CHARACTERS = 2**24  # limit of one rendered text
 
 
 class TemplateProcess:
-    """Renders one template for one process of ours; safe to use from any of its threads."""
+    """A worker process that renders one template; safe to use from any thread of the process that made it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, setup: dict[str, Any], groups: list[Any]) -> list[list[str] | ChatError]:
-        """The texts of each group, or why there are none; `setup` and groups are described in chat_worker.py.
+        """Render groups of texts; `setup` and `groups` are described in template_worker.py.
 
-        Many groups at a time cost one change of processes instead of many.
+        Many groups in one call cost one round trip instead of many.
+
+        Returns:
+            For each group its texts, or an error.
         """
         try:
-            answers = self._exclusively(setup, groups)
-        except ChatError as error:  # killed by one of them
+            answers = self._ask_exclusively(setup, groups)
+        except ChatError as error:  # one of the groups killed the process: render them one by one
             return [error] if len(groups) == 1 else [self.render(setup, [group])[0] for group in groups]
         return [
             answer["texts"] if "texts" in answer else ChatError("the template raised", detail=f": {answer['error']}")
             for answer in answers
         ]
 
-    def _exclusively(self, setup: dict[str, Any], groups: list[Any]) -> list[dict[str, Any]]:
+    def _ask_exclusively(self, setup: dict[str, Any], groups: list[Any]) -> list[dict[str, Any]]:
         with self._lock:
             try:
                 return self._ask(setup, groups)
-            except BaseException:  # Ctrl-C too: an answer that nobody waits for must not be taken for the next one
+            except BaseException:  # Ctrl-C too: the pending answer must not be read as the answer to the next call
                 if self._process is not None:
                     _stop(self._process, os.getpid())
                     self._process = None
@@ -59,14 +62,14 @@ class TemplateProcess:
     def _ask(self, setup: dict[str, Any], groups: list[Any]) -> list[dict[str, Any]]:
         if self._process is None or self._process.poll() is not None:
             self._process = _start(self)
-            values = [{**setup, "bytes": WORKER_BYTES, "characters": CHARACTERS}, groups]
+            frames = [{**setup, "bytes": WORKER_BYTES, "characters": CHARACTERS}, groups]
         else:
-            values = [groups]
+            frames = [groups]
         process = self._process
         deadline = time.monotonic() + WALL_S
         try:
-            for value in values:
-                _send(process, value, deadline)
+            for frame in frames:
+                _send(process, frame, deadline)
             return _receive(process, deadline)
         except TimeoutError:
             raise ChatError(f"the template's process did not answer for {WALL_S:g} s") from None
@@ -78,17 +81,18 @@ class TemplateProcess:
 
 
 def _start(owner: TemplateProcess) -> subprocess.Popen[bytes]:
-    keep = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # and no secrets of the caller's
+    keep = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # no other variable: it may hold a secret
     path = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
-        # -P: beside the script lie modules of ours whose names others have too.
+        # -P: the script's folder must not come first on the path; its modules (tokenizer, ...) have common names.
         [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        bufsize=0,  # nothing may be left in a buffer when the process is killed
+        bufsize=0,  # a killed process must leave nothing in a buffer
         env={"PYTHONPATH": path, **{key: os.environ[key] for key in keep if key in os.environ}},
     )
     for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
         os.set_blocking(pipe.fileno(), False)
     weakref.finalize(owner, _stop, process, os.getpid())
     return process
@@ -128,6 +132,6 @@ def _wait(pipe: Any, event: int, deadline: float) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() == owner:  # not the child of a fork
+    if os.getpid() == owner:  # a forked child must not end its parent's worker
         process.kill()
         process.wait()

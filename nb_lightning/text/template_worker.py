@@ -1,14 +1,14 @@
 """The process in which chat templates run: a script that template_process.py starts, outside the library.
 
-A template is somebody else's program. Here it meets Jinja's immutable sandbox, a limit on CPU time that the kernel
-enforces (the default action of SIGPROF ends the process, whatever it is doing), a limit on memory, and no files to
-write. Frames in both directions are 4 bytes of length and JSON. The first one is the setup, each later one a job:
+A template is a program that we do not trust. It runs in Jinja's immutable sandbox, with a limit on CPU time that the
+kernel enforces (the default action of SIGPROF ends the process, whatever it is doing), a limit on memory, and no files
+to write. A frame is 4 bytes of length and JSON, in both directions. The first one is the setup, each later one a job:
 
     {"source", "special", "now", "cpu_s", "bytes", "characters"}
     [group, ...]  ->  [{"texts": [...]} or {"error": "..."}, ...]     group: [[messages, tools, prompt, marks], ...]
 
-A group is rendered whole or not at all, under one limit on time; `prompt` is the template's add_generation_prompt. With
-`marks` [open, close], what each {% generation %} block wrote is put between the two strings.
+All texts of a group are rendered under one limit on time, or none; `prompt` is the template's add_generation_prompt.
+With `marks` [open, close], the text of each {% generation %} block is written between the two strings.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
+class Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, and the two strings to write around generation blocks."""
+
+    marks = ("", "")
+
+
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the assistant writes."""
+    """The tag `{% generation %} ... {% endgeneration %}`, around what the assistant writes."""
 
     tags = {"generation"}
+    environment: Environment
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -47,9 +54,8 @@ class TooLong(Exception):
 
 
 def build(setup: dict[str, Any]) -> Any:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    """Compile the template in an environment like that of transformers."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     now = datetime.fromisoformat(setup["now"]) if setup["now"] else None
 
     def raise_exception(message: str) -> None:
@@ -68,21 +74,27 @@ def build(setup: dict[str, Any]) -> Any:
     return environment.from_string(setup["source"])
 
 
-def render(template: Any, job: list[Any], most: int) -> str:
+def render(template: Any, job: list[Any], max_characters: int) -> str:
+    """Render one text.
+
+    Raises:
+        TooLong: the text has more than `max_characters`.
+    """
     messages, tools, add_generation_prompt, marks = job
     template.environment.marks = marks
     pieces, size = [], 0
     for piece in template.generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt):
         size += len(piece)
-        if size > most:
-            raise TooLong(f"writes more than {most:,} characters")
+        if size > max_characters:
+            raise TooLong(f"writes more than {max_characters:,} characters")
         pieces.append(piece)
     return "".join(pieces)
 
 
 def read(stream: BinaryIO) -> Any:
+    """Read one frame; exit if the caller has closed the pipe."""
     size = stream.read(4)
-    if len(size) < 4:  # the caller has gone
+    if len(size) < 4:
         sys.exit()
     return json.loads(stream.read(struct.unpack("<I", size)[0]))
 
@@ -103,16 +115,17 @@ def main() -> None:
         for group in read(stdin):
             signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
             try:
-                template = template or build(setup)  # constants are folded here: compiling is as dangerous as running
+                template = template or build(setup)  # within the limit: compiling folds constants, so it runs code
                 answer = json.dumps({"texts": [render(template, job, setup["characters"]) for job in group]})
             except TemplateError as error:
-                line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+                number = getattr(error, "lineno", None)  # syntax errors have one
+                line = f" (line {number})" if number else ""
                 answer = failure(f"{error.message or type(error).__name__}{line}")
             except TooLong as error:
                 answer = failure(str(error))
             except MemoryError:
                 answer = failure(f"needs more than {setup['bytes'] // 2**20:,} MiB of memory")
-            except Exception as error:  # whatever expressions in a template can raise
+            except Exception as error:  # an expression in a template can raise anything
                 answer = failure(f"{type(error).__name__}: {error}")
             signal.setitimer(signal.ITIMER_PROF, 0)
             answers.append(answer)

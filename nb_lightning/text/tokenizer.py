@@ -1,4 +1,7 @@
-"""Tokenizers: bytes for the demo, or a Hugging Face `tokenizer.json` (or `tokenizer.model`) and what lies beside it."""
+"""A tokenizer with its end token, special tokens and chat template, and the byte-level tokenizer of the demo.
+
+Tokenizers are read from files by nb_lightning/checkpoints/tokenizer_files.py.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ class TextTokenizer:
     """A `tokenizers.Tokenizer` and the token that ends a document.
 
     Attributes:
-        digest: names the vocabulary: sources tokenized with another one are refused.
-        special: the tokens of tokenizer_config.json by their role: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
-        chat_template: Jinja source that lay beside the tokenizer, as untrusted as the file; None without one.
+        eos_id: the token that ends a document, not a turn.
+        digest: SHA-256 of the tokenizer; sources that were tokenized with another one are refused.
+        special: role -> token, as in tokenizer_config.json: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+        chat_template: Jinja source from the tokenizer's folder, not trusted; None if there is none.
     """
 
     tokenizer: Tokenizer
@@ -35,23 +39,24 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id (ids may have gaps, so this is not the number of tokens)."""
+        """The largest token id plus one (ids may have gaps, so this is not the number of tokens)."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, its end token appended."""
+        """Tokenize each text, and append the end token."""
         batch = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [[*encoding.ids, self.eos_id] for encoding in batch]
 
     def decode(self, ids: list[int]) -> str:
+        """Turn token ids into text, special tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def save(self, folder: Path, chat_template: str | None = None, **more: Any) -> None:
-        """Write what `load_tokenizer(folder)` and transformers' AutoTokenizer read.
+        """Write the files that `load_tokenizer(folder)` and transformers' AutoTokenizer read.
 
         Args:
-            chat_template: instead of the tokenizer's own.
-            more: for tokenizer_config.json.
+            chat_template: replaces the tokenizer's.
+            more: further entries of tokenizer_config.json.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
@@ -69,7 +74,7 @@ class TextTokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte (ids 0-255 in the byte-level alphabet's order), then the special tokens."""
+    """Make a tokenizer with one token a byte (ids 0-255 in the byte-level alphabet's order) and special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -80,21 +85,28 @@ def byte_tokenizer() -> Tokenizer:
 
 def begin_with(tokenizer: Tokenizer, token: str) -> None:
     """Make `token` the first of every text that is encoded with special tokens."""
+    id = tokenizer.token_to_id(token)
+    assert id is not None, token
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, tokenizer.token_to_id(token))]
+        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, id)]
     )
 
 
 def text_tokenizer(
-    tokenizer: Tokenizer, beside: Mapping[str, Any], template: str | None, origin: str, eos_token: str | None = None
+    tokenizer: Tokenizer, config: Mapping[str, Any], template: str | None, origin: str, eos_token: str | None = None
 ) -> TextTokenizer:
-    """A `TextTokenizer` of a tokenizer and the content of its tokenizer_config.json.
+    """Make a `TextTokenizer` from a tokenizer and the content of its tokenizer_config.json.
+
+    Args:
+        origin: where the tokenizer is from, for errors.
+        eos_token: the token that ends a document; by default the first of `EOS_CANDIDATES` in the vocabulary, else the
+            config's `eos_token`.
 
     Raises:
-        ValueError: no end token.
+        ValueError: the vocabulary has no end token.
     """
-    special = special_tokens(beside, tokenizer)
-    # An end of turn is often called eos_token; what ends a document comes first.
+    special = special_tokens(config, tokenizer)
+    # The config's eos_token comes last: in chat models it often ends a turn, not a document.
     names = (eos_token,) if eos_token else (*EOS_CANDIDATES, *filter(None, [special.get("eos_token")]))
     eos_id = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
     if eos_id is None:
@@ -103,11 +115,11 @@ def text_tokenizer(
     return TextTokenizer(tokenizer, eos_id, digest, special, template)
 
 
-def special_tokens(beside: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
-    """The tokens that a tokenizer_config.json names by their role, as far as the tokenizer has them."""
+def special_tokens(config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Map each role to the token that a tokenizer_config.json names for it, if the tokenizer has this token."""
     special = {}
     for role in ROLES:
-        token = beside.get(role)
+        token = config.get(role)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
             special[role] = token
