@@ -11,17 +11,26 @@ import os
 import shutil
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
-from nb_lightning.checkout import register_configs
+from nb_lightning.checkout import read_shape
 from nb_lightning.config.checks import check
-from nb_lightning.config.compose import plan_of, run_dir
-from nb_lightning.config.schema import Config
+from nb_lightning.config.compose import phases_of, plan_of, register, resolve, run_dir
+from nb_lightning.config.schema import Config, DPDConfig, PretrainConfig, RewardModelConfig, RLConfig, SFTConfig
 from nb_lightning.errors import RunStopped
+from nb_lightning.phases import PhasePlan
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from data.base import PlannedData
+    from nb_lightning.stages.base import BaseStage
 
 # A thread of OpenMP that waits for others spins by default. Beside any other busy program that makes two threads up to
 # ten times slower than one (docs/performance.md); read when torch is imported, so set before.
@@ -32,12 +41,13 @@ gc.disable()
 log = logging.getLogger("train")
 
 
-register_configs()
+register(read_shape)
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
-def main(cfg: Config) -> None:
+def main(composed: DictConfig) -> None:
     try:
+        cfg = resolve(composed)
         check(cfg, trusted_packages())
         run(cfg)
     except (ValueError, RunStopped) as error:  # a mistake or a fault outside the program: one line, no traceback
@@ -103,37 +113,37 @@ def run(cfg: Config) -> None:
         log.info("finished: %s tokens; everything is in %s", f"{module.tokens_seen:,}", folder)
 
 
-def build_stage(cfg: Config, plan: Any) -> tuple[Any, Any]:
-    """The stage and its data."""
-    if cfg.stage.name == "pretrain":
+def build_stage(cfg: Config, plan: PhasePlan) -> tuple[BaseStage[Any], PlannedData]:
+    """Build the stage and its data."""
+    stage = cfg.stage
+    if isinstance(stage, PretrainConfig):
         from data.pretrain import PretrainData
-        from nb_lightning.stages.next_token import PretrainStage
+        from nb_lightning.stages.next_token import NextTokenStage
 
-        return PretrainStage(cfg, plan), PretrainData(cfg, plan)
-    if cfg.stage.name == "sft":
+        return NextTokenStage(cfg, plan), PretrainData(cfg, plan)
+    if isinstance(stage, SFTConfig):
         from data.sft import SFTData
-        from nb_lightning.stages.next_token import SFTStage
+        from nb_lightning.stages.next_token import NextTokenStage
 
-        return SFTStage(cfg, plan), SFTData(cfg, plan)
-    if cfg.stage.name == "dpd":
+        return NextTokenStage(cfg, plan), SFTData(cfg, plan)
+    if isinstance(stage, DPDConfig):
         from data.preference import PreferenceData
         from nb_lightning.stages.dpd import DPDStage
 
         return DPDStage(cfg, plan), PreferenceData(cfg, plan)
-    if cfg.stage.name == "rl":
+    if isinstance(stage, RLConfig):
         from data.prompts import PromptData
         from nb_lightning.stages.rl import RLStage
 
         return RLStage(cfg, plan), PromptData(cfg, plan)
-    if cfg.stage.name == "reward_model":
-        from data.reward import RewardData
-        from nb_lightning.stages.reward_model import RewardModelStage
+    assert isinstance(stage, RewardModelConfig)
+    from data.reward import RewardData
+    from nb_lightning.stages.reward_model import RewardModelStage
 
-        return RewardModelStage(cfg, plan), RewardData(cfg, plan)
-    raise ValueError(f"stage.name is {cfg.stage.name!r}; allowed: pretrain, sft, dpd, rl, reward_model")
+    return RewardModelStage(cfg, plan), RewardData(cfg, plan)
 
 
-def build_trainer(cfg: Config, accelerator: str, folder: Path) -> Any:
+def build_trainer(cfg: Config, accelerator: str, folder: Path) -> pl.Trainer:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
@@ -199,10 +209,9 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
     return None
 
 
-def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
+def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData) -> None:
     """Refuse to continue a checkpoint with another layout, model, past, seed or data than made it."""
     from nb_lightning.checkpoints import folders
-    from nb_lightning.config.schema import plain
 
     saved = folders.read_info(checkpoint)
     sharded, strategy = (checkpoint / folders.STATE).is_dir(), module.cfg.trainer.strategy
@@ -212,10 +221,10 @@ def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
             "continue it with that, on any number of devices, or begin a new run from its weights with init_from="
         )
     module.plan.require_same_past(saved["plan"], saved["tokens_seen"])
-    for key, value in plain(module.shape).items():
+    for key, value in asdict(module.shape).items():
         if key != "rope_theta" and saved["model"][key] != value:
             raise ValueError(f"model.{key} is {value}, but {checkpoint} has {saved['model'][key]}")
-    for key, value in plain(module.cfg.stage.adapter).items():
+    for key, value in asdict(module.cfg.stage.adapter).items():
         before = (saved.get("adapter") or {"name": "none"}).get(key)
         if value != before and (key == "name" or module.adapted):
             raise ValueError(f"stage.adapter.{key} is {value}, but {checkpoint} was trained with {before}")
@@ -229,7 +238,7 @@ def require_same_run(checkpoint: Path, module: Any, data: Any) -> None:
 def require_room(cfg: Config, parameters: int, folder: Path) -> None:
     """Refuse to begin where the checkpoints would not fit: weights and two moments, for each one kept."""
     size = parameters * (6 if cfg.trainer.precision == "bf16-true" else 12)
-    needed = size * (len(cfg.stage.phases) + cfg.trainer.keep_last + 1)
+    needed = size * (len(phases_of(cfg.stage)) + cfg.trainer.keep_last + 1)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ def prepare(a: argparse.Namespace) -> None:
     from benchmarks.corpus import write_corpus
     from data.pretrain import PretrainData
     from nb_lightning.config.compose import plan_of
-    from nb_lightning.config.schema import plain
     from nb_lightning.model.transformer import ModelShape, Transformer
 
     write_corpus(a.folder, 2 * a.steps * a.rows * a.seq_len, a.vocab)
@@ -40,7 +40,7 @@ def prepare(a: argparse.Namespace) -> None:
     batches = [micro for i in range(len(dataset)) for micro in dataset[i].micro_batches]
     rows = [torch.cat((batch.input_ids, batch.labels[:, -1:]), 1) for batch in batches]
     np.save(a.folder / "rows.npy", torch.cat(rows).numpy())
-    model = Transformer(ModelShape(**plain(cfg.model)))
+    model = Transformer(ModelShape(**asdict(cfg.model)))
     model.init_weights(cfg.seed)
     torch.save(model.state_dict(), a.folder / "weights.pt")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
-from nb_lightning.config.schema import plain
 from nb_lightning.files import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -62,7 +62,7 @@ class RunManifest(pl.Callback):
             init_from=module.cfg.init_from,
             parameters=module.shape.parameters(),
             trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
-            plan=[plain(phase) for phase in module.plan.phases],
+            plan=[asdict(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
             data=data.describe_sources(),
             tokenizer=data.tokenizer.digest,

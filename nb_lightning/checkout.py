@@ -6,7 +6,7 @@ The wheel holds the library alone. Commands that compose a config or start train
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +35,25 @@ def require_checkout(folder: Path | None = None) -> None:
         )
 
 
-def register_configs() -> None:
-    """Put the schemas in place, and the resolver with which `model=from_hf` asks for a model's shape."""
+def read_shape(init_from: str | None) -> Mapping[str, Any]:
+    """Read the shape of a model for `model=from_hf`."""
+    from nb_lightning.checkpoints.pretrained import shape_at  # loads torch, which other models do not need here
 
-    def shape_of(init_from: str | None) -> dict[str, Any]:
-        from nb_lightning.checkpoints.pretrained import shape_at  # loads torch, which other models do not need here
-
-        return shape_at(init_from)
-
-    register(shape_of)
+    return shape_at(init_from)
 
 
-def composed(overrides: Sequence[str]) -> Config:
+def composed(overrides: Sequence[str], shape_of: Callable[[str | None], Mapping[str, Any]] = read_shape) -> Config:
     """Compose the config of `python train.py *overrides`, unchecked.
 
+    Args:
+        overrides: the arguments after `train.py`.
+        shape_of: how `model=from_hf` reads the model's shape from `init_from`.
+
     Raises:
-        ValueError: this is no checkout; or an override does not fit, in Hydra's words.
+        ValueError: this is no checkout; an override does not fit, in Hydra's words; or a value is missing.
     """
     require_checkout()
-    register_configs()
+    register(shape_of)
     return compose(CHECKOUT / CONF, overrides)
 
 

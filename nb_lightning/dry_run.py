@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from nb_lightning.checkpoints.pretrained import Origin, find_origin
-from nb_lightning.config.compose import plan_of
-from nb_lightning.config.schema import Config, plain
+from nb_lightning.config.compose import phases_of, plan_of
+from nb_lightning.config.schema import Config
 from nb_lightning.losses.chunks import CPU_TILE, GPU_TILE
 from nb_lightning.model.adapters import frozen_dtype, trained_parameters
 from nb_lightning.model.transformer import ModelShape, Transformer
@@ -21,7 +21,7 @@ GIB = 2**30
 def describe(cfg: Config) -> str:
     """A readable report. The model is built on `meta`: its parameters are counted, not computed."""
     planned, plan = plan_of(cfg.stage), plan_of(cfg.stage).in_whole_steps()
-    shape = ModelShape(**plain(cfg.model))
+    shape = ModelShape(**asdict(cfg.model))
     with torch.device("meta"):
         number = sum(p.numel() for p in Transformer(shape).parameters())
     embeddings = shape.vocab_size * shape.d_model * (1 if shape.tie_embeddings else 2)
@@ -101,7 +101,7 @@ def missing(cfg: Config) -> dict[str, str]:
     if data.tokenizer != "bytes":
         files["data.tokenizer"] = data.tokenizer
     if not (getattr(data, "demo_corpus", False) or getattr(data, "demo_tasks", False)):
-        drawn = {name for phase in stage.phases.values() for name, weight in phase.mixture.items() if weight}
+        drawn = {name for phase in phases_of(stage).values() for name, weight in phase.mixture.items() if weight}
         files |= {f"data.sources.{name}": path for name, path in data.sources.items() if name in drawn}
         files |= {f"data.tasks[{i}]": path for i, path in enumerate(getattr(data, "tasks", []))}
     return {

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 
 from nb_lightning.checkpoints.hf_config import config_from_shape
 from nb_lightning.config.compose import plan_of
-from nb_lightning.config.schema import plain
 from nb_lightning.dry_run import GIB, beside, describe, memory_per_device, missing
 from nb_lightning.model.transformer import ModelShape
 from tests.config.harness import composed
@@ -39,7 +38,7 @@ def test_the_paper_run() -> None:
 )
 def test_memory_of_weights_and_optimizer(overrides: tuple[str, ...], weights: float, optimizer: float) -> None:
     cfg = composed("model=nanbeige4_3b", *overrides)
-    memory = memory_per_device(cfg, ModelShape(**plain(cfg.model)), micro_tokens=65536)
+    memory = memory_per_device(cfg, ModelShape(**asdict(cfg.model)), micro_tokens=65536)
     assert memory["weights"] == memory["gradients"] == pytest.approx(weights)
     assert memory["optimizer"] == pytest.approx(optimizer)
     assert memory["head"] / GIB < 3
@@ -59,7 +58,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
     """As large as the model where it is not there; else by its own shape."""
     words = ("stage=dpd", "model=nanbeige4_3b", "trainer=fsdp", f"paths.root={tmp_path}")
     cfg = composed(*words)
-    shape = ModelShape(**plain(cfg.model))
+    shape = ModelShape(**asdict(cfg.model))
     embeddings = 2 * 166144 * 2560
     assert beside(cfg, shape) == {"teacher": shape}
     memory = memory_per_device(cfg, shape, 65536, beside(cfg, shape))
@@ -73,7 +72,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
     small = replace(shape, n_layers=2)
     (tmp_path / "data/teacher").mkdir(parents=True)
     (tmp_path / "data/teacher/config.json").write_text(json.dumps(config_from_shape(small, torch.bfloat16)))
-    assert {**plain(beside(cfg, shape)["teacher"]), "init_std": 0} == {**plain(small), "init_std": 0}
+    assert {**asdict(beside(cfg, shape)["teacher"]), "init_std": 0} == {**asdict(small), "init_std": 0}
     assert "stage.teacher " not in describe(cfg)
     for nf4, size in ((False, 2), (True, 1 / 2 + 1 / 64 + 4 / 64 / 256)):
         one = composed(*words, "trainer.strategy=single", "trainer.devices=1", f"stage.teacher_nf4={nf4}")
@@ -85,7 +84,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
 def test_what_rl_holds_beside_the_policy_is_counted(tmp_path: Path) -> None:
     words = ("stage=rl", "model=nanbeige4_3b", "trainer=fsdp", f"paths.root={tmp_path}")
     cfg, parameters = composed(*words, "stage.kl_weight=0.1"), 3933637120
-    shape = ModelShape(**plain(cfg.model))
+    shape = ModelShape(**asdict(cfg.model))
     memory = memory_per_device(cfg, shape, 36864, beside(cfg, shape))
     assert memory["reward model"] == parameters * 2  # whole on every device
     assert memory["reference"] == parameters * 2 / 8 + 2 * 166144 * 2560 * 2
@@ -111,7 +110,7 @@ def test_what_is_not_there_yet(tmp_path: Path) -> None:
 
 def test_qlora_of_the_3b_at_64k_fits_one_gpu() -> None:
     cfg = composed("experiment=qlora_3b")
-    shape = ModelShape(**plain(cfg.model))
+    shape = ModelShape(**asdict(cfg.model))
     linears = 32 * (2560 * 128 * (2 * 20 + 2 * 4) + 3 * 2560 * 10496)
     adapters = 32 * 32 * (2 * (2560 + 2560) + 2 * (2560 + 512) + 3 * (2560 + 10496))
     memory = memory_per_device(cfg, shape, micro_tokens=65536)

@@ -8,22 +8,17 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from nb_lightning.config.compose import plan_of, register
+from nb_lightning.config.compose import plan_of
 from nb_lightning.phases import LearningRate, Phase, PhasePlan, exact
-from tests.harness import ROOT
+from tests.config.harness import composed
 
 TRILLION = 10**12
 
 
 def shipped(model: str) -> PhasePlan:
     """The pretraining plan of conf/plan/pretrain/<model>.yaml, composed as train.py composes it."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return plan_of(compose("train", overrides=["stage=pretrain", f"model={model}"]).stage)
+    return plan_of(composed("stage=pretrain", f"model={model}").stage)
 
 
 @pytest.fixture(scope="module")

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning.config.schema import (
+    AnyPhaseConfig,
     ChatDataConfig,
     Config,
     DataConfig,
     DPDConfig,
     ModelConfig,
     PathsConfig,
+    PhaseConfig,
     PreferenceDataConfig,
     PretrainConfig,
     PromptDataConfig,
     RewardModelConfig,
     RLConfig,
+    RLPhaseConfig,
     SFTConfig,
     SFTDataConfig,
     StageConfig,
+    TokensConfig,
     TrainerConfig,
 )
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 
 
-def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> None:
-    """Put the schemas where the YAML files' defaults lists find them.
+def register(shape_of: Callable[[str | None], Mapping[str, Any]] | None = None) -> None:
+    """Put the schemas where the defaults lists of the YAML files find them.
 
     Args:
-        shape_of: `ModelConfig`'s values of the weights at `init_from`; what `model=from_hf` looks them up with.
+        shape_of: From `init_from` to the values of `ModelConfig`; `model=from_hf` calls it.
     """
     if shape_of is not None:
         OmegaConf.register_new_resolver("shape_of", lambda path, key: shape_of(path)[key], replace=True)
@@ -58,52 +62,76 @@ def register(shape_of: Callable[[str | None], dict[str, Any]] | None = None) -> 
 
 
 def compose(conf: Path, overrides: Sequence[str]) -> Config:
-    """What `python train.py *overrides` would run with, without running it; `register` comes first.
+    """Compose what `python train.py *overrides` would run with; `register` comes first.
 
     Raises:
-        ValueError: an override that does not fit, in Hydra's words.
+        ValueError: An override does not fit (in Hydra's words), or a value is missing.
     """
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-            return hydra.compose("train", overrides=list(overrides))
+            composed = hydra.compose("train", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    return resolve(composed)
+
+
+def resolve(composed: DictConfig) -> Config:
+    """Return the dataclasses of a composed config, every interpolation replaced by its value.
+
+    Raises:
+        ValueError: A value is missing, or an interpolation fails; names the key.
+    """
+    try:
+        OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # its errors are shorter than to_object's
+        return cast(Config, OmegaConf.to_object(composed))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        _, _, by_resolver = reason.partition("raised while resolving interpolation: ")
+        raise ValueError(by_resolver or f"{error.full_key}: {reason}") from error
 
 
 def plan_of(stage: StageConfig) -> PhasePlan:
-    """The phases of a stage as written, or scaled to `stage.total_tokens`."""
+    """Return the phases of a stage as written, or scaled to `stage.total_tokens`."""
     phases = []
-    for name, p in stage.phases.items():
-        tokens, step_tokens = _lengths(stage, p)
+    for name, phase in phases_of(stage).items():
+        tokens, step_tokens = _lengths(stage, phase)
         phases.append(
             Phase(
-                name=str(name),
+                name=name,
                 tokens=tokens,
-                lr=LearningRate(p.lr.start, p.lr.end, p.lr.shape),
-                mixture=dict(p.mixture),
-                seq_len=p.seq_len,
-                rope_theta=p.rope_theta,
+                lr=LearningRate(phase.lr.start, phase.lr.end, phase.lr.shape),
+                mixture=dict(phase.mixture),
+                seq_len=phase.seq_len,
+                rope_theta=phase.rope_theta,
                 global_batch_tokens=step_tokens,
-                micro_batch_size=_first_given(p.micro_batch_size, stage.micro_batch_size),
+                micro_batch_size=_or_default(phase.micro_batch_size, stage.micro_batch_size),
             )
         )
     plan = PhasePlan(tuple(phases))
     return plan.scaled(stage.total_tokens) if stage.total_tokens else plan
 
 
-def _lengths(stage: Any, phase: Any) -> tuple[int, int]:
-    """Tokens of a phase and of one of its steps."""
-    if "prompts" in phase:
+def phases_of(stage: StageConfig) -> Mapping[str, AnyPhaseConfig]:
+    """Return the phases of a stage by name, in their order."""
+    assert isinstance(stage, TokensConfig | RLConfig)
+    return stage.phases
+
+
+def _lengths(stage: StageConfig, phase: AnyPhaseConfig) -> tuple[int, int]:
+    """Return the tokens of a phase and of one of its steps."""
+    if isinstance(phase, RLPhaseConfig):
+        assert isinstance(stage, RLConfig)
         step = phase.prompts * stage.group_size * phase.seq_len
         return phase.steps * step, step
-    return phase.tokens, _first_given(phase.global_batch_tokens, stage.global_batch_tokens)
+    assert isinstance(stage, TokensConfig) and isinstance(phase, PhaseConfig)
+    return phase.tokens, _or_default(phase.global_batch_tokens, stage.global_batch_tokens)
 
 
-def _first_given(own: int | None, of_the_stage: int) -> int:
-    return of_the_stage if own is None else own
+def _or_default(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def run_dir(cfg: Config) -> Path:
-    """The folder of this run: fixed by `run_name`, the same in every process and after every restart."""
+    """Return the folder of this run: fixed by `run_name`, the same in every process and after every restart."""
     return Path(cfg.paths.runs) / cfg.run_name

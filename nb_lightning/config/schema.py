@@ -7,11 +7,27 @@ so that a wrong key fails before anything heavy is loaded.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import II, MISSING, OmegaConf
+from omegaconf import II, MISSING
 
+from nb_lightning.config.bounds import (
+    BETWEEN_0_AND_1,
+    FINITE_NOT_NEGATIVE,
+    FROM_0_BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_NUMBER,
+    bounded,
+    one_of,
+)
+
+# As in nb_lightning/losses/, which imports torch.
+DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+NORMALISATIONS = ("token", "sequence", "constant")
+REWARD_LOSSES = ("bradley_terry", "cross_entropy")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer
 
 
@@ -47,17 +63,17 @@ class PhaseConfig(AnyPhaseConfig):
 class RLPhaseConfig(AnyPhaseConfig):
     """A phase of RL. On the clock a step counts as many tokens as it can hold: prompts x group_size x seq_len."""
 
-    steps: int = MISSING  # rollouts
-    prompts: int = MISSING  # of a step, over all ranks
+    steps: int = bounded(MISSING, POSITIVE)  # rollouts
+    prompts: int = bounded(MISSING, POSITIVE)  # of a step, over all ranks
 
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # adamw | adamw8bit | paged_adamw8bit
+    name: str = bounded("adamw", one_of("adamw", "adamw8bit", "paged_adamw8bit"))
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float = bounded(1.0, POSITIVE)  # largest norm of all gradients together
     max_skipped_steps: int = 10  # consecutive steps with a NaN or infinite loss or gradient before the run stops
 
 
@@ -65,14 +81,14 @@ class OptimConfig:
 class AdapterConfig:
     """Low-rank adapters on the frozen weights of `init_from`: W becomes W + alpha / rank * B @ A."""
 
-    name: str = "none"  # none | lora | qlora: the base's layers in 4 bits (NF4)
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0  # of what goes into the adapters
+    name: str = bounded("none", one_of("none", "lora", "qlora"))  # qlora: the base's layers in 4 bits (NF4)
+    rank: int = bounded(16, POSITIVE)
+    alpha: float = bounded(32.0, POSITIVE)
+    dropout: float = bounded(0.0, FROM_0_BELOW_1)  # of the adapters' inputs
     targets: list[str] = field(default_factory=lambda: list(LINEARS))  # the layers' linears that get one
     also_train: list[str] = field(default_factory=list)  # embedding, head: trained whole, say for new tokens
     double_quant: bool = True  # qlora: the scales of the 4-bit blocks in 8 bits
-    compute_dtype: str = "auto"  # qlora: of products with 4-bit weights; auto | float32 | bfloat16
+    compute_dtype: str = bounded("auto", one_of("auto", "float32", "bfloat16"))  # qlora: of products with 4-bit weights
 
 
 @dataclass
@@ -80,11 +96,11 @@ class StageConfig:
     """What every stage has."""
 
     name: str = MISSING
-    total_tokens: int | None = None  # scales the whole plan in proportion; null keeps it as written
+    total_tokens: int | None = bounded(None, POSITIVE)  # scales the whole plan in proportion; null keeps it as written
     micro_batch_size: int = MISSING  # rows per rank per forward
     optim: OptimConfig = field(default_factory=OptimConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    head_chunk: int = 512  # tokens of logits held at a time
+    head_chunk: int = bounded(512, POSITIVE)  # tokens of logits held at a time
 
 
 @dataclass
@@ -111,15 +127,15 @@ class DPDConfig(TokensConfig):
 
     teacher: str | None = None  # frozen, same tokenizer: a run, a checkpoint, a Hugging Face folder or a .gguf file
     teacher_nf4: bool = False  # its layers' linears in 4 bits (NF4)
-    beta: float = 0.1
-    variant: str = "sigmoid"  # sigmoid | hinge | ipo
+    beta: float = bounded(0.1, POSITIVE)
+    variant: str = bounded("sigmoid", one_of(*DPO_VARIANTS))
     label_smoothing: float = 0.0  # of sigmoid: the share of pairs thought to be the wrong way round
-    dpo_weight: float = 1.0
-    lambda_plus: float = 1.0  # weight of the divergence from the teacher on chosen tokens
-    lambda_minus: float = 1.0  # and on rejected ones
-    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd
-    jsd_beta: float = 0.5  # of jsd: the teacher's share in the mixture
-    temperature: float = 1.0  # divides both logits in the divergence
+    dpo_weight: float = bounded(1.0, FINITE_NOT_NEGATIVE)
+    lambda_plus: float = bounded(1.0, FINITE_NOT_NEGATIVE)  # weight of the divergence from the teacher on chosen tokens
+    lambda_minus: float = bounded(1.0, FINITE_NOT_NEGATIVE)  # and on rejected ones
+    divergence: str = bounded("forward_kl", one_of(*DIVERGENCES))
+    jsd_beta: float = bounded(0.5, BETWEEN_0_AND_1)  # of jsd: the teacher's share in the mixture
+    temperature: float = bounded(1.0, POSITIVE_NUMBER)  # divides both logits in the divergence
 
 
 @dataclass
@@ -127,17 +143,19 @@ class RLConfig(StageConfig):
     """On-policy GRPO; what the numbers do is in `nb_lightning.losses.grpo.grpo_loss`."""
 
     phases: dict[str, RLPhaseConfig] = field(default_factory=dict)
-    group_size: int = 8  # completions of each prompt
-    max_new_tokens: int = MISSING  # of a completion; one that has not ended by then is truncated
-    max_batch: int = 64  # completions that are sampled at the same time
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    normalisation: str = "token"  # token (DAPO) | sequence (GRPO) | constant (Dr.GRPO)
+    group_size: int = bounded(8, POSITIVE)  # completions of each prompt; at least 2
+    max_new_tokens: int = bounded(MISSING, POSITIVE)  # of a completion; one that has not ended by then is truncated
+    max_batch: int = bounded(64, POSITIVE)  # completions that are sampled at the same time
+    clip_low: float = bounded(0.2, FINITE_NOT_NEGATIVE)  # the importance ratio is clipped to 1 - clip_low ...
+    clip_high: float = bounded(0.2, FINITE_NOT_NEGATIVE)  # ... and 1 + clip_high
+    normalisation: str = bounded("token", one_of(*NORMALISATIONS))  # DAPO, GRPO, Dr.GRPO
     scale_advantages: bool = True  # by the standard deviation of the group's rewards; Dr.GRPO does not
     mask_truncated: bool = True  # truncated completions are not trained; their rewards count in the group
-    updates_per_rollout: int = 1  # optimizer steps on the same completions, with importance ratios
-    extra_rounds: int = 0  # of new prompts for groups without signal, as often as needed up to this
-    kl_weight: float = 0.0  # of KL(policy || the weights at init_from)
+    updates_per_rollout: int = bounded(1, POSITIVE)  # optimizer steps on the same completions, with importance ratios
+    extra_rounds: int = bounded(
+        0, FINITE_NOT_NEGATIVE
+    )  # of new prompts for groups without signal, as often as needed up to this
+    kl_weight: float = bounded(0.0, FINITE_NOT_NEGATIVE)  # of KL(policy || the weights at init_from)
     reward_model: str | None = None  # judge of tasks with the verifier "preference": a run of stage=reward_model
 
 
@@ -145,24 +163,23 @@ class RLConfig(StageConfig):
 class RewardModelConfig(TokensConfig):
     """A model that says which of two responses is better."""
 
-    loss: str = (
-        "bradley_terry"  # bradley_terry | cross_entropy; see `nb_lightning.losses.pairwise.pairwise_reward_loss`
-    )
+    # Which loss; see `nb_lightning.losses.pairwise.pairwise_reward_loss`.
+    loss: str = bounded("bradley_terry", one_of(*REWARD_LOSSES))
 
 
 @dataclass
 class ModelConfig:
     """The backbone's shape; see `nb_lightning.model.transformer.ModelShape` for the letters."""
 
-    vocab_size: int = MISSING
-    d_model: int = MISSING
-    n_layers: int = MISSING
-    n_heads: int = MISSING
-    n_kv_heads: int = MISSING
-    head_dim: int = MISSING
-    d_mlp: int = MISSING
+    vocab_size: int = bounded(MISSING, POSITIVE)
+    d_model: int = bounded(MISSING, POSITIVE)
+    n_layers: int = bounded(MISSING, POSITIVE)
+    n_heads: int = bounded(MISSING, POSITIVE)
+    n_kv_heads: int = bounded(MISSING, POSITIVE)
+    head_dim: int = bounded(MISSING, POSITIVE)
+    d_mlp: int = bounded(MISSING, POSITIVE)
     norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0  # of phases that do not give their own
+    rope_theta: float = bounded(10_000.0, POSITIVE)  # of phases that do not give their own
     tie_embeddings: bool = False
     init_std: float = 0.02
 
@@ -175,8 +192,8 @@ class DataConfig:
     tokenizer: str = MISSING  # "bytes", a tokenizer.json, or a folder that holds one
     mask_documents: bool = True  # attention and positions restart at each document inside a row
     verify: bool = True  # check each chunk's hash when it is first opened
-    workers: int = 0  # loader processes per rank
-    val_rows: int = 64  # held-out rows per source and validation
+    workers: int = bounded(0, NOT_NEGATIVE)  # loader processes per rank
+    val_rows: int = bounded(64, POSITIVE)  # held-out rows per source and validation
     demo_corpus: bool = False  # build the embedded demo corpus where it is missing
 
 
@@ -214,19 +231,19 @@ class PromptDataConfig(ChatDataConfig):
 
 @dataclass
 class TrainerConfig:
-    accelerator: str = "auto"  # auto | cpu | cuda
-    strategy: str = "single"  # single | ddp | fsdp
-    devices: int = 1  # per node
-    num_nodes: int = 1
-    precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true
-    attention: str = "auto"  # auto | sdpa | flex | xformers
+    accelerator: str = bounded("auto", one_of("auto", "cpu", "cuda"))
+    strategy: str = bounded("single", one_of("single", "ddp", "fsdp"))
+    devices: int = bounded(1, POSITIVE)  # per node
+    num_nodes: int = bounded(1, POSITIVE)
+    precision: str = bounded("32-true", one_of("32-true", "bf16-mixed", "bf16-true"))
+    attention: str = bounded("auto", one_of("auto", "sdpa", "flex", "xformers"))
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False
     threads: int | None = None  # torch threads per process; null leaves torch's default
-    log_every_n_steps: int = 10
-    val_every_n_steps: int = 200
-    save_every_n_steps: int = 200
-    keep_last: int = 2  # newest checkpoints kept besides those at phase boundaries
+    log_every_n_steps: int = bounded(10, POSITIVE)
+    val_every_n_steps: int = bounded(200, POSITIVE)
+    save_every_n_steps: int = bounded(200, POSITIVE)
+    keep_last: int = bounded(2, POSITIVE)  # newest checkpoints kept besides those at phase boundaries
     progress_bar: bool = True
 
 
@@ -254,10 +271,3 @@ class Config:
     ckpt_path: str | None = None  # continue this very run from one of its checkpoints
     resume: bool = False  # continue this very run from its newest whole checkpoint
     dry_run: bool = False  # print the plan, sizes and memory, and stop
-
-
-def plain(node: Any) -> Any:
-    """Containers of plain Python values, safe in a weights-only checkpoint."""
-    if OmegaConf.is_config(node):
-        return OmegaConf.to_container(node, resolve=True)
-    return asdict(node)

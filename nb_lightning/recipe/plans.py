@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
-
-from nb_lightning.checkout import check_as_train, composed
+from nb_lightning.checkout import check_as_train, composed, read_shape
 from nb_lightning.config.compose import run_dir
 from nb_lightning.config.schema import Config
 from nb_lightning.recipe.steps import TRAIN, Step
@@ -79,7 +79,7 @@ def _compose(step: Step, *more: str) -> Config:
     """Compose and check the config that a step's `train.py` would run with."""
     overrides = [*step.command[step.command.index(TRAIN) + 1 :], *more]
     try:
-        cfg = composed(overrides)
+        cfg = composed(overrides, _shape_or_zeros)
         if not _needs_earlier_weights(cfg):
             check_as_train(cfg, overrides)
     except ValueError as error:
@@ -87,9 +87,14 @@ def _compose(step: Step, *more: str) -> Config:
     return cfg
 
 
+def _shape_or_zeros(init_from: str | None) -> Mapping[str, Any]:
+    """Read the shape that model=from_hf takes; zeros for weights that an earlier step has yet to make."""
+    return read_shape(init_from) if Path(init_from or "").exists() else defaultdict(int)
+
+
 def _needs_earlier_weights(cfg: Config) -> bool:
     """Whether model=from_hf takes the shape from weights that an earlier step has yet to make."""
-    return "shape_of:" in str(OmegaConf.to_container(cfg.model)) and not Path(cfg.init_from or "").exists()
+    return cfg.model.d_model == 0
 
 
 def _paths_after(step: Step, flags: Sequence[str]) -> Iterator[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -21,12 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints.pretrained import Origin
-from nb_lightning.config.schema import Config, plain
+from nb_lightning.config.schema import Config, StageConfig
 from nb_lightning.errors import RunStopped
 from nb_lightning.model import adapters
 from nb_lightning.model.attention import resolve_backend
 from nb_lightning.model.layout import build_model
-from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import fill
 from nb_lightning.phase_callback import StageModule
 from nb_lightning.phases import PhasePlan
@@ -34,11 +34,14 @@ from nb_lightning.stages.frozen import FrozenModel
 from nb_lightning.stages.metrics import Means
 from nb_lightning.stages.optim import build_optimizer, clip_grad_norm
 
+StageSettings = TypeVar("StageSettings", bound=StageConfig)
 
-class BaseStage(StageModule):
+
+class BaseStage(StageModule, Generic[StageSettings]):
     """A plan, a backbone, and the clock.
 
     Attributes:
+        settings: `cfg.stage`, as the class of the stage's schema.
         plan: what runs, in whole steps.
         model: the backbone; set by `configure_model`.
         tokens_seen: the clock: tokens over all ranks whose step is done. The only thing schedules read.
@@ -53,13 +56,13 @@ class BaseStage(StageModule):
         super().__init__()
         self.automatic_optimization = False
         self.cfg, self.plan = cfg, plan
-        self.shape = replace(ModelShape(**plain(cfg.model)), rope_theta=plan.phases[0].rope_theta)
+        self.settings = cast(StageSettings, cfg.stage)  # train.build_stage chooses the class by the type of cfg.stage
+        self.shape = replace(ModelShape(**asdict(cfg.model)), rope_theta=plan.phases[0].rope_theta)
         self.origin: Origin | None = None
         self.context = 0
         self.adapted = cfg.stage.adapter.name != "none"
         self.base: dict[str, str] = {}
         self.strict_loading = not self.adapted  # a checkpoint of adapters has less than the model
-        self.model: Transformer | None = None
         self.tokens_seen = 0
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
@@ -92,7 +95,7 @@ class BaseStage(StageModule):
         Raises:
             ValueError: the model has another shape; names the key.
         """
-        for key, value in plain(origin.shape).items():
+        for key, value in asdict(origin.shape).items():
             if key not in ("rope_theta", "init_std") and getattr(self.shape, key) != value:
                 raise ValueError(
                     f"model.{key} is {getattr(self.shape, key)}, but init_from={self.cfg.init_from} has {value} "
@@ -101,10 +104,10 @@ class BaseStage(StageModule):
         self.origin, self.context = origin, origin.context or 0
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if hasattr(self, "model"):  # Lightning calls the hook once for each loop
             return
         trainer, (backend, device, mesh) = self.cfg.trainer, self._layout()
-        adapter, seed = self.cfg.stage.adapter, self.cfg.seed
+        adapter, seed = self.settings.adapter, self.cfg.seed
         attach = partial(adapters.attach, cfg=adapter, precision=trainer.precision) if self.adapted else None
         self.model = build_model(self.shape, trainer, backend, device, mesh, None if self.origin else seed, attach)
         if self.origin is not None:
@@ -130,8 +133,7 @@ class BaseStage(StageModule):
         return backend, strategy.root_device, mesh
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optim = self.cfg.stage.optim
-        assert self.model is not None
+        optim = self.settings.optim
         return build_optimizer(self.model, optim.name, tuple(optim.betas), optim.eps, optim.weight_decay)
 
     # Training -------------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class BaseStage(StageModule):
             totals = {name: total + {**sums, "loss": loss}[name].detach() for name, total in totals.items()}
         totals = self._sum_over_ranks(totals)
         loss = totals.pop("loss")
-        grad_norm = clip_grad_norm(self.model.parameters(), self.cfg.stage.optim.clip_norm)
+        grad_norm = clip_grad_norm(self.model.parameters(), self.settings.optim.clip_norm)
         if bool(torch.isfinite(loss + grad_norm)):  # the same number on every rank, so all decide alike
             optimizer.step()
             self._skipped_in_a_row = 0
@@ -186,7 +188,7 @@ class BaseStage(StageModule):
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         where = f"at {self.tokens_seen} tokens (phase {self.phase.name}): loss {loss}, gradient norm {grad_norm}"
-        if self._skipped_in_a_row >= self.cfg.stage.optim.max_skipped_steps:
+        if self._skipped_in_a_row >= self.settings.optim.max_skipped_steps:
             raise RunStopped(
                 f"{self._skipped_in_a_row} optimizer steps in a row were not finite, the last one {where}. The weights "
                 "are as before them. Lower the phase's lr, or look at the data of these steps; then resume=true"
@@ -221,9 +223,9 @@ class BaseStage(StageModule):
             "phase": self.plan.phase_at(self.tokens_seen - 1).name,
             "skipped_steps": self.skipped_steps,
             "seed": self.cfg.seed,
-            "model": {**plain(self.shape), "rope_theta": self.model.rope.theta},
+            "model": {**asdict(self.shape), "rope_theta": self.model.rope.theta},
             "context": max([self.context, *(phase.seq_len for phase in self.plan.begun(self.tokens_seen))]),
-            "plan": [plain(phase) for phase in self.plan.phases],
+            "plan": [asdict(phase) for phase in self.plan.phases],
             "sources": self.data.digests,
             "adapter": self._adapter(),
         }
@@ -232,7 +234,7 @@ class BaseStage(StageModule):
         if not self.adapted:
             return None
         return {
-            **plain(self.cfg.stage.adapter),
+            **asdict(self.settings.adapter),
             "base": {"path": str(self.origin.path.resolve()), "tensors": self.base},
         }
 
@@ -258,7 +260,7 @@ class BaseStage(StageModule):
         self.context = saved["context"]
 
 
-class ValidatedByMeans(BaseStage):
+class ValidatedByMeans(BaseStage[StageSettings]):
     """Logs `val/<statistic>/<source>` over the held-out rows of each source."""
 
     # Each statistic of `held_out` -> which of the batch's `counts` it is a mean over.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.checkpoints.pretrained import TEACHER_KEY, Origin, find_origin, require_same_vocabulary
 from nb_lightning.config.compose import run_dir
-from nb_lightning.config.schema import Config, plain
+from nb_lightning.config.schema import Config, DPDConfig
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs
 from nb_lightning.losses.dpd import DPD_PER, dpd_loss, response_logprobs
 from nb_lightning.phases import PhasePlan
@@ -32,7 +32,7 @@ from nb_lightning.stages.reference_cache import ReferenceKey, read_reference, wr
 REFERENCE = "reference.safetensors"
 
 
-class DPDStage(ValidatedByMeans):
+class DPDStage(ValidatedByMeans[DPDConfig]):
     """Preference distillation on packed rows of pairs (data/preference.py).
 
     Attributes:
@@ -44,7 +44,7 @@ class DPDStage(ValidatedByMeans):
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
-        s: Any = cfg.stage
+        s = self.settings
         self._loss = partial(
             dpd_loss,
             beta=s.beta,
@@ -64,19 +64,19 @@ class DPDStage(ValidatedByMeans):
     # Building -------------------------------------------------------------------------------------------------------
 
     def check_data(self, data: Any) -> None:
-        if self.cfg.stage.teacher:
+        if self.settings.teacher:
             try:
-                self._teacher_origin = find_origin(self.cfg.stage.teacher)
+                self._teacher_origin = find_origin(self.settings.teacher)
             except ValueError as error:
-                raise ValueError(f"{TEACHER_KEY}={self.cfg.stage.teacher}: {error}") from error
+                raise ValueError(f"{TEACHER_KEY}={self.settings.teacher}: {error}") from error
             require_same_vocabulary(self._teacher_origin, data.tokenizer, self.shape.vocab_size)
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
         super().configure_model()
         if self._teacher_origin is not None:
-            self.teacher = self.frozen(self._teacher_origin, self.cfg.stage.teacher_nf4)
+            self.teacher = self.frozen(self._teacher_origin, self.settings.teacher_nf4)
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """With the teacher's forward, a third of forward and backward."""
@@ -115,7 +115,7 @@ class DPDStage(ValidatedByMeans):
         if self.origin is None:
             raise ValueError("there is nothing to resume, and stage=dpd needs init_from to begin: the model after SFT")
         # What the numbers depend on besides the data: the same weights give others in another precision.
-        adapter = plain(self.cfg.stage.adapter) if self.cfg.stage.adapter.name == "qlora" else None
+        adapter = asdict(self.settings.adapter) if self.settings.adapter.name == "qlora" else None
         how = [self.origin.digest(), self.model.rope.theta, self.cfg.trainer.precision, adapter]
         policy = hashlib.sha256(json.dumps(how).encode()).hexdigest()
         teacher = self._teacher_origin.digest() if self._teacher_origin else ""
@@ -145,7 +145,7 @@ class DPDStage(ValidatedByMeans):
 
     def _add_reference(self, table: Tensor, batch: PreferenceBatch, wanted: set[int]) -> None:
         batch = self.trainer.strategy.batch_to_device(batch, self.device)
-        head = partial(response_logprobs, batch=batch, chunk_size=self.cfg.stage.head_chunk)
+        head = partial(response_logprobs, batch=batch, chunk_size=self.settings.head_chunk)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             found = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head).detach()
         new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair in wanted]
@@ -170,6 +170,6 @@ class DPDStage(ValidatedByMeans):
         teacher = self._teacher_origin.digest() if self._teacher_origin else ""
         if teacher != self._began_as["teacher"]:
             raise ValueError(
-                f"{TEACHER_KEY}={self.cfg.stage.teacher} is not the teacher that this run was trained with so far; "
+                f"{TEACHER_KEY}={self.settings.teacher} is not the teacher that this run was trained with so far; "
                 "begin another run to change it"
             )

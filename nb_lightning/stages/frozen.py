@@ -5,8 +5,8 @@ It is in no module, so no optimizer, checkpoint or gradient exchange sees it. Un
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nb_lightning.batch import PackedBatch
 from nb_lightning.checkpoints.pretrained import Origin
-from nb_lightning.config.schema import TrainerConfig, plain
+from nb_lightning.config.schema import TrainerConfig
 from nb_lightning.losses.divergence import TeacherOutputs
 from nb_lightning.model import bnb
 from nb_lightning.model.layout import build_model
@@ -47,7 +47,7 @@ class FrozenModel:
         weights = origin.open()
         weights.require(origin.shape)  # before memory is taken for them
         precision = "32-true" if trainer.precision == "32-true" else "bf16-true"
-        settings: Any = TrainerConfig(**{**plain(trainer), "precision": precision})
+        settings = replace(trainer, precision=precision)
         self.model = build_model(origin.shape, settings, backend, device, mesh, None, partial(_freeze, nf4=nf4))
         _fill(self.model, weights)
         self.model.eval()

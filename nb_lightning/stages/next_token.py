@@ -8,17 +8,18 @@ from functools import partial
 from torch import Tensor
 
 from nb_lightning.batch import PackedBatch
+from nb_lightning.config.schema import TokensConfig
 from nb_lightning.losses.head import cross_entropy
 from nb_lightning.stages.base import BaseStage
 from nb_lightning.stages.metrics import Perplexity
 
 
-class NextTokenStage(BaseStage):
+class NextTokenStage(BaseStage[TokensConfig]):
     """Cross-entropy per trained token; validation is the perplexity of each source on held-out rows."""
 
     def nll(self, batch: PackedBatch) -> Tensor:
         """-log p of all labels that count, summed, 0-d."""
-        head = partial(cross_entropy, labels=batch.labels, chunk_size=self.cfg.stage.head_chunk)
+        head = partial(cross_entropy, labels=batch.labels, chunk_size=self.settings.head_chunk)
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
 
     def loss(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -34,11 +35,3 @@ class NextTokenStage(BaseStage):
     def on_validation_epoch_end(self) -> None:
         values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
         self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
-
-
-class PretrainStage(NextTokenStage):
-    """FG-WSD pretraining over packed rows of tokenized sources (data/pretrain.py)."""
-
-
-class SFTStage(NextTokenStage):
-    """Fine-tuning on packed rows of conversations (data/sft.py)."""

@@ -7,19 +7,20 @@ The backbone as it is, without a head of its own: what counts is its logits for 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nb_lightning.batch import PackedBatch
-from nb_lightning.config.schema import plain
+from nb_lightning.config.schema import RewardModelConfig
 from nb_lightning.losses.pairwise import REWARD_PER, pairwise_reward_loss
 from nb_lightning.rewards.comparison_form import ComparisonForm
 from nb_lightning.stages.base import ValidatedByMeans
 
 
-class RewardModelStage(ValidatedByMeans):
+class RewardModelStage(ValidatedByMeans[RewardModelConfig]):
     """Training on comparisons (data/reward.py); `train/tokens` counts them.
 
     Attributes:
@@ -34,7 +35,7 @@ class RewardModelStage(ValidatedByMeans):
         self.form = data.form
 
     def loss(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        s: Any = self.cfg.stage
+        s = self.settings
         head = partial(
             pairwise_reward_loss,
             labels=batch.labels,
@@ -52,4 +53,4 @@ class RewardModelStage(ValidatedByMeans):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "comparison": plain(self.form)}
+        return {**super().state(), "comparison": asdict(self.form)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nb_lightning.batch import PackedBatch, RolloutBatch, RolloutStep
 from nb_lightning.checkpoints.pretrained import find_origin, in_training
-from nb_lightning.config.schema import Config
+from nb_lightning.config.schema import Config, RLConfig
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.losses.grpo import GRPO_PER, group_advantages, grpo_loss
 from nb_lightning.losses.head import token_logprobs
@@ -37,7 +37,7 @@ from nb_lightning.stages.base import BaseStage
 from nb_lightning.stages.frozen import FrozenModel
 
 
-class RLStage(BaseStage, PolicyModule):
+class RLStage(BaseStage[RLConfig], PolicyModule):
     """GRPO on prompts with verifiable answers. `configure_model` sets the sampler.
 
     Attributes:
@@ -48,7 +48,7 @@ class RLStage(BaseStage, PolicyModule):
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
-        stage = cfg.stage
+        stage = self.settings
         self._loss = partial(
             grpo_loss,
             clip_low=stage.clip_low,
@@ -64,15 +64,15 @@ class RLStage(BaseStage, PolicyModule):
     # Building -------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
         super().configure_model()
         self.sampler = self._sampler()
-        if self.cfg.stage.kl_weight:
+        if self.settings.kl_weight:
             self.reference = self.frozen(find_origin(self.cfg.init_from))
 
     def _sampler(self) -> RolloutSampler:
-        data, stage = self.data, self.cfg.stage
+        data, stage = self.data, self.settings
         tasks = list(data.all_tasks())
         judges = self._load_judge() if any(task.verifier == "preference" for task in tasks) else {}
         # Temperature 1 and the whole distribution: any other sampling would be another policy than the trained one.
@@ -86,7 +86,7 @@ class RLStage(BaseStage, PolicyModule):
 
     def _load_judge(self) -> dict[str, Guarded]:
         """Load the reward model that judges the tasks of the verifier "preference", if the config names one."""
-        path = self.cfg.stage.reward_model
+        path = self.settings.reward_model
         if not path:
             return {}
         try:
@@ -102,9 +102,9 @@ class RLStage(BaseStage, PolicyModule):
         self.groups, scoring_seconds = self.roll_out(batch.number)
         rolled_out = time.perf_counter()
         trained = [group for group in self.groups if group.is_trained]
-        advantages, _ = group_advantages(rewards_of(trained), self.cfg.stage.scale_advantages)  # [P, G]
+        advantages, _ = group_advantages(rewards_of(trained), self.settings.scale_advantages)  # [P, G]
         micro_batches = self.micro_batches(trained, advantages)
-        updates = [self.update(micro_batches) for _ in range(self.cfg.stage.updates_per_rollout)]
+        updates = [self.update(micro_batches) for _ in range(self.settings.updates_per_rollout)]
         seconds = {
             "perf/sampling_sec": rolled_out - started - scoring_seconds,
             "perf/scoring_sec": scoring_seconds,
@@ -134,7 +134,7 @@ class RLStage(BaseStage, PolicyModule):
         data, rank = self.data, (self.global_rank, self.trainer.world_size)
         groups, scoring_seconds = self._answer(data.draw(step, *rank))
         current = list(groups)  # the group that now stands in each place of the step
-        for round in range(1, self.cfg.stage.extra_rounds + 1):
+        for round in range(1, self.settings.extra_rounds + 1):
             without_signal = [i for i, group in enumerate(current) if not group.has_signal]
             if not self.trainer.strategy.reduce_boolean_decision(bool(without_signal), all=False):
                 break  # no rank needs another round. If any does, all take part: under FSDP2 sampling is a collective
@@ -157,7 +157,7 @@ class RLStage(BaseStage, PolicyModule):
         Args:
             advantages: [P, G] float32.
         """
-        stage, strategy = self.cfg.stage, self.trainer.strategy
+        stage, strategy = self.settings, self.trainer.strategy
         max_tokens = self.phase.micro_batch_size * self.phase.seq_len
         batches = pack_groups(groups, advantages, max_tokens, stage.mask_truncated)
         most = int(strategy.reduce(torch.tensor(len(batches), device=self.device), reduce_op="max"))
@@ -173,7 +173,7 @@ class RLStage(BaseStage, PolicyModule):
     @torch.no_grad()
     def _logprobs(self, batch: RolloutBatch, model: Transformer) -> Tensor:
         """Compute the log-probabilities of the labels: [B, T] float32 nats."""
-        labels, chunk_size = batch.labels, self.cfg.stage.head_chunk
+        labels, chunk_size = batch.labels, self.settings.head_chunk
 
         def label_logprobs(hidden: Tensor, head_weight: Tensor) -> Tensor:
             return token_logprobs(hidden.flatten(0, 1), head_weight, labels.flatten(), chunk_size).view_as(labels)

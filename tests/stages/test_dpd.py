@@ -23,7 +23,7 @@ from torch import Tensor
 from nb_lightning.batch import IGNORE, PreferenceBatch
 from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.checkpoints.pretrained import load_pretrained
-from nb_lightning.config.checks import DIVERGENCES, DPO_VARIANTS
+from nb_lightning.config.schema import DIVERGENCES, DPO_VARIANTS
 from nb_lightning.losses import chunks, dpd
 from nb_lightning.losses.divergence import KINDS
 from nb_lightning.model.transformer import Transformer

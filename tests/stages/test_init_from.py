@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from nb_lightning.checkpoints import folders
 from nb_lightning.checkpoints.gguf import save_gguf
@@ -21,9 +19,9 @@ from nb_lightning.checkpoints.hf_weights import to_hf
 from nb_lightning.checkpoints.pretrained import find_origin, shape_at
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.config.checks import check
-from nb_lightning.config.compose import plan_of, register
+from nb_lightning.config.compose import compose, plan_of, register
 from nb_lightning.config.schema import Config
-from nb_lightning.stages.next_token import PretrainStage
+from nb_lightning.stages.next_token import NextTokenStage
 from nb_lightning.text.tokenizer import byte_tokenizer
 from tests.checkpoints.harness import NANBEIGE, write
 from tests.harness import ROOT, TRACE, Train, read_trace, run_train
@@ -113,9 +111,7 @@ def assert_exported_whole(root: Path, run: str) -> None:
 
 def composed(*overrides: str) -> Config:
     register(shape_at)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=["model=from_hf", *overrides])
+    return compose(ROOT / "conf", ["model=from_hf", *overrides])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -152,4 +148,4 @@ def test_another_shape_is_refused_by_the_key(small: Callable[[bool], Path], over
     folder = str(small(False))
     cfg = composed(f"init_from={folder}", override)
     with pytest.raises(ValueError, match="^" + re.escape(words.format(folder))):
-        PretrainStage(cfg, plan_of(cfg.stage)).begin_from(find_origin(folder))
+        NextTokenStage(cfg, plan_of(cfg.stage)).begin_from(find_origin(folder))

@@ -17,12 +17,14 @@ from callbacks.fg_wsd import FGWSD
 from data.pretrain import PretrainData
 from nb_lightning.batch import PackedBatch
 from nb_lightning.config.compose import plan_of
-from nb_lightning.stages.next_token import PretrainStage
+from nb_lightning.stages.next_token import NextTokenStage
 from tests.config.harness import composed
 from tests.harness import TINY, TRACE, read_trace, run_train
 
 
-def fit(corpus: Path, root: Path, kind: type[PretrainStage], *callbacks: pl.Callback, **options: Any) -> PretrainStage:
+def fit(
+    corpus: Path, root: Path, kind: type[NextTokenStage], *callbacks: pl.Callback, **options: Any
+) -> NextTokenStage:
     cfg = composed(*TINY, f"paths.root={root}", f"paths.data_root={corpus}")
     plan = plan_of(cfg.stage).in_whole_steps()
     module, data = kind(cfg, plan), PretrainData(cfg, plan)
@@ -55,7 +57,7 @@ def test_everything_moves_at_the_same_step(corpus: Path, tmp_path: Path) -> None
     assert [trace[step]["tokens_seen"] for step in range(20)] == [512 * n for n in range(1, 21)]
 
 
-class Poisoned(PretrainStage):
+class Poisoned(NextTokenStage):
     """The loss of the 4th and 9th step is not a number."""
 
     def nll(self, batch: PackedBatch) -> Tensor:
@@ -67,7 +69,7 @@ class Weights(pl.Callback):
     def __init__(self) -> None:
         self.after: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: PretrainStage, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: NextTokenStage, *_: Any) -> None:
         self.after.append(module.model.embedding.weight.detach().clone())
 
 
@@ -82,7 +84,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(corpus: Path, tmp_path
 
 
 def test_held_out_perplexity_is_exp_of_the_mean_over_all_held_out_tokens(corpus: Path, tmp_path: Path) -> None:
-    module = fit(corpus, tmp_path, PretrainStage, limit_val_batches=1.0)
+    module = fit(corpus, tmp_path, NextTokenStage, limit_val_batches=1.0)
     module.model.eval()
     for name, loader in zip(module.trainer.datamodule.val_names, module.trainer.datamodule.val_dataloader()):
         nll, tokens = 0.0, 0

@@ -18,7 +18,7 @@ from data.reward import RewardData
 from nb_lightning.batch import IGNORE, PackedBatch
 from nb_lightning.checkpoints.folders import read_info
 from nb_lightning.checkpoints.pretrained import load_pretrained
-from nb_lightning.config.checks import REWARD_LOSSES
+from nb_lightning.config.schema import REWARD_LOSSES
 from nb_lightning.losses.pairwise import REWARD_LOSSES as LOSSES_OF_THE_LIBRARY
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.text.chat_tokens import ChatTokenizer

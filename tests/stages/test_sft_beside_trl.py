@@ -15,7 +15,7 @@ from callbacks.fg_wsd import FGWSD
 from nb_lightning.batch import PackedBatch, StepBatch, pack_responses
 from nb_lightning.checkpoints.hf_weights import to_hf
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
-from nb_lightning.stages.next_token import SFTStage
+from nb_lightning.stages.next_token import NextTokenStage
 from tests.config.harness import composed
 
 STEPS, SAMPLES_A_STEP, LR, VOCAB = 20, 4, 1e-3, 260
@@ -34,7 +34,7 @@ class Losses(pl.Callback):
         self.weights: dict[str, torch.Tensor] = {}
         self.seen: list[float] = []
 
-    def on_train_start(self, trainer: pl.Trainer, module: SFTStage) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: NextTokenStage) -> None:
         self.weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -60,7 +60,7 @@ def ours(groups: list[list[tuple[list[int], list[int]]]]) -> Losses:
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[FGWSD(), losses],
     )  # fmt: skip
-    trainer.fit(SFTStage(cfg, PhasePlan((phase,))), DataLoader(steps, batch_size=None))
+    trainer.fit(NextTokenStage(cfg, PhasePlan((phase,))), DataLoader(steps, batch_size=None))
     return losses
 
 
