@@ -1,4 +1,4 @@
-"""A prepared corpus of random tokens in a folder, and the settings under which `train.py` trains on it."""
+"""Write a corpus of random tokens, and train on it with the stage, data and trainer of train.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SOURCES = ("docs", "code", "tests", "arithmetic")  # of the demo plan
 
 
 def write_corpus(root: Path, tokens: int, vocab: int = Shape.vocab, seed: int = 0) -> None:
-    """The demo plan's four sources below `root` (paths.root), each of `tokens` random tokens, 600 a document."""
-    tokenizer = load_tokenizer("bytes")  # only names the vocabulary and the end token here
+    """Write the demo plan's four sources below `root` (paths.root): `tokens` random tokens each, 600 a document."""
+    tokenizer = load_tokenizer("bytes")  # used here for its vocabulary and its end token only
     rng = np.random.default_rng(seed)
     for name in SOURCES:
         for split, size in (("train", tokens), ("val", max(20_000, tokens // 100))):
@@ -32,7 +32,7 @@ def write_corpus(root: Path, tokens: int, vocab: int = Shape.vocab, seed: int = 
 def overrides(
     root: Path, steps: int, shape: Shape | None = None, seq_len: int = 512, rows: int = 8, packed: bool = False
 ) -> list[str]:
-    """One phase of `steps` steps of `rows` rows over the corpus in `root`; what it writes goes below `root`."""
+    """Return the arguments of train.py for one phase of `steps` steps of `rows` rows over the corpus in `root`."""
     s = shape or Shape()
     phase = dict(tokens=steps * rows * seq_len, seq_len=seq_len, rope_theta=s.theta)
     return [
@@ -46,7 +46,7 @@ def overrides(
 
 
 def base(root: Path, s: Shape) -> list[str]:
-    """What every benchmark of train.py overrides: the model of that shape, one thread, no saving, no validation."""
+    """Return the arguments of all benchmarks of train.py: a model's shape, one thread, no saving, no validation."""
     model = dict(
         vocab_size=s.vocab, d_model=s.dim, n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads,
         head_dim=s.head_dim, d_mlp=s.mlp, norm_eps=s.eps, rope_theta=s.theta,
@@ -60,19 +60,19 @@ def base(root: Path, s: Shape) -> list[str]:
     ]  # fmt: skip
 
 
-def composed(words: Sequence[str]):
-    """The config that `python train.py WORDS` gets, checked as it checks it."""
+def composed(arguments: Sequence[str]):
+    """Compose and check the config of `python train.py ARGUMENTS`."""
     from nb_lightning.config.checks import check
     from nb_lightning.config.compose import compose, register
 
     register()
-    cfg = compose(ROOT / "conf", words)
+    cfg = compose(ROOT / "conf", arguments)
     check(cfg)
     return cfg
 
 
 def fit(cfg, callbacks: Sequence[str], clock) -> None:
-    """train.py's own stage, data and trainer, with these of its callbacks (none: no logger either) and `clock`."""
+    """Fit as train.py does, with `callbacks` only, and with `clock`. Without callbacks there is no logger either."""
     from nb_lightning.config.compose import plan_of, run_dir
     from nb_lightning.stages.strategies import resolve_accelerator
     from train import build_stage, build_trainer, quieten

@@ -1,8 +1,9 @@
-"""How fast the loader gives steps: tokens per second from litdata chunks on disk, beside what a model takes.
+"""Measure the loader: tokens per second from litdata chunks on disk.
 
     python benchmarks/data.py [--tokens 2000000] [--steps 100]
 
-Rows of the mixture, packed, masked by document, as `train.py` gets them. Wall time: workers are processes of their own.
+It reads the mixture's rows, packed and masked by document, as train.py does. It measures wall time, because workers are
+other processes.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ CASES = [(seq_len, workers) for seq_len in (256, 4096) for workers in (0, 2)]
 
 
 def measure(root: Path, seq_len: int, workers: int, steps: int, rows: int) -> float:
-    """Tokens per second over `steps` steps, the first few not counted."""
+    """Return the tokens per second over `steps` steps, after five that do not count."""
     from benchmarks.corpus import composed, overrides
-    from data.base import StepLoader
     from data.pretrain import PretrainData
+    from data.steps import StepLoader
     from nb_lightning.config.compose import plan_of
 
-    words = overrides(root, steps + 5, seq_len=seq_len, rows=rows, packed=True)
-    cfg = composed([*words, f"data.workers={workers}"])
+    arguments = overrides(root, steps + 5, seq_len=seq_len, rows=rows, packed=True)
+    cfg = composed([*arguments, f"data.workers={workers}"])
     plan = plan_of(cfg.stage).in_whole_steps()
     data = PretrainData(cfg, plan)
     data.open_sources()

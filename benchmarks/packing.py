@@ -1,6 +1,6 @@
-"""How full data/bin_packing.py makes rows, and how long it takes: `python -m benchmarks.packing`.
+"""Measure how full data/bin_packing.py makes rows, and how long it takes: `python -m benchmarks.packing`.
 
-CPU-seconds on one thread; the table of docs/sft_data.md.
+The table of docs/sft_data.md; CPU-seconds on one thread.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def main() -> None:
         samples = np.stack([lengths + 1, np.ones_like(lengths)], axis=1).astype(np.int32)
         start = time.process_time()
         packing = pack_samples(samples, seq_len)
-        taken = time.process_time() - start
+        seconds = time.process_time() - start
         fitting = np.sort(lengths[lengths <= seq_len])[::-1]
-        alone = fitting.sum() / (seq_len * (best_fit(fitting, seq_len).max() + 1))
+        best_fit_fill = fitting.sum() / (seq_len * (best_fit(fitting, seq_len).max() + 1))
         dropped = packing.pieces.dropped
-        print(f"{name:<40}{seq_len:>8,}{dropped:>10,}{packing.fill:>10.2%}{alone:>10.2%}{taken:>8.1f}")
+        print(f"{name:<40}{seq_len:>8,}{dropped:>10,}{packing.fill:>10.2%}{best_fit_fill:>10.2%}{seconds:>8.1f}")
 
 
 if __name__ == "__main__":

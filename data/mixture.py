@@ -1,16 +1,16 @@
-"""Which row comes i-th: a pure function of (seed, plan, sizes of the sources, i).
+"""The order of rows: row i of the run is a pure function of (seed, plan, sizes of the sources, i).
 
 Inside a phase the sources alternate in a fixed pattern that meets every weight to within one row after any number of
-rows (`balanced_pattern`). The rows a phase takes from a source are one stretch of that source's endless token stream:
-it starts at the token where the previous phase stopped, whatever the context length was there, so a change of context
-loses no token and repeats none. Within the stretch rows are shuffled window by window (which keeps streamed reads
-local); the stream repeats the source's chunks in a new order each time it runs out.
+rows (`balanced_pattern`). The rows that a phase takes from a source are one stretch of that source's endless token
+stream. It starts at the token where the previous phase stopped, whatever the context length was there, so a change of
+context length loses no token and repeats none. Within the stretch rows are shuffled window by window, which keeps
+streamed reads local. The stream repeats the source's chunks in a new order each time it runs out.
 
-Conversations are packed, differently for each context length (data/bin_packing.py): there, the rows of a source at one
-context length are a stream, and a phase goes on where the last one with its context length stopped.
+Conversations are packed anew for each context length (data/bin_packing.py). There, the rows of a source at one context
+length are a stream, and a phase continues where the last phase of its context length stopped.
 
-So the whole state of the data is one integer, resume is exact with any number of workers or ranks, and a shift of the
-mixture takes effect at its exact row.
+So the state of the data is one integer, resume is exact with any number of workers or ranks, and a shift of the mixture
+takes effect at its exact row.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import numpy as np
 from nb_lightning.phases import PhasePlan, exact
 from nb_lightning.token_source import Source
 
-SHUFFLE_WINDOW_TOKENS = 2**26
-Stream = str | tuple[str, int]
+SHUFFLE_WINDOW_TOKENS = 2**26  # rows are shuffled within stretches of this length
+Stream = str | tuple[str, int]  # the key of a stream: source, or (source, seq_len)
 
 
 def balanced_pattern(weights: list[float]) -> np.ndarray:
-    """Order in which sources alternate: [L] indices into `weights`, repeated for ever.
+    """Compute the order in which sources alternate: [L] int64 indices into `weights`, to be repeated.
 
     After any number n of rows each source was drawn within one of weight * n times. L is the least common denominator
     of the weights (as written in decimal), so after L rows every count is exact. This is Pfair scheduling on one
@@ -59,7 +59,7 @@ def balanced_pattern(weights: list[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """Where one row of tokens lies."""
+    """The location of one row of tokens."""
 
     phase: int
     source: str
@@ -77,7 +77,7 @@ class _PhaseOrder:
         self.before = np.concatenate([np.zeros((1, len(names)), np.int64), np.cumsum(onehot, axis=0)])
 
     def drawn(self, row: int) -> np.ndarray:
-        """[sources] rows drawn from each source before `row` of the phase."""
+        """Count the rows drawn from each source before `row` of the phase: [sources] int64."""
         rounds, rest = divmod(row, len(self.pattern))
         return rounds * self.before[-1] + self.before[rest]
 
@@ -115,13 +115,13 @@ class RowOrder:
         return source if source in self.tokens else (source, seq_len)
 
     def first_row_of_step(self, step: int) -> int:
-        """Global number of the first row of optimizer step `step`."""
+        """Return the global number of the first row of optimizer step `step`."""
         index = self.plan.index_at(self.plan.tokens_at(step))
         steps_before = sum(phase.steps for phase in self.plan.phases[:index])
         return self._first_row[index] + (step - steps_before) * self.plan.phases[index].rows_per_step
 
     def turn(self, row: int) -> tuple[int, str, int]:
-        """Of the row that comes `row`-th in the run: its phase, its source, and how many of both came before it."""
+        """Return phase and source of row `row` of the run, and how many rows of both come before it."""
         index = int(np.searchsorted(self._first_row, row, side="right")) - 1
         order = self._phases[index]
         within = row - self._first_row[index]
@@ -130,7 +130,7 @@ class RowOrder:
         return index, order.names[source], int(order.drawn(within)[source])
 
     def locate(self, row: int) -> Row:
-        """The row that comes `row`-th in the run."""
+        """Locate row `row` of the run."""
         index, name, nth = self.turn(row)
         phase, order = self.plan.phases[index], self._phases[index]
         count = int(order.drawn(order.rows)[order.names.index(name)])
@@ -140,21 +140,21 @@ class RowOrder:
         return Row(index, name, order.starts[name] + place * phase.seq_len, phase.seq_len)
 
     def consumed(self, tokens_seen: int) -> dict[str, int]:
-        """Tokens taken from each source after `tokens_seen` tokens of the run."""
+        """Count the tokens taken from each source in the first `tokens_seen` tokens of the run."""
         taken: dict[str, int] = {}
         for (name, _), tokens in self._taken(tokens_seen).items():
             taken[name] = taken.get(name, 0) + tokens
         return taken
 
     def repeats(self, tokens_seen: int) -> dict[str, float]:
-        """How often each source was gone through after `tokens_seen` tokens of the run."""
+        """Count the passes over each source in the first `tokens_seen` tokens of the run."""
         times: dict[str, float] = {}
         for (name, seq_len), tokens in self._taken(tokens_seen).items():
             times[name] = times.get(name, 0.0) + tokens / self.tokens[self._stream(name, seq_len)]
         return times
 
     def _taken(self, tokens_seen: int) -> dict[tuple[str, int], int]:
-        """Tokens taken from each source at each context length."""
+        """Count the tokens taken from each source at each context length."""
         taken: dict[tuple[str, int], int] = {}
         for index, (phase, order) in enumerate(zip(self.plan.phases, self._phases)):
             seen = min(max(tokens_seen - self.plan.start_of(index), 0), phase.tokens)
@@ -166,34 +166,37 @@ class RowOrder:
 
 @lru_cache(maxsize=64)
 def shuffled(n: int, *key: int | str) -> np.ndarray:
-    """A permutation of 0..n-1 that depends on `key` only, in every process and numpy version (legacy MT19937)."""
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part % 2**32 for part in key]
-    return np.random.RandomState(words).permutation(n)
+    """Return a permutation of 0..n-1, int64, that depends on `key` alone.
+
+    It is the same in every process and numpy version, because it uses the legacy MT19937.
+    """
+    seeds = [zlib.crc32(part.encode()) if isinstance(part, str) else part % 2**32 for part in key]
+    return np.random.RandomState(seeds).permutation(n)
 
 
 class TokenStream:
-    """The endless token stream of a source: its chunks in shuffled order, again and again.
+    """The endless token stream of a source: all its chunks in a shuffled order, then in another one, and so on.
 
-    Repeat number r covers tokens [r * size, (r + 1) * size) and reads every token of the source exactly once.
+    Repeat r covers tokens [r * size, (r + 1) * size) and reads every token of the source exactly once.
     """
 
     def __init__(self, name: str, source: Source, seed: int) -> None:
         self.name, self.source, self.seed = name, source, seed
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """[n] int64 tokens from token `start` on."""
-        parts = []
+        """Read [n] int64 tokens from token `start` on."""
+        pieces = []
         while n > 0:
             repeat, offset = divmod(start, self.source.tokens)
             order, ends = self._layout(repeat)
             slot = int(np.searchsorted(ends, offset, side="right"))
             take = min(n, int(ends[slot]) - offset)
             chunk = int(order[slot])
-            parts.append(self.source.read(chunk, offset - int(ends[slot] - self.source.chunk_tokens[chunk]), take))
+            pieces.append(self.source.read(chunk, offset - int(ends[slot] - self.source.chunk_tokens[chunk]), take))
             start, n = start + take, n - take
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _layout(self, repeat: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the chunks in one repeat, and the cumulative tokens at the end of each."""
+        """Return the order of the chunks in one repeat, and the tokens up to the end of each."""
         order = shuffled(len(self.source.chunk_tokens), self.seed, self.name, "repeat", repeat)
         return order, np.cumsum(self.source.chunk_tokens[order])

@@ -1,6 +1,6 @@
-"""Data of the reward model: each pair of a source of preference pairs (data.prepare --pairs) as two comparisons.
+"""Data of the reward model: each preference pair (data.prepare --pairs) becomes two comparisons.
 
-The chosen response is first in one and second in the other, so that a place says nothing. The right answer is all that
+The chosen response comes first in one and second in the other, so that the order tells nothing. Only the right answer
 is trained on.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from data.bin_packing import Packing, pack_samples
 from data.packed import PackedData, PackedSource
 from data.preference import require_pairs
-from data.sft import conversations
+from data.sft import assemble_conversations
 from nb_lightning.config.schema import Config
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
@@ -23,7 +23,13 @@ from nb_lightning.token_source import TRAINED, Source
 
 
 class ComparisonSource(PackedSource):
-    """The comparisons of a source of pairs: number 2 p has the chosen response of pair p first, 2 p + 1 second."""
+    """The comparisons of a source of pairs.
+
+    Comparison 2 p has the chosen response of pair p first, comparison 2 p + 1 second.
+
+    Args:
+        answers: token ids of the answers "first" and "second".
+    """
 
     unit = "comparisons"
 
@@ -36,28 +42,28 @@ class ComparisonSource(PackedSource):
         return pack_samples(np.stack([tokens + 1, tokens], axis=1), seq_len, over_long, self.seed)
 
     def row(self, nth: int, seq_len: int) -> list[np.ndarray]:
-        """The words of that row's comparisons."""
-        numbers = self.packings[seq_len].pieces.sample[self.pieces(nth, seq_len)]
-        return [self.comparison(int(number)) for number in numbers]
+        """Build the marked tokens of the comparisons in a row."""
+        comparisons = self.packings[seq_len].pieces.sample[self.pieces_in_row(nth, seq_len)]
+        return [self.comparison(int(number)) for number in comparisons]
 
     def comparison(self, number: int) -> np.ndarray:
-        """The words of a comparison: two responses, each with its prompt, and the answer."""
+        """Build the marked tokens of a comparison: two responses, each after its prompt, and the answer."""
         pair, right = divmod(number, 2)
-        first, second = (self.read(2 * pair + side) % TRAINED for side in (right, 1 - right))
+        first, second = ((self.read(2 * pair + side) % TRAINED).tolist() for side in (right, 1 - right))
         return np.array([*comparison(first, second), self.answers[right] | TRAINED])
 
 
 class RewardData(PackedData):
-    """Sources of pairs, as comparisons.
+    """Sources of pairs, read as comparisons.
 
     Attributes:
-        form: how they are written.
+        form: how a comparison is written.
     """
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
         self.form = ComparisonForm.of(ChatTokenizer(self.tokenizer, self.chat))
-        self.assemble = partial(conversations, pad_id=self.tokenizer.eos_id)
+        self.assemble = partial(assemble_conversations, pad_id=self.tokenizer.eos_id)
 
     def require_usable(self, key: str, source: Source, split: str) -> None:
         require_pairs(key, source)

@@ -1,4 +1,4 @@
-"""SFT data: packed rows of conversations, of which the assistant's tokens are trained on."""
+"""SFT data: packed rows of conversations. Only the assistant's tokens are trained on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SFTData(PackedData):
         super().__init__(cfg, plan)
         if self.settings.over_long not in OVER_LONG:
             raise ValueError(f"data.over_long is {self.settings.over_long!r}; allowed: {', '.join(OVER_LONG)}")
-        self.assemble = partial(conversations, pad_id=self.tokenizer.eos_id)
+        self.assemble = partial(assemble_conversations, pad_id=self.tokenizer.eos_id)
 
     def build_demo(self) -> None:
         if self.settings.demo_tasks:
@@ -49,11 +49,11 @@ class SFTData(PackedData):
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of each source, its training data and what is done with it: with another one, other rows come."""
-        how = self.settings.over_long
-        return {name: hashlib.sha256(f"{how} {sha}".encode()).hexdigest() for name, sha in super().digests.items()}
+        """Hash of each source's training data and of `over_long`, which changes the rows too."""
+        texts = {name: f"{self.settings.over_long} {digest}" for name, digest in super().digests.items()}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
-def conversations(rows: Sequence[tuple[PackedSource, int]], seq_len: int, pad_id: int) -> PackedBatch:
-    """A batch of rows, each the nth of a source's stream."""
+def assemble_conversations(rows: Sequence[tuple[PackedSource, int]], seq_len: int, pad_id: int) -> PackedBatch:
+    """Assemble (source, nth row of its stream) into one batch."""
     return assemble_batch([source.row(nth, seq_len) for source, nth in rows], seq_len, pad_id)

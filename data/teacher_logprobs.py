@@ -1,10 +1,10 @@
-"""A teacher's most likely tokens at every token of the responses in a source of pairs, kept beside its samples.
+"""Store a teacher's most likely tokens at every response token of a source of pairs.
 
     python -m data.teacher_logprobs --source outputs/data/pairs/source --teacher MODEL --k 64
     python train.py stage=dpd data.cached_teacher=true stage.teacher=null ...
 
-Then `stage=dpd` needs no teacher beside the student. What the k tokens leave is one bucket, so that the divergence is a
-lower bound of the whole one. Stopped, the same command goes on.
+With them, `stage=dpd` needs no teacher beside the student. All tokens but the k most likely count as one, so the
+divergence is a lower bound of the exact one. After a stop, the same command resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.bin_packing import assemble_batch
-from data.teacher_cache import CacheWriter, record
+from data.teacher_cache import CacheWriter, record_dtype
 from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained, require_same_vocabulary
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.errors import one_line_errors
@@ -29,28 +28,35 @@ from nb_lightning.losses.head import CHUNK_SIZE
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.token_source import SPLITS, Source
 
+DESCRIPTION = "Store a teacher's most likely tokens at every response token of a source of pairs."
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m data.teacher_logprobs", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m data.teacher_logprobs", description=DESCRIPTION)
     p.add_argument("--source", required=True, metavar="FOLDER", help="made by data.prepare --pairs")
     p.add_argument(
         "--teacher", required=True, metavar="MODEL", help="run, checkpoint, Hugging Face folder or .gguf file"
     )
-    p.add_argument("--tokenizer", metavar="PATH", help="of the source, where it is not the very file of the teacher")
-    p.add_argument("--k", type=int, default=64, help="tokens kept at each position (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="that of stage.temperature (default: %(default)s)")
-    p.add_argument("--batch-tokens", type=int, default=8192, help="tokens run at a time (default: %(default)s)")
+    p.add_argument("--tokenizer", metavar="PATH", help="of the source, if it is not the teacher's file")
+    p.add_argument("--k", type=int, default=64, help="tokens stored at each position (default: %(default)s)")
+    p.add_argument(
+        "--temperature", type=float, default=1.0, help="the value of stage.temperature (default: %(default)s)"
+    )
+    p.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a forward (default: %(default)s)")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    p.add_argument(
-        "--overwrite", action="store_true", help="replace what is there of another teacher, k or temperature"
-    )
+    p.add_argument("--overwrite", action="store_true", help="replace the records of another teacher, k or temperature")
     a = p.parse_args(arguments)
     with one_line_errors():
         run(a)
 
 
 def run(a: argparse.Namespace) -> None:
+    """Write the records of both splits.
+
+    Raises:
+        ValueError: the arguments cannot be used.
+    """
     if "://" in a.source:
         raise ValueError(f"--source {a.source} is remote; make it of a local copy")
     sources = [Source(f"{a.source}/{split}") for split in SPLITS]
@@ -73,58 +79,67 @@ def run(a: argparse.Namespace) -> None:
     model = load_pretrained(a.teacher, a.device, a.dtype).model
     for source, writer in zip(sources, writers):
         with tqdm(total=len(writer.samples), desc=Path(source.folder).name, unit="sample", disable=None) as bar:
-            for samples in writer.left():
+            for samples in writer.missing():
                 bar.update(samples.start - bar.n)
                 batches = _batches(source, writer.samples, samples, a.batch_tokens)
-                found = [top_k(model, words, first, a.k, a.temperature) for words, first in batches]
-                writer.write(samples, np.concatenate(found))
+                records = [top_k(model, marked, first, a.k, a.temperature) for marked, first in batches]
+                writer.write(samples, np.concatenate(records))
             bar.update(len(writer.samples) - bar.n)
 
 
 def _batches(
     source: Source, lengths: np.ndarray, samples: range, tokens: int
 ) -> Iterator[tuple[list[np.ndarray], list[int]]]:
-    """Words of some samples at a time, and the place of the first trained one of each."""
+    """Yield the marked tokens of some samples at a time, and the index of the first trained token in each."""
     ends = np.cumsum(lengths[:, 0], dtype=np.int64)
-    words: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
     first: list[int] = []
     for sample in samples:
         length = int(lengths[sample, 0])
-        if words and sum(map(len, words)) + length > tokens:
-            yield words, first
-            words, first = [], []
-        words.append(source.read_on(int(ends[sample]) - length, length))
+        if batch and sum(map(len, batch)) + length > tokens:
+            yield batch, first
+            batch, first = [], []
+        batch.append(source.read_on(int(ends[sample]) - length, length))
         first.append(int(lengths[sample, 1]))
-    yield words, first
+    yield batch, first
 
 
 @torch.no_grad()
-def top_k(model: Transformer, words: list[np.ndarray], first: list[int], k: int, temperature: float) -> np.ndarray:
-    """The records of some samples, one sample after the other; see `teacher_cache.record`.
+def top_k(model: Transformer, samples: list[np.ndarray], first: list[int], k: int, temperature: float) -> np.ndarray:
+    """Compute the records of some samples, one sample after the other (`teacher_cache.record_dtype`).
 
     Args:
-        words: of each sample.
-        first: place of its first trained token.
+        samples: marked tokens of each.
+        first: index of the first trained token in each.
     """
-    places = [len(one) - 1 for one in words]
+    places = [len(marked) - 1 for marked in samples]
     starts = np.cumsum([0, *places])
     at = np.concatenate([np.arange(start + f - 1, start + n) for start, f, n in zip(starts, first, places)])
     device = model.embedding.weight.device
-    batch = assemble_batch([words], int(starts[-1]), 0).to(device)
-    head = partial(_top_k, at=torch.from_numpy(at).to(device), k=k, temperature=temperature)
+    batch = assemble_batch([samples], int(starts[-1]), 0).to(device)
+    head = partial(_top_k_of_logits, at=torch.from_numpy(at).to(device), k=k, temperature=temperature)
     ids, logprobs = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
-    found = np.empty(len(at), dtype=record(k))
-    found["ids"], found["logprobs"] = ids.cpu().numpy(), logprobs.cpu().numpy()
-    return found
+    records = np.empty(len(at), dtype=record_dtype(k))
+    records["ids"], records["logprobs"] = ids.cpu().numpy(), logprobs.cpu().numpy()
+    return records
 
 
-def _top_k(hidden: Tensor, weight: Tensor, at: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    ids: list[Any] = []
-    logprobs: list[Any] = []
+def _top_k_of_logits(
+    hidden: Tensor, head_weight: Tensor, at: Tensor, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return ids int32 [n, k] and log-probabilities float32 [n, k] of the most likely tokens.
+
+    Args:
+        hidden: [B, T, D].
+        head_weight: [V, D].
+        at: [n] int64, indices into the B * T positions.
+    """
+    ids: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for h in hidden.flatten(0, 1)[at].split(CHUNK_SIZE):
-        values, indices = ((h @ weight.T).float() / temperature).log_softmax(-1).topk(k)
-        ids.append(indices.int())
-        logprobs.append(values)
+        top_logprobs, top_ids = ((h @ head_weight.T).float() / temperature).log_softmax(-1).topk(k)
+        ids.append(top_ids.int())
+        logprobs.append(top_logprobs)
     return torch.cat(ids), torch.cat(logprobs)
 
 

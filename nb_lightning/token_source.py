@@ -5,7 +5,8 @@
                      source.json    exact token counts and the SHA-256 of every chunk (`SourceManifest`)
                      samples.npy    of conversations: how long each is
 
-The words of conversations are 32 bits: a token id, and the bit `TRAINED` where the token is trained on.
+Conversations are stored as marked tokens. A marked token is a token id of at most 30 bits with the bit `TRAINED` set
+where the token is trained on: `marked & TRAINED` asks, `marked & (TRAINED - 1)` is the id.
 
 litdata reads, streams (s3://) and caches the pages. Only a chunk's last page may be part full; its true length is in
 the manifest, so no token is ever dropped. litdata itself does not notice a flipped bit: `Source` checks a chunk's hash
@@ -34,7 +35,7 @@ MANIFEST = "source.json"
 INDEX = "index.json"
 SPLITS = ("train", "val")
 SAMPLES = "samples.npy"
-TRAINED = 1 << 30
+TRAINED = 1 << 30  # the bit of a marked token
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Source:
             raise ValueError(f"{name} is missing or damaged ({error}); prepare the source again") from error
 
     def read_on(self, start: int, n: int) -> np.ndarray:
-        """[n] int64 words from word `start` of all chunks in their order, over as many chunks as that takes."""
+        """Read [n] int64 tokens (of conversations: marked tokens) from token `start` on, counted over all chunks."""
         parts = []
         while n > 0:
             chunk = int(np.searchsorted(self._ends, start, side="right"))

@@ -1,4 +1,4 @@
-"""Two small sources of pairs, a policy and a wider teacher as Hugging Face folders, and `train.py stage=dpd`."""
+"""Make two small sources of pairs, a policy and a wider teacher, and run `train.py stage=dpd` on them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _OfModel(Weights):
 
 
 def save_model(model: Transformer, folder: Path, tokenizer: str = "bytes") -> Path:
-    """A Hugging Face folder."""
+    """Save a model as a Hugging Face folder."""
     folder.mkdir(parents=True)
     save_hf(_OfModel(model), model.shape, folder, torch.float32, 2**30)
     (folder / "config.json").write_text(json.dumps(config_from_shape(model.shape, torch.float32)))
@@ -73,13 +73,13 @@ def write_pairs(path: Path, name: str, pairs: int) -> None:
         for number in range(pairs):
             chosen, rejected = (" ".join(rng.sample(words, rng.randint(0, 3))) for _ in range(2))
             pair = {"prompt": f"{name[0]} {number}", "chosen": chosen, "rejected": f"{rejected}!"}
-            if number % 5 == 0:  # of one token: the end of turn; and one that never ended
+            if number % 5 == 0:  # a chosen response of one token, the end of turn; a rejected one that never ended
                 pair |= {"chosen": "", "rejected_finish": "length"}
             file.write(json.dumps(pair) + "\n")
 
 
 def make(root: Path) -> Path:
-    """`paths.data_root` with the sources, beside `policy/` and `teacher/`."""
+    """Make `paths.data_root` with the sources, `policy/` and `teacher/` in it."""
     settings = SourceSettings("bytes", val_fraction=0.2, chunk_tokens=2048, chat=ChatSettings(), pairs=True)
     for name, pairs, folder in (("tasks", 50, "demo_pairs/tasks/source"), ("words", 20, "words")):
         write_pairs(root / f"{name}.jsonl", name, pairs)
@@ -102,25 +102,25 @@ def run_dpd(made: Path, root: Path, *more: str, check: bool = True) -> subproces
     return done
 
 
-def checked(words: list[str]) -> Config:
-    """The config of `train.py WORDS`, its run's folder made."""
-    cfg = composed(*words)
+def checked(arguments: list[str]) -> Config:
+    """Compose and check the config of `train.py ARGUMENTS`, and make its run folder."""
+    cfg = composed(*arguments)
     check(cfg, ["nb_trace"])
     run_dir(cfg).mkdir(parents=True, exist_ok=True)
     return cfg
 
 
-def train_here(words: list[str]) -> Path:
-    """`train.py WORDS` in this process; returns the run's folder."""
+def train_here(arguments: list[str]) -> Path:
+    """Run `train.py ARGUMENTS` in this process; return the run folder."""
     import train as command
 
-    cfg = checked(words)
+    cfg = checked(arguments)
     command.run(cfg)
     return run_dir(cfg)
 
 
 def run_here(made: Path, root: Path, *more: str) -> Path:
-    """As `run_dpd`, in this process."""
+    """Run `train.py stage=dpd` in this process; return the run folder."""
     return train_here(overrides(made, root, *more))
 
 
@@ -132,7 +132,7 @@ def opened(made: Path, root: Path, *more: str) -> PreferenceData:
 
 
 def trained(run: Path) -> CheckpointWeights:
-    """The weights of a run's last checkpoint."""
+    """Open the weights of a run's last checkpoint."""
     return CheckpointWeights(sorted((run / "checkpoints").iterdir())[-1])
 
 

@@ -1,4 +1,4 @@
-"""`train.py stage=reward_model` on the sources of tests/dpd_harness.py, where every rejected response ends in "!"."""
+"""Run `train.py stage=reward_model` on the sources of tests/dpd_harness.py: every rejected response ends in "!"."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def overrides(made: Path, root: Path, *more: str) -> list[str]:
 
 
 def run_here(made: Path, root: Path, *more: str) -> Path:
-    """`train.py stage=reward_model` in this process; returns the run's folder."""
+    """Run `train.py stage=reward_model` in this process; return the run folder."""
     return train_here(overrides(made, root, *more))
 
 
 def run_two(made: Path, root: Path, strategy: str, port: int, *more: str) -> Path:
-    """Train in two processes."""
-    words = (*TRACE, "trainer.devices=2", f"trainer.strategy={strategy}", "stage.micro_batch_size=1", *more)
+    """Run it in two processes; return the run folder."""
+    arguments = (*TRACE, "trainer.devices=2", f"trainer.strategy={strategy}", "stage.micro_batch_size=1", *more)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += [str(ROOT / "train.py"), *overrides(made, root, *words)]
+    command += [str(ROOT / "train.py"), *overrides(made, root, *arguments)]
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return root / "runs/reward_model"

@@ -1,4 +1,4 @@
-"""The embedded demo: a corpus of real text in quality grades from what comes with Python, and tasks with answers."""
+"""Build the embedded demo: a corpus of text in quality grades from the Python installation, and tasks with answers."""
 
 from data.demo.corpus import build_demo_corpus
 from data.demo.tasks import build_demo_tasks

@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         build_demo_tasks(a.output, seed=a.seed)
     for split in ("chats/train", "chats/val", "tasks/train", "tasks/val"):
-        lines = {file.stem: file.read_text().count("\n") for file in sorted((a.output / split).iterdir())}
-        print(f"{a.output / split}: " + ", ".join(f"{family} {n:,}" for family, n in lines.items()))
+        counts = {file.stem: file.read_text().count("\n") for file in sorted((a.output / split).iterdir())}
+        print(f"{a.output / split}: " + ", ".join(f"{family} {n:,}" for family, n in counts.items()))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""The demo tasks' worked answers (data/demo/tasks.py) as sources of conversations."""
+"""Build sources of conversations from the demo tasks' worked answers (data/demo/tasks.py), for SFT."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from data.demo.tasks import build_demo_tasks
+from data.demo.tasks import build_demo_tasks, read_if_json
 from data.prepare.chats import Chats, template_digest
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import is_source, locked
-from nb_lightning.files import read_json, sha256_of, write_json
+from nb_lightning.files import sha256_of, write_json
 
-MADE_OF = "demo.json"  # beside the splits: what the source was made of
+MADE_OF = "demo.json"  # beside the splits: digests of the tasks, tokenizer and template of the source
 
 
 def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, template: str) -> None:
-    """Build each source that is missing, or was made of other tasks, tokenizer or template; one process at a time.
+    """Build each source that is missing, or was made of other tasks, tokenizer or template.
+
+    Only one process builds at a time.
 
     Args:
-        tasks: where the demo tasks lie, or are to be built.
+        tasks: folder of the demo tasks; built if missing.
         sources: name of a family of tasks -> the source's folder.
         template: Jinja source of the chat template.
 
     Raises:
-        ValueError: a family that the demo tasks do not have, or a folder that holds something else.
+        ValueError: the demo tasks do not have a family, or a folder holds something else.
     """
     build_demo_tasks(tasks)
     chats = tasks / "chats"
@@ -37,10 +38,10 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
             raise ValueError(f"data.sources.{name}: the demo tasks have {known} (data.demo_tasks=true)")
         made_of = {split: sha256_of(file) for split, file in files.items()}
         made_of |= {"tokenizer": form.tokenizer.digest, "template": template_digest(form.encoder.template)}
-        with locked(folder.parent, wait=True):  # a second process waits here and then finds it built
-            if is_source(str(folder)) and _read(folder / MADE_OF) == made_of:
+        with locked(folder.parent, wait=True):  # a second process waits here, and then has nothing to build
+            if is_source(str(folder)) and read_if_json(folder / MADE_OF) == made_of:
                 continue
-            if is_source(str(folder)) and _read(folder / MADE_OF) is None:
+            if is_source(str(folder)) and read_if_json(folder / MADE_OF) is None:
                 raise ValueError(f"data.sources.{name}: {folder} holds a source that is not the demo's")
             held_out = [str(files["val"])]
             prepare(
@@ -48,10 +49,3 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
                 val_inputs=held_out, on_bad="fail", overwrite=True, progress=False,
             )  # fmt: skip
             write_json(folder / MADE_OF, made_of)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError:
-        return None

@@ -1,14 +1,14 @@
-"""Build the demo sources from the Python installation itself (PSF licence); nothing is fetched and nothing is run.
+"""Build the demo corpus from the Python installation (PSF licence); nothing is downloaded or executed.
 
-| source | grade | what |
+| source | grade | documents |
 |---|---|---|
 | docs | high | the language reference's topics; docstrings of the standard library over 200 characters |
 | code | medium | source files of the standard library |
 | tests | low | its tests, idlelib and lib2to3; where they are not installed, code with its words shuffled |
 | arithmetic | synthetic | sums and equations worked out in words |
 
-One file in `HELD_OUT_EVERY` is held out with all that is made of it: a docstring that `docs` validates on is in no file
-of `code` that is trained on. A text that came before is left out, and counted in the manifest.
+One file in `HELD_OUT_EVERY` is held out, with all documents made from it: a held-out docstring of `docs` is in no
+trained file of `code`. A text that repeats an earlier one is left out, and counted in the manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOW_GRADE = {"test", "tests", "idlelib", "lib2to3"}
 NOT_PYTHONS_OWN = {"site-packages", "dist-packages", "__pycache__"}
 CODE_CHARACTERS = 5_000_000
 TESTS_CHARACTERS = 1_500_000
-PROBLEMS = 12_000
+ARITHMETIC_DOCUMENTS = 12_000
 LONG_DOCSTRING = 200
 FEWEST_LOW_GRADE_FILES = 20
 HELD_OUT_EVERY = 32
@@ -40,13 +40,13 @@ Document = tuple[str, bool]  # text, and whether it is held out
 
 
 def build_demo_corpus(sources: dict[str, Path], progress: bool = True) -> None:
-    """Build each source that is missing or half-built, one process at a time.
+    """Build each source that is missing or unfinished. Only one process builds at a time.
 
     Args:
         sources: name of a demo source -> its folder.
 
     Raises:
-        ValueError: a name that the demo corpus does not have, or a folder that holds something else.
+        ValueError: the demo corpus has no source of a name, or a folder holds something else.
     """
     for name in sources:
         if name not in _DOCUMENTS:
@@ -56,7 +56,7 @@ def build_demo_corpus(sources: dict[str, Path], progress: bool = True) -> None:
     missing = {name: folder for name, folder in sources.items() if not is_source(str(folder))}
     bar = tqdm(missing.items(), desc="building the demo corpus", unit="source", disable=not progress or not missing)
     for name, folder in bar:
-        with locked(folder.parent, wait=True):  # a second process waits here and then finds it built
+        with locked(folder.parent, wait=True):  # a second process waits here, and then has nothing to build
             if not is_source(str(folder)):
                 report = f"demo corpus, {name}: {_build(_DOCUMENTS[name](), folder)}"
                 if progress:
@@ -64,11 +64,14 @@ def build_demo_corpus(sources: dict[str, Path], progress: bool = True) -> None:
 
 
 def _build(documents: Iterator[Document], folder: Path) -> str:
-    """Tokenize into a folder beside the place, then rename: an interrupted build leaves nothing under the name."""
+    """Tokenize the documents into a source; return a line of counts.
+
+    The work is done beside `folder` and renamed, so that an interrupted build leaves nothing under the name.
+    """
     if folder.exists():
         remove_source(folder)
-        if others := os.listdir(folder):
-            raise ValueError(f"the demo corpus is to be built in {folder}, but that holds {others[0]}")
+        if other_files := os.listdir(folder):
+            raise ValueError(f"the demo corpus is to be built in {folder}, but that holds {other_files[0]}")
         folder.rmdir()
     unfinished = folder.with_name(f".unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -77,21 +80,21 @@ def _build(documents: Iterator[Document], folder: Path) -> str:
     train, val = (SourceWriter(unfinished / split, manifest) for split, manifest in zip(SPLITS, manifests))
     seen: set[str] = set()
     duplicates = 0
-    for text, held_out in documents:
+    for text, is_held_out in documents:
         if text in seen:
             duplicates += 1
             continue
-        (val if held_out else train).add(tokenizer.encode([text])[0])
+        (val if is_held_out else train).add(tokenizer.encode([text])[0])
         seen.add(text)
     if duplicates:
         train.manifest.dropped["duplicate"] = duplicates
-    trained, validated = train.close(), val.close()
-    if not (trained.tokens and validated.tokens):
+    trained, held_out = train.close(), val.close()
+    if not (trained.tokens and held_out.tokens):
         raise ValueError(f"{folder.name}: this Python has no source files in {sysconfig.get_path('stdlib')}")
     unfinished.rename(folder)
     return (
-        f"{trained.documents:,} documents, {trained.tokens / 1e6:.2f} M tokens; held out {validated.documents:,} "
-        f"documents, {validated.tokens / 1e6:.2f} M tokens; {duplicates:,} duplicates left out"
+        f"{trained.documents:,} documents, {trained.tokens / 1e6:.2f} M tokens; held out {held_out.documents:,} "
+        f"documents, {held_out.tokens / 1e6:.2f} M tokens; {duplicates:,} duplicates left out"
     )
 
 
@@ -109,16 +112,16 @@ def _docs() -> Iterator[Document]:
 
 
 def _code() -> Iterator[Document]:
-    yield from _some(_library(low_grade=False), CODE_CHARACTERS)
+    yield from _read_up_to(CODE_CHARACTERS, _library(low_grade=False))
 
 
 def _tests() -> Iterator[Document]:
     files = _library(low_grade=True)
     if len(files) >= FEWEST_LOW_GRADE_FILES:
-        yield from _some(files, TESTS_CHARACTERS)
+        yield from _read_up_to(TESTS_CHARACTERS, files)
         return
     tqdm.write("demo corpus, tests: Python's tests are not installed here; shuffling the words of its code instead")
-    for text, held_out in _some(_library(low_grade=False), TESTS_CHARACTERS):
+    for text, held_out in _read_up_to(TESTS_CHARACTERS, _library(low_grade=False)):
         words = re.findall(r"\S+\s*", text)
         random.Random(len(text)).shuffle(words)
         yield "".join(words), held_out
@@ -126,7 +129,7 @@ def _tests() -> Iterator[Document]:
 
 def _arithmetic() -> Iterator[Document]:
     rng = random.Random(0)
-    for number in range(PROBLEMS):
+    for number in range(ARITHMETIC_DOCUMENTS):
         a, b, c = (rng.randrange(2, 100) for _ in range(3))
         if number % 2:
             first, last = a + b, a + b - c
@@ -154,14 +157,14 @@ _DOCUMENTS: dict[str, Callable[[], Iterator[Document]]] = {
 
 
 def _library(low_grade: bool) -> list[tuple[Path, bool]]:
-    """Source files of the standard library, of the one grade or the other, in a fixed random order: (file, held out).
+    """List the standard library's source files of one grade, in a fixed random order: (file, is held out).
 
-    The few files that are not UTF-8 (tests of just that) are not among them.
+    The few files that are not UTF-8 are left out.
     """
     root = sysconfig.get_path("stdlib")
     files = []
     for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in NOT_PYTHONS_OWN]  # not walked into
+        below[:] = [name for name in below if name not in NOT_PYTHONS_OWN]  # os.walk skips these
         if LOW_GRADE.isdisjoint(Path(folder).relative_to(root).parts) != low_grade:
             files += [Path(folder, name) for name in names if name.endswith(".py")]
     files = [file for file in sorted(files) if _read(file).strip()]
@@ -169,8 +172,8 @@ def _library(low_grade: bool) -> list[tuple[Path, bool]]:
     return [(file, place % HELD_OUT_EVERY == 0) for place, file in enumerate(files)]
 
 
-def _some(files: list[tuple[Path, bool]], characters: int) -> Iterator[Document]:
-    """The text of files in turn, as long as they fit into `characters`; none so long that it would dominate."""
+def _read_up_to(characters: int, files: list[tuple[Path, bool]]) -> Iterator[Document]:
+    """Read files while they fit into `characters`; skip those of more than a fiftieth of it."""
     longest = characters // 50
     for file, held_out in files:
         text = _read(file)

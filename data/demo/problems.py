@@ -1,7 +1,7 @@
-"""The problems behind the demo tasks: nine families, each with a worked answer. Random, and nothing else is read.
+"""Generate the problems of the demo tasks: nine families of random problems, each with a worked answer.
 
-They are miniatures: each stands for a grade of the paper's SFT data, at a size that a model of 0.8 M parameters over
-bytes learns in minutes.
+Each family is a miniature of a domain of the paper's SFT data, small enough for a model of 0.8 M parameters over bytes
+to learn in minutes.
 
 | family | stands for | asks for |
 |---|---|---|
@@ -45,12 +45,12 @@ CITIES = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and how it is answered.
+    """A question with its worked answer.
 
     Attributes:
-        key: what makes it a different problem, however it is worded: splits are kept apart by it.
-        messages: the whole chat, worked answer included; the assistant's reasoning is in `reasoning_content`.
-        verifier, reference: how an answer is judged; as in `nb_lightning.rewards.tasks.Task`.
+        key: identifies the problem in any wording; problems of one key share a split.
+        messages: the whole chat with the worked answer; the assistant's reasoning is in `reasoning_content`.
+        verifier, reference: judge an answer; as in `nb_lightning.rewards.tasks.Task`.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Problem:
 def maths_sort(rng: random.Random) -> Problem:
     letters = rng.sample(LETTERS, rng.randint(3, 7))
     order, left, steps = sorted(letters), list(letters), []
-    for letter in order:  # each line: the smallest letter, and what is left
+    for letter in order:  # each line: the smallest letter, and the letters left
         left.remove(letter)
         steps.append(f"{letter} {''.join(left)}".strip())
     return _worked("".join(order), f"Sort {''.join(letters)}", "\n".join(steps), "".join(order))
@@ -118,7 +118,7 @@ def science_laws(rng: random.Random) -> Problem:
 def science_binary(rng: random.Random) -> Problem:
     number = left = rng.randint(4, 1023)
     steps = []
-    while left:  # each line: what is left, and its last bit
+    while left:  # each line: the number left, and its last bit
         steps.append(f"{left} {left % 2}")
         left //= 2
     return _worked(str(number), f"Write {number} in binary", "\n".join(steps), f"{number:b}")
@@ -144,11 +144,11 @@ def code_functions(rng: random.Random) -> Problem:
         letter = rng.choice("abcdwxyz")
         name = rng.choice(("backwards", "capitals", "twice", f"add {letter}", f"put {letter} first"))
         steps.append(name)
-        whole = f"({body})" if " " in body else body
+        operand = f"({body})" if " " in body else body
         body = {
-            "backwards": f"{whole}[::-1]",
-            "capitals": f"{whole}.upper()",
-            "twice": f"{whole} * 2",
+            "backwards": f"{operand}[::-1]",
+            "capitals": f"{operand}.upper()",
+            "twice": f"{operand} * 2",
             f"add {letter}": f'{body} + "{letter}"',
             f"put {letter} first": f'"{letter}" + {body}',
         }[name]
@@ -158,7 +158,7 @@ def code_functions(rng: random.Random) -> Problem:
 def general_words(rng: random.Random) -> Problem:
     word, other = rng.sample(WORDS, 2)
     n = rng.randint(2, 4)
-    asked, answer = rng.choice(
+    question, answer = rng.choice(
         (
             (f"Say {word} {n} times", " ".join([word] * n)),
             (f"Write {word} in capitals", word.upper()),
@@ -168,7 +168,7 @@ def general_words(rng: random.Random) -> Problem:
             (f"Add {other} to the list: {word}", f"{word}, {other}"),
         )
     )
-    return Problem(asked, [_user(asked), _assistant(answer)], "exact", answer)
+    return Problem(question, [_user(question), _assistant(answer)], "exact", answer)
 
 
 def general_spelling(rng: random.Random) -> Problem:
@@ -218,24 +218,27 @@ def _worked(key: str, question: str, reasoning: str, answer: str) -> Problem:
     return Problem(key, [_user(question), _assistant(f"Answer: {answer}", reasoning)], "exact", answer)
 
 
-def _function(asked: str, reasoning: str, argument: str, body: str, inputs: list[Any]) -> Problem:
-    """The tests are what the worked answer gives: it is ours, so it may be run here. All but two are private."""
+def _function(question: str, reasoning: str, argument: str, body: str, inputs: list[Any]) -> Problem:
+    """Build a problem whose tests are the results of the worked answer. All tests but two are private.
+
+    The worked answer is generated here, not by a model, so it may be run in this process.
+    """
     function = eval(f"lambda {argument}: {body}")
     tests = [{"args": [value], "expect": function(value)} for value in inputs]
     answer = f"```python\ndef f({argument}): return {body}\n```"
     reference = {"entry": "f", "tests": tests[:2], "private": tests[2:]}
-    return Problem(asked, [_user(asked), _assistant(answer, reasoning)], "code", reference)
+    return Problem(question, [_user(question), _assistant(answer, reasoning)], "code", reference)
 
 
-def _tool(asked: str, name: str, arguments: dict[str, Any], result: str, answer: str) -> Problem:
+def _tool(question: str, name: str, arguments: dict[str, Any], result: str, answer: str) -> Problem:
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     messages = [
-        _user(asked),
+        _user(question),
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": name, "content": result},
         _assistant(answer),
     ]
-    return Problem(asked, messages, "tool_call", {"name": name, "arguments": arguments})
+    return Problem(question, messages, "tool_call", {"name": name, "arguments": arguments})
 
 
 def _user(content: str) -> dict[str, Any]:
@@ -246,8 +249,8 @@ def _assistant(content: str, reasoning: str = "") -> dict[str, Any]:
     return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
 
 
-def _not_zero(rng: random.Random, most: int) -> int:
-    return rng.choice((-1, 1)) * rng.randint(1, most)
+def _not_zero(rng: random.Random, largest: int) -> int:
+    return rng.choice((-1, 1)) * rng.randint(1, largest)
 
 
 def _signed(number: int) -> str:

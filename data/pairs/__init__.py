@@ -1,1 +1,1 @@
-"""Preference pairs: sampled from teacher and student and judged (`python -m data.pairs`), and what is made of them."""
+"""Make preference pairs: sample teacher and student, score, choose (`python -m data.pairs`)."""

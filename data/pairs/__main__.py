@@ -1,14 +1,14 @@
-"""Preference pairs from tasks with checkable answers: a teacher's right response beside the student's wrong one.
+"""Make preference pairs from verifiable tasks: a teacher's right response beside the student's wrong one.
 
 `python -m data.pairs --tasks tasks.jsonl --teacher RUN --student RUN --output FOLDER` (docs/dpd.md) samples several
-responses of each, scores them, and keeps pairs where the teacher's is clearly better:
+responses of each model, scores them, and writes the pairs in which the teacher's response is clearly better:
 
     FOLDER/claim.json       what the work is for: tasks, models, sampling, seed
-           teacher.jsonl    all responses and scores, kept as they are done: stopped, the same command goes on
+           teacher.jsonl    all responses with scores, written as they come: after a stop, the same command resumes
            student.jsonl
-           judge.jsonl      what a judge said, where one was asked
-           pairs.jsonl      for data.prepare --pairs
-           report.json      how many prompts gave none, and why
+           judge.jsonl      the preferences of the judge, if one is asked
+           pairs.jsonl      input of data.prepare --pairs
+           report.json      how many tasks gave no pair, and why
 
 The result depends on the input, the settings and the seed alone.
 """
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
-from data.pairs.make import describe, make
+from data.pairs.make import make_pairs
+from data.pairs.report import format_report
 from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
 from data.pairs.rule import BY, Rule
 from nb_lightning.errors import one_line_errors
@@ -31,23 +32,25 @@ from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.text.chat_template import read_template
 
+DESCRIPTION = "Make preference pairs from verifiable tasks: a teacher's right response beside the student's wrong one."
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_args(arguments)
     with one_line_errors(interrupted="run the same command again to go on"):
-        print(describe(run(a)))
+        print(format_report(run(a)))
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m data.pairs", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m data.pairs", description=DESCRIPTION)
     p.add_argument("--tasks", nargs="+", required=True, metavar="FILE", help="verifiable tasks, .jsonl")
     p.add_argument("--teacher", required=True, metavar="MODEL", help="run, checkpoint, Hugging Face folder, .gguf "
                    "file, or the address of an endpoint (http://host:port/v1, with --teacher-model)")  # fmt: skip
     p.add_argument("--teacher-model", metavar="NAME", help="what the endpoint calls the teacher")
     p.add_argument("--student", required=True, metavar="MODEL", help="the model that DPD is to begin with")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    p.add_argument("--overwrite", action="store_true", help="drop what is there from other settings")
-    p.add_argument("--limit", type=int, metavar="N", help="only the first so many tasks of each file")
+    p.add_argument("--overwrite", action="store_true", help="drop the work of other settings in the folder")
+    p.add_argument("--limit", type=int, metavar="N", help="use only the first N tasks of each file")
     g = p.add_argument_group("sampling")
     g.add_argument("--k", type=int, default=4, help="responses of the teacher to each prompt (default: %(default)s)")
     g.add_argument("--student-k", type=int, help="responses of the student (default: as many)")
@@ -55,30 +58,36 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
     g.add_argument("--max-new-tokens", type=int, default=512, help="(default: %(default)s)")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--chat-template", type=Path, metavar="FILE", help="of both models (default: each its own)")
+    g.add_argument("--chat-template", type=Path, metavar="FILE", help="of both models (default: the models' own)")
     g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="responses generated at a time")
     g.add_argument("--concurrency", type=int, default=8, help="requests to an endpoint at a time")
     g.add_argument("--device", default="auto")
     g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    g = p.add_argument_group("which pairs are kept")
+    g = p.add_argument_group("the rule for pairs")
     g.add_argument("--by", default="verifier", choices=BY, help="(default: %(default)s)")
-    g.add_argument("--chosen-reward", type=float, default=1.0, metavar="X", help="at least (default: %(default)s)")
+    g.add_argument(
+        "--chosen-reward",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="lowest reward of a chosen response (default: %(default)s)",
+    )
     g.add_argument("--margin", type=float, default=1.0, metavar="X",
-                   help="the rejected one's is at least so much lower (default: %(default)s)")  # fmt: skip
+                   help="by which a rejected response's reward is lower, at least (default: %(default)s)")  # fmt: skip
     g.add_argument("--pairs-per-prompt", type=int, default=1, metavar="N", help="at most (default: %(default)s)")
     g.add_argument("--judge", metavar="MODEL", help="for --by judge or both: a run of stage=reward_model, or the "
                    "address of an endpoint (with --judge-model)")  # fmt: skip
     g.add_argument("--judge-model", metavar="NAME", help="what the endpoint calls the judge")
-    g.add_argument("--preference", type=float, default=0.75, metavar="X", help="of the judge, at least (default: both "
-                   "ways round it prefers the teacher's, or one way with the other undecided)")  # fmt: skip
+    g.add_argument("--preference", type=float, default=0.75, metavar="X", help="of the judge for the chosen response, "
+                   "at least (default: %(default)s: in both orders, or in one with the other undecided)")  # fmt: skip
     return p
 
 
 def run(a: argparse.Namespace) -> dict[str, Any]:
-    """Make the pairs; returns the report.
+    """Make the pairs; return the report.
 
     Raises:
-        ValueError: something that was asked for cannot be done, or there is not one pair.
+        ValueError: the arguments cannot be used, or no task gives a pair.
     """
     rule = Rule(a.by, a.chosen_reward, a.margin, a.preference, a.pairs_per_prompt)
     judge = None
@@ -101,7 +110,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         },
         "seed": a.seed,
     }
-    return make(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite)
+    return make_pairs(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite)
 
 
 def _judge(a: argparse.Namespace) -> Judge:
@@ -113,7 +122,7 @@ def _judge(a: argparse.Namespace) -> Judge:
 
 
 def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tuple[str, str]]]:
-    """All tasks, and name and SHA-256 of each file."""
+    """Read all tasks; return them, and name and SHA-256 of each file."""
     tasks: dict[str, Task] = {}
     for path in paths:
         for task in read_tasks(path)[:limit]:
@@ -132,7 +141,7 @@ def _samplers(a: argparse.Namespace) -> tuple[Sampler, LocalSampler]:
         raise ValueError("--student is an endpoint; it must be a local model: its template writes the pairs")
     sampling = Sampling(a.max_new_tokens, a.temperature, top_p=a.top_p)
     local = {"sampling": sampling, "max_batch": a.max_batch, "template": template, "device": a.device, "dtype": a.dtype}
-    # Seeds of their own: a student must not draw what the teacher does where both are one model.
+    # Different seeds: where teacher and student are one model, they must not draw the same responses.
     student = LocalSampler(a.student, k=a.student_k or a.k, seed=2 * a.seed + 1, **local)
     chat = student.chat_tokenizer()
     if "://" in a.teacher:

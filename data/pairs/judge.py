@@ -1,4 +1,4 @@
-"""Which of two responses is better, where a verifier does not say it: a judge model, or a pairwise reward model."""
+"""Judge which of two responses is better: by a pairwise reward model, or by a model behind an endpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from data.pairs.endpoint import asking, client
+from data.pairs.endpoint import connect, endpoint_errors
 from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.rewards.preference import load_reward_model
 
@@ -39,18 +39,20 @@ class Comparison:
 
 
 class Judge(Protocol):
-    """Says which of two responses is better."""
+    """Judges which of two responses is better."""
 
     def about(self) -> dict[str, Any]:
-        """What identifies it, for the pairs' provenance."""
+        """Identify the judge, for its journal and the provenance of the pairs."""
+        ...
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
-        """Of each, how likely the first is the better one, from 0 to 1."""
+        """For each comparison, return the preference for the first response, from 0 to 1."""
+        ...
 
 
 @dataclass
 class RewardModelJudge:
-    """A pairwise reward model on this machine. What is too long for it to compare is undecided, 0.5."""
+    """A pairwise reward model on this machine. Responses too long for its context are undecided: 0.5."""
 
     path: str
     device: str = "auto"
@@ -63,9 +65,9 @@ class RewardModelJudge:
         return {"name": self.model.name, "digest": find_origin(self.path).digest()}
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
-        return [self._first(c) for c in comparisons]
+        return [self._preference(c) for c in comparisons]
 
-    def _first(self, c: Comparison) -> float:
+    def _preference(self, c: Comparison) -> float:
         if sum(len(self.model.read(c.messages, text)) for text in (c.first, c.second)) > self.model.context:
             return 0.5
         return self.model.compare(c.messages, [(c.first, c.second)])[0]
@@ -73,7 +75,7 @@ class RewardModelJudge:
 
 @dataclass
 class EndpointJudge:
-    """A model behind an endpoint, asked twice, the second time the other way round: it may prefer what comes first."""
+    """A model behind an endpoint. It is asked in both orders, because it may prefer what it reads first."""
 
     url: str
     model: str
@@ -84,20 +86,20 @@ class EndpointJudge:
         return {"name": self.model, "url": self.url}
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
-        with client(self.url) as endpoint, ThreadPoolExecutor(self.concurrency) as pool:
-            first = [pool.submit(self._first, endpoint, c.messages, c.first, c.second) for c in comparisons]
-            second = [pool.submit(self._first, endpoint, c.messages, c.second, c.first) for c in comparisons]
-            return [(a.result() + 1 - b.result()) / 2 for a, b in zip(first, second)]
+        with connect(self.url) as endpoint, ThreadPoolExecutor(self.concurrency) as pool:
+            as_given = [pool.submit(self._preference, endpoint, c.messages, c.first, c.second) for c in comparisons]
+            swapped = [pool.submit(self._preference, endpoint, c.messages, c.second, c.first) for c in comparisons]
+            return [(a.result() + 1 - b.result()) / 2 for a, b in zip(as_given, swapped)]
 
-    def _first(self, endpoint: Any, messages: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
-        """1 where A is called better, 0 where B is, 0.5 where the answer names neither."""
+    def _preference(self, endpoint: Any, messages: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
+        """Return 1 where the model calls A better, 0 where it calls B better, 0.5 where it names neither."""
         conversation = "\n\n".join(f"{m['role']}: {m.get('content', '')}" for m in messages)
         question = QUESTION.format(conversation=conversation, a=a, b=b)
-        with asking(self.url):
+        with endpoint_errors(self.url):
             reply = endpoint.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": question}], temperature=0.0,
                 max_tokens=self.max_tokens,
             )  # fmt: skip
-            said = reply.choices[0].message.content or ""
-        verdicts = re.findall(r"^\W*([AB])\W*$", said, re.MULTILINE)
-        return {"A": 1.0, "B": 0.0}.get(verdicts[-1] if verdicts else "", 0.5)
+            verdict = reply.choices[0].message.content or ""
+        letters = re.findall(r"^\W*([AB])\W*$", verdict, re.MULTILINE)
+        return {"A": 1.0, "B": 0.0}.get(letters[-1] if letters else "", 0.5)

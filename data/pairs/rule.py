@@ -1,4 +1,4 @@
-"""Which responses of teacher and student become a pair: only those where the teacher's is clearly better."""
+"""The rule by which responses become pairs: only where the teacher's response is clearly better than the student's."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from itertools import cycle, islice
 from data.pairs.responses import Response
 
 BY = ("verifier", "judge", "both")
-# Why a prompt gives no pair.
-NEVER_RIGHT = "the teacher is never right"
-CUT_OFF = "the teacher is right only where it was cut off"
-NEVER_WRONG = "the student is never so much worse"
-EQUAL = "all responses are equal"
-FAILED = "the verifier failed on all responses"
-NOT_PREFERRED = "the judge does not prefer the teacher"
+Pair = tuple[Response, Response]  # chosen, rejected
+Reason = str  # why a task gives no pair: one of these
+
+NEVER_RIGHT: Reason = "the teacher is never right"
+CUT_OFF: Reason = "the teacher is right only where it was cut off"
+NEVER_WRONG: Reason = "the student is never so much worse"
+EQUAL: Reason = "all responses are equal"
+FAILED: Reason = "the verifier failed on all responses"
+NOT_PREFERRED: Reason = "the judge does not prefer the teacher"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a pair is kept.
+    """Which responses become a pair.
 
     Attributes:
-        by: verifier: the rewards decide; judge: any finished response of the teacher, and the judge decides; both: the
-            rewards, then the judge.
-        least: reward of a chosen response at least.
-        margin: by how much the rejected one's is lower.
-        preference: of the judge at least.
-        pairs: of a prompt at most. No rejected response is in two, and a chosen one only where there are fewer.
+        by: "verifier": the rewards decide. "judge": any finished response of the teacher may be chosen, and the judge
+            decides. "both": the rewards, then the judge.
+        least: lowest reward of a chosen response.
+        margin: by how much the rejected response's reward is lower, at least.
+        preference: lowest preference of the judge for the chosen response, from 0 to 1.
+        pairs: largest number of pairs of a task. A rejected response is in one pair only; a chosen one is in several
+            only where there are fewer chosen responses than pairs.
     """
 
     by: str = "verifier"
@@ -48,45 +51,43 @@ class Rule:
             raise ValueError(f"--pairs-per-prompt is {self.pairs}; it must be at least 1")
 
     @property
-    def rewards_count(self) -> bool:
+    def uses_rewards(self) -> bool:
         return self.by != "judge"
 
-    def good(self, teacher: Sequence[Response]) -> list[Response] | str:
-        """The responses that may be chosen, or why there is none."""
-        known = self._known(teacher)
-        right = [r for r in known if not self.rewards_count or r.reward >= self.least]
+    def choosable(self, teacher: Sequence[Response]) -> list[Response] | Reason:
+        """List the different responses of the teacher that may be chosen; if there are none, say why."""
+        scored = self._scored(teacher)
+        right = [r for r in scored if not self.uses_rewards or r.reward >= self.least]
         finished = [r for r in right if r.finish == "stop"]
-        return _different(finished) or (CUT_OFF if right else NEVER_RIGHT if known else FAILED)
+        return _without_repeats(finished) or (CUT_OFF if right else NEVER_RIGHT if scored else FAILED)
 
-    def candidates(
-        self, teacher: Sequence[Response], student: Sequence[Response], seed: str
-    ) -> list[tuple[Response, Response]] | str:
-        """(chosen, rejected), as many as are wanted, which a judge may still refuse; or why there is none.
+    def choose_pairs(self, teacher: Sequence[Response], student: Sequence[Response], seed: str) -> list[Pair] | Reason:
+        """Choose up to `pairs` pairs, which a judge may still refuse; if there are none, say why.
 
         Args:
-            seed: decides which of several are taken.
+            seed: decides which responses are taken where there are more than needed.
         """
-        good, bad = self.good(teacher), _different(self._known(student))
-        if isinstance(good, str):
-            return good
-        random.Random(f"chosen {seed}").shuffle(good)
-        random.Random(f"rejected {seed}").shuffle(bad)
-        found: list[tuple[Response, Response]] = []
-        equal = False
-        for chosen in islice(cycle(good), self.pairs):
-            worse = [r for r in bad if not self.rewards_count or r.reward <= chosen.reward - self.margin]
-            other = [r for r in worse if r.text != chosen.text]
-            equal |= len(other) < len(worse)
-            if other:
-                found.append((chosen, other[0]))
-                bad.remove(other[0])
-        return found or (EQUAL if equal else NEVER_WRONG if bad else FAILED)
+        choosable, rejectable = self.choosable(teacher), _without_repeats(self._scored(student))
+        if isinstance(choosable, str):
+            return choosable
+        random.Random(f"chosen {seed}").shuffle(choosable)
+        random.Random(f"rejected {seed}").shuffle(rejectable)
+        pairs: list[Pair] = []
+        has_equal_texts = False
+        for chosen in islice(cycle(choosable), self.pairs):
+            worse = [r for r in rejectable if not self.uses_rewards or r.reward <= chosen.reward - self.margin]
+            different = [r for r in worse if r.text != chosen.text]
+            has_equal_texts |= len(different) < len(worse)
+            if different:
+                pairs.append((chosen, different[0]))
+                rejectable.remove(different[0])
+        return pairs or (EQUAL if has_equal_texts else NEVER_WRONG if rejectable else FAILED)
 
-    def _known(self, responses: Sequence[Response]) -> list[Response]:
-        """Those that the verifier could judge."""
-        return [r for r in responses if not self.rewards_count or r.status != "verifier_error"]
+    def _scored(self, responses: Sequence[Response]) -> list[Response]:
+        """Leave out responses on which the verifier failed, where rewards count."""
+        return [r for r in responses if not self.uses_rewards or r.status != "verifier_error"]
 
 
-def _different(responses: Sequence[Response]) -> list[Response]:
-    """One of each text."""
+def _without_repeats(responses: Sequence[Response]) -> list[Response]:
+    """Leave one response of each text: the first."""
     return list({r.text: r for r in reversed(responses)}.values())[::-1]

@@ -1,1 +1,1 @@
-"""`python -m data.prepare`: raw records into tokenized sources."""
+"""Prepare tokenized sources from raw records (`python -m data.prepare`)."""

@@ -1,4 +1,4 @@
-"""Make tokenized sources of text, conversations and pairs: `python -m data.prepare --input PATH... --output FOLDER`."""
+"""Prepare tokenized sources of text, conversations or pairs: `python -m data.prepare --input ... --output FOLDER`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 from data.prepare.chats import HISTORY
-from data.prepare.make import GO_ON, BadRecord, prepare
+from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import CHUNK_TOKENS
+from data.prepare.workers import GO_ON, BadRecord
 from nb_lightning.text.chat_template import read_template
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help=".jsonl(.gz|.zst), .parquet, datasets folder, texts")
     add("--output", required=True, help="folder or s3:// prefix of the source; gets train/ and val/")
@@ -25,20 +26,20 @@ def main(arguments: list[str] | None = None) -> None:
     add("--hf-split", "--split", metavar="NAME", help="split of a datasets folder that has several")
     add("--text-suffix", nargs="*", default=[], metavar=".py", help="further suffixes read as one document a file")
     add("--val-fraction", type=float, default=0.005, metavar="X", help="records held out (default: %(default)s)")
-    add("--val-input", nargs="+", default=[], metavar="PATH", help="all that is held out, instead of a fraction")
-    add("--seed", type=int, default=0, help="another one holds out other records (default: %(default)s)")
+    add("--val-input", nargs="+", default=[], metavar="PATH", help="inputs to hold out, instead of a fraction")
+    add("--seed", type=int, default=0, help="another seed holds out other records (default: %(default)s)")
     add("--chunk-tokens", type=int, default=CHUNK_TOKENS, metavar="N", help="tokens in a chunk (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
-    add("--on-bad", choices=("skip", "fail"), default="skip", help="what a bad record does (default: %(default)s)")
-    add("--staging", type=Path, metavar="FOLDER", help="for the work in between (default: beside the output, or /tmp)")
+    add("--on-bad", choices=("skip", "fail"), default="skip", help="what to do at a bad record (default: %(default)s)")
+    add("--staging", type=Path, metavar="FOLDER", help="for unfinished work (default: beside the output, or /tmp)")
     add("--overwrite", action="store_true", help="replace a finished source or other unfinished work")
     chat = parser.add_argument_group("conversations").add_argument
     chat("--chat", action="store_true", help="records have messages, conversations, or prompt and completion")
     chat("--pairs", action="store_true", help="records have messages or prompt, and chosen and rejected responses")
     chat("--template", type=Path, metavar="FILE", help="chat template (default: the tokenizer's own, else ChatML)")
-    chat("--no-think", dest="think", action="store_false", help="take reasoning out of the conversations")
-    chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: "
-         "trained on in a sample of their own, not at all, or as they stand (default: %(default)s)")  # fmt: skip
+    chat("--no-think", dest="think", action="store_false", help="remove the reasoning from the conversations")
+    chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: train "
+         "on each in a further sample, mask them, or keep them without it (default: %(default)s)")  # fmt: skip
     chat("--date", default=ChatSettings.date, help="for templates that write it (default: %(default)s)")
     a = parser.parse_args(arguments)
     try:
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
         chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
         settings = SourceSettings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs)
-        made = prepare(
+        prepared = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
             staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,
         )  # fmt: skip
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         hint = "" if isinstance(error, ValueError) else f"; {GO_ON}"
         print(f"error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadRecord) else 130 if isinstance(error, KeyboardInterrupt) else 1)
-    print(made)
+    print(prepared)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Conversations into samples: what `data.prepare --chat` makes of its input.
+"""Turn conversations into samples of marked tokens: `data.prepare --chat`.
 
 | a record has | which is |
 |---|---|
@@ -6,8 +6,8 @@
 | `conversations` | ShareGPT's list of {from, value} |
 | `prompt` and `completion` | two texts (a user's and an assistant's turn), or two lists of messages |
 
-and may have `tools` (a list, or its JSON) and `system` (a text). Only what the assistant wrote is trained on, its end
-of turn included. What comes after the last trained token is left away: nothing learns from it.
+and may have `tools` (a list, or its JSON) and `system` (a text). Only the assistant's turns are trained on, end of turn
+included. A sample ends with its last trained token, because nothing learns from what follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from data.prepare.records import Part, Record, read_objects
+from data.prepare.parts import Part
+from data.prepare.records import Record, read_objects
 from data.prepare.settings import SourceSettings
 from data.prepare.source_writer import SampleWriter
 from nb_lightning.text.chat_template import ChatTemplate
@@ -30,24 +31,29 @@ from nb_lightning.text.messages import ChatError, check_messages, outcome
 from nb_lightning.token_source import TRAINED, SourceManifest
 
 FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")
-BATCH = 64  # conversations rendered at a time
-HISTORY = ("expand", "mask", "keep")
+RENDER_BATCH = 64  # conversations rendered at a time
+HISTORY = ("expand", "mask", "keep")  # see `Chats._samples`
 SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
+
+
+Parsed = tuple[str, list[list[int]]]  # of a record: its question, and the marked tokens of each of its samples
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, checked."""
+    """A checked conversation."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    trained: frozenset[int]  # messages to train on
+    trained: frozenset[int]  # indices of the messages to train on
 
 
 class Chats:
-    """A conversation becomes one sample, or with `history="expand"` sometimes several."""
+    """A form of records: a conversation becomes one sample, or with `history="expand"` sometimes several.
 
-    unit = "samples"
+    See data/prepare/forms.py.
+    """
+
     fields = FIELDS
 
     def __init__(self, settings: SourceSettings) -> None:
@@ -59,7 +65,7 @@ class Chats:
         self.settings, self.chat, self.tokenizer = settings, settings.chat, settings.load_tokenizer()
         self.encoder = ChatTokenizer.of(self.tokenizer, self.chat.template, self.chat.date)
 
-    def writer(self, folder: Path) -> SampleWriter:
+    def open_writer(self, folder: Path) -> SampleWriter:
         t = self.tokenizer
         manifest = SourceManifest(t.digest, t.vocab_size, t.eos_id, template=template_digest(self.encoder.template))
         return SampleWriter(folder, manifest, self.settings.chunk_tokens)
@@ -68,95 +74,102 @@ class Chats:
         batch: list[Record] = []
         for record in read_objects(part, self.fields):
             batch.append(record)
-            if len(batch) == BATCH:
-                yield from self._parsed(batch)
+            if len(batch) == RENDER_BATCH:
+                yield from self._parse_batch(batch)
                 batch = []
-        yield from self._parsed(batch)
+        yield from self._parse_batch(batch)
 
-    def _parsed(self, batch: list[Record]) -> Iterator[Record]:
+    def _parse_batch(self, batch: list[Record]) -> Iterator[Record]:
         outcomes = iter(self.parse_many([record.value for record in batch if record.bad is None]))
         for record in batch:
-            found = next(outcomes) if record.bad is None else None
-            if isinstance(found, ChatError):
-                yield Record(record.file, record.line, None, found.kind, str(found))
+            if record.bad is not None:
+                yield record
+                continue
+            parsed = next(outcomes)
+            if isinstance(parsed, ChatError):
+                yield Record(record.file, record.line, None, parsed.kind, str(parsed))
             else:
-                yield record if found is None else replace(record, value=found)
+                yield replace(record, value=parsed)
 
-    def parse_many(self, records: list[Mapping[str, Any]]) -> list[tuple[str, list[list[int]]] | ChatError]:
-        """Of each record the question and the words of its samples, or what is wrong with it.
-
-        All are rendered at once, which is faster than one by one.
-        """
+    def parse_many(self, records: list[Mapping[str, Any]]) -> list[Parsed | ChatError]:
+        """Parse records; a bad one gives its error. All are rendered at once, which is faster than one by one."""
         chats = [outcome(chat_of, fields) for fields in records]
         good = [chat for chat in chats if not isinstance(chat, ChatError)]
-        wholes = iter(self.encoder.encode_many([(self._messages(chat), chat.tools) for chat in good]))
-        found: list[Any] = []
+        encodings = iter(self.encoder.encode_many([(self._messages(chat), chat.tools) for chat in good]))
+        parsed: list[Parsed | ChatError] = []
         for chat in chats:
-            whole = chat if isinstance(chat, ChatError) else next(wholes)
-            found.append(whole if isinstance(whole, ChatError) else outcome(self._parse, chat, whole))
-        return found
+            if isinstance(chat, ChatError):
+                parsed.append(chat)
+                continue
+            tokens = next(encodings)
+            parsed.append(tokens if isinstance(tokens, ChatError) else outcome(self._parse, chat, tokens))
+        return parsed
 
-    def _parse(self, chat: Chat, whole: ChatTokens) -> tuple[str, list[list[int]]]:
+    def _parse(self, chat: Chat, tokens: ChatTokens) -> Parsed:
         first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        return question(chat.messages[:first], chat.tools), self._samples(chat, whole)
+        return question_of(chat.messages[:first], chat.tools), self._samples(chat, tokens)
 
-    def encode(self, values: Iterator[Any]) -> Iterator[tuple[bool, list[list[int]]]]:
-        """Of each good record: whether it is held out, and the words to write.
-
-        By the question, the messages before the first answer: all answers to it fall on one side.
-        """
+    def encode(self, values: Iterator[Parsed]) -> Iterator[tuple[bool, list[list[int]]]]:
+        """Hold out by the question, the messages before the first answer: all answers to it share a split."""
         for question, samples in values:
             yield self.settings.is_held_out(question), samples
 
     def _messages(self, chat: Chat) -> list[dict[str, Any]]:
-        return chat.messages if self.chat.think else [_without_thought(message) for message in chat.messages]
+        return chat.messages if self.chat.think else [_without_reasoning(message) for message in chat.messages]
 
-    def _samples(self, chat: Chat, whole: ChatTokens) -> list[list[int]]:
-        """The words of a conversation's samples.
+    def _samples(self, chat: Chat, tokens: ChatTokens) -> list[list[int]]:
+        """Build the samples of a conversation.
 
         Many templates leave the reasoning out of turns before the last question. To train on such a turn would teach
-        to answer without thinking. `history` says what becomes of it: "expand" gives it a sample of its own that ends
-        with it, where it is the last turn; "mask" does not train on it; "keep" trains on it as it stands.
+        the model to answer without thinking. `history` decides what happens to it:
+
+        * "expand" gives it a sample that ends with it, where it is the last turn and keeps its reasoning;
+        * "mask" does not train on it;
+        * "keep" trains on it without its reasoning.
+
+        Args:
+            tokens: of the whole conversation.
 
         Raises:
-            ChatError: a conversation that the template or the tokenizer cannot write, or with nothing to train on.
+            ChatError: the template or the tokenizer cannot write the conversation, or no turn is left to train on.
         """
-        turns = [turn for turn in whole.turns if turn.index in chat.trained]
-        lost = [] if self.chat.history == "keep" else [turn for turn in turns if not turn.thought]
+        turns = [turn for turn in tokens.turns if turn.index in chat.trained]
+        without_reasoning = [] if self.chat.history == "keep" else [turn for turn in turns if not turn.thought]
         samples = []
         if self.chat.history == "expand":
-            for turn in lost:
-                part = self.encoder.encode(self._messages(chat)[: turn.index + 1], chat.tools)
-                if not part.turns[-1].thought:
+            for turn in without_reasoning:
+                beginning = self.encoder.encode(self._messages(chat)[: turn.index + 1], chat.tools)
+                if not beginning.turns[-1].thought:
                     raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
-                samples.append(words_of(part, part.turns[-1:]))
-        if kept := [turn for turn in turns if turn not in lost]:
-            samples.append(words_of(whole, kept))
+                samples.append(mark_trained(beginning, beginning.turns[-1:]))
+        if trained := [turn for turn in turns if turn not in without_reasoning]:
+            samples.append(mark_trained(tokens, trained))
         if not samples:
             raise ChatError("the template leaves out the reasoning of every turn to train on")
         return samples
 
 
-def chat_of(fields: Mapping[str, Any]) -> Chat:
-    """The conversation of a record.
+def chat_of(record: Mapping[str, Any]) -> Chat:
+    """Check a record's conversation.
 
     Raises:
-        ChatError: it has none, or a bad one.
+        ChatError: the record has no conversation, or a bad one.
     """
-    given = {key: value for key, value in fields.items() if value is not None}
-    if "messages" in given:
-        messages = given["messages"]
-    elif "conversations" in given:
-        messages = _from_sharegpt(given["conversations"])
-    elif "prompt" in given and "completion" in given:
-        messages = [*side(given["prompt"], "user", "prompt"), *side(given["completion"], "assistant", "completion")]
+    fields = {key: value for key, value in record.items() if value is not None}
+    if "messages" in fields:
+        messages = fields["messages"]
+    elif "conversations" in fields:
+        messages = _from_sharegpt(fields["conversations"])
+    elif "prompt" in fields and "completion" in fields:
+        prompt = messages_of(fields["prompt"], "user", "prompt")
+        messages = [*prompt, *messages_of(fields["completion"], "assistant", "completion")]
     else:
-        raise ChatError("no messages", detail=f": it has {', '.join(map(str, given)) or 'nothing'}")
+        raise ChatError("no messages", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
     checked = check_messages(messages)
-    if given.get("system"):
+    if fields.get("system"):
         if checked[0]["role"] == "system":
             raise ChatError("two system prompts")
-        messages = [{"role": "system", "content": given["system"]}, *messages]
+        messages = [{"role": "system", "content": fields["system"]}, *messages]
         checked = check_messages(messages)
     assistant = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
     if not assistant:
@@ -167,19 +180,22 @@ def chat_of(fields: Mapping[str, Any]) -> Chat:
     for i in trained:
         if not any(checked[i].get(key) for key in ("content", "reasoning_content", "tool_calls")):
             raise ChatError("an empty assistant turn", f"message {i}")
-    return Chat(checked, tools_of(given.get("tools")), trained)
+    return Chat(checked, tools_of(fields.get("tools")), trained)
 
 
 def template_digest(template: ChatTemplate) -> str:
-    """What a source of conversations is made with, besides its tokenizer: the template, and the tokens it asks for."""
-    asked = {key: token for key, token in template.special.items() if key in template.source}
-    return hashlib.sha256(json.dumps([template.source, asked], sort_keys=True).encode()).hexdigest()
+    """Hash the template and the special tokens that it names.
+
+    With the tokenizer, they decide into which tokens a conversation turns.
+    """
+    special = {key: token for key, token in template.special.items() if key in template.source}
+    return hashlib.sha256(json.dumps([template.source, special], sort_keys=True).encode()).hexdigest()
 
 
 def _from_sharegpt(turns: Any) -> Any:
     if not isinstance(turns, list):
-        return turns  # no list: `check_messages` says so
-    out = []
+        return turns  # `check_messages` raises
+    messages = []
     for turn in turns:
         if isinstance(turn, Mapping) and "from" in turn:
             role = turn["from"]
@@ -189,12 +205,12 @@ def _from_sharegpt(turns: Any) -> Any:
                 "role": role,
                 "content": turn.get("value"),
             }
-        out.append(turn)
-    return out
+        messages.append(turn)
+    return messages
 
 
-def side(value: Any, role: str, name: str) -> list[Any]:
-    """A list of messages, or a text as the one of `role`."""
+def messages_of(value: Any, role: str, name: str) -> list[Any]:
+    """Read the field `name`: a list of messages, or a text, which becomes one message of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
@@ -203,7 +219,7 @@ def side(value: Any, role: str, name: str) -> list[Any]:
 
 
 def tools_of(value: Any) -> list[Any] | None:
-    """A list of tools, given as it is or as its JSON."""
+    """Read the field `tools`: a list, or its JSON."""
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
@@ -216,22 +232,22 @@ def tools_of(value: Any) -> list[Any] | None:
     return value
 
 
-def question(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
-    """What is asked, as one text."""
+def question_of(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    """Write the messages before the first answer, and the tools, as one text."""
     return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
 
 
-def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
+def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     return {**rest, "content": re.sub(r"\A\s*<think>.*?</think>\s*", "", message["content"], flags=re.DOTALL)}
 
 
-def words_of(tokens: ChatTokens, turns: list[TurnTokens]) -> list[int]:
-    """The words of a sample that trains on `turns` and ends with the last of them."""
-    words = tokens.ids[: turns[-1].stop]
+def mark_trained(tokens: ChatTokens, turns: list[TurnTokens]) -> list[int]:
+    """Build the marked tokens of a sample that trains on `turns` and ends with the last of them."""
+    marked = tokens.ids[: turns[-1].stop]
     for turn in turns:
-        for place in range(max(turn.start, 1), turn.stop):  # nothing comes before the first token that could predict it
-            words[place] |= TRAINED
-    return words
+        for place in range(max(turn.start, 1), turn.stop):  # no token precedes the first one to predict it
+            marked[place] |= TRAINED
+    return marked

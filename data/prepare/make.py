@@ -1,84 +1,30 @@
-"""Turn text, conversations and pairs into tokenized sources: cut, tokenize in workers, merge.
+"""Prepare a tokenized source: cut the input, tokenize the parts in workers, merge them, upload the source.
 
-The input is cut into parts (data/prepare/records.py). A worker process turns each part into chunks of its own.
-Finished parts are kept, so a stopped preparation resumes. At the end the chunks move under one index. The result
-depends on the input and the settings alone, not on the number of workers. A form turns records into samples:
-`Documents` (data/prepare/documents.py), `Chats` (data/prepare/chats.py, --chat) or `Pairs` (data/prepare/pairs.py,
---pairs). A bad record is counted, written to `dropped.jsonl` with file and line, and left out; with --on-bad fail it
-ends the preparation.
-
-    <staging>/claim.json        what the work is for, and how far it is
-    <staging>/parts/<number>/   a finished part: train/, val/, dropped.jsonl, done.json
-    <staging>/parts/whole/      the source, until it is uploaded (remote outputs only)
+A finished part stays in the staging folder, so a stopped preparation resumes. The result depends on the input and the
+settings alone, not on the number of workers. A form (data/prepare/forms.py) turns records into token sequences. A bad
+record is counted, logged in `dropped.jsonl` and left out; with --on-bad fail it ends the preparation.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import os
-import signal
-import tempfile
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from data.prepare import source_writer
-from data.prepare.chats import Chats
-from data.prepare.documents import Documents
-from data.prepare.pairs import Pairs
-from data.prepare.records import Part, Record, cut, lines_before, log_dropped, merge_dropped
+from data.prepare.dropped import DROPPED, first_dropped, merge_dropped
+from data.prepare.forms import form_of
+from data.prepare.parts import Part, cut_inputs
+from data.prepare.report import Prepared
 from data.prepare.settings import SourceSettings
-from data.prepare.staging import CLAIM, clean_up, new_claim, require_room, take_up
-from nb_lightning.files import read_json, write_json
-from nb_lightning.token_source import PAGE, SPLITS, SourceManifest
-
-DONE, DROPPED = "done.json", "dropped.jsonl"
-GO_ON = "run the same command again to go on: finished parts are kept"
-
-
-@dataclass
-class Prepared:
-    """What was made, and what was left out."""
-
-    output: str
-    manifests: dict[str, SourceManifest]  # of each split; records left out are counted in train's
-    origins: dict[str, list[str]]  # reason -> the first few file:line
-    ignored: dict[str, int]  # suffix -> files in input folders that were not read
-
-    def __str__(self) -> str:
-        lines = [self.output]
-        for name, m in self.manifests.items():
-            number, kind = (m.documents // 2, "pairs") if m.pairs else (m.documents, "samples")
-            kind = f"{kind}{m.trained:>20,} trained of" if m.is_chat else "documents"
-            lines.append(f"  {name:<8}{number:>14,} {kind}{m.tokens:>20,} tokens{len(m.chunks):>8,} chunks")
-        dropped = self.manifests["train"].dropped
-        lines.append(f"  dropped {sum(dropped.values()):>14,} records" + (f", each in {DROPPED}" if dropped else ""))
-        for reason, count in sorted(dropped.items()):
-            shown = self.origins[reason]
-            lines.append(f"{count:>24,} {reason}: {', '.join(shown)}{', ...' if count > len(shown) else ''}")
-        if self.ignored:
-            kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(self.ignored.items()))
-            lines.append(f"  not read{sum(self.ignored.values()):>14,} files of other kinds: {kinds}")
-        if not self.manifests["val"].tokens:
-            lines.append("  nothing was held out: raise --val-fraction to be able to validate on this source")
-        return "\n".join(lines)
-
-
-class BadRecord(ValueError):
-    """What --on-bad fail ends with."""
+from data.prepare.staging import Staging, new_claim
+from data.prepare.workers import Job, tokenize_parts
+from nb_lightning.token_source import PAGE, SPLITS
 
 
 def prepare(
-    inputs: Iterable[str],
+    inputs: Iterable[str | Path],
     output: str,
     settings: SourceSettings,
     *,
@@ -86,181 +32,107 @@ def prepare(
     on_bad: str = "skip",
     overwrite: bool = False,
     staging: Path | None = None,
-    val_inputs: Iterable[str] = (),
+    val_inputs: Iterable[str | Path] = (),
     text_suffixes: Iterable[str] = (),
     hf_split: str | None = None,
     progress: bool = True,
 ) -> Prepared:
-    """Make the source `output` (local or s3://). With `workers` > 1 the caller's module must be importable (spawn).
+    """Prepare the source `output`. With `workers` > 1 the caller's module must be importable (spawn).
 
     Args:
-        val_inputs: all that is held out; of `inputs` then nothing is.
+        inputs: files and folders.
+        output: local folder or s3:// prefix.
+        workers: processes that tokenize.
+        on_bad: "skip" or "fail": what a bad record does.
+        overwrite: replace a finished source, or unfinished work of other settings.
+        staging: folder for the work (default: beside a local output, else in the temporary folder).
+        val_inputs: all that is held out; nothing of `inputs` is then.
+        text_suffixes: suffixes of further files that are one document each.
+        hf_split: split of a datasets folder that has several.
 
     Raises:
         BadRecord: the first bad record of the input, with `on_bad="fail"`.
-        ValueError: input, settings, output or a worker that does not do, in one line.
+        ValueError: input, settings or output cannot be used, or a worker died; one line.
     """
-    inputs, val_inputs, output = [str(p) for p in inputs], [str(p) for p in val_inputs], output.rstrip("/")
+    inputs, val_inputs = [str(path) for path in inputs], [str(path) for path in val_inputs]
     if val_inputs:
         settings = replace(settings, val_fraction=0.0)
-    elif not 0 < settings.val_fraction < 1:
+    place = Staging(output.rstrip("/"), staging)
+    _require_usable(settings, workers, holds_out_by_fraction=not val_inputs)
+    _require_no_output_inside([*inputs, *val_inputs], place)
+    parts, ignored = _cut(inputs, val_inputs, None if settings.chat else text_suffixes, hf_split)
+    source_writer.require_source_or_nothing(place.source)
+    jobs = [Job(part, place.part_folder(number), settings, on_bad) for number, part in enumerate(parts)]
+    with source_writer.locked(place.folder, wait=False):
+        place.take(new_claim(parts, settings, place.output), overwrite)
+        place.require_room([job.part for job in jobs if not job.is_done], settings)
+        tokenize_parts(jobs, workers, progress)
+        _require_tokens(jobs, place, inputs)
+        prepared = _merge(jobs, place, ignored)
+        if place.is_remote:
+            source_writer.upload_source(place.source, place.output, progress)
+        place.clean_up()
+    return prepared
+
+
+def _require_usable(settings: SourceSettings, workers: int, holds_out_by_fraction: bool) -> None:
+    if holds_out_by_fraction and not 0 < settings.val_fraction < 1:
         raise ValueError(f"--val-fraction is {settings.val_fraction}; it must lie between 0 and 1")
     for name, value, least in (("chunk-tokens", settings.chunk_tokens, PAGE), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    _form(settings)  # a tokenizer's errors come before any work
-    remote = "://" in output
-    if staging is None:  # a place that the same command finds again
-        address = f"nb_lightning-{os.getuid()}-{hashlib.sha256(output.encode()).hexdigest()[:12]}"
-        staging = Path(tempfile.gettempdir(), address) if remote else Path(f"{Path(output)}.parts")
-    work = staging / "parts"
-    final = work / "whole" if remote else Path(output)
-    for given in (*inputs, *val_inputs):
-        for place in (final.resolve(), staging.resolve()):
-            if Path(given).resolve() in (place, *place.parents):
-                raise ValueError(f"--input {given} contains {place}, where output goes; choose a folder outside it")
-    suffixes = None if settings.chat else text_suffixes
-    parts, ignored = cut(inputs, suffixes, hf_split)
-    if val_inputs:
-        held_out, ignored_too = cut(val_inputs, suffixes, hf_split)
-        _require_apart(parts, held_out)
-        parts, ignored = [*parts, *(replace(part, held_out=True) for part in held_out)], ignored + ignored_too
-    source_writer.require_source_or_nothing(final)
-    folders = [work / f"{number:06d}" for number in range(len(parts))]
-    with source_writer.locked(staging, wait=False):
-        claim = take_up(staging, new_claim(parts, settings, output), output, overwrite)
-        require_room(staging, [p for p, folder in zip(parts, folders) if not (folder / DONE).exists()], settings)
-        _run(parts, folders, settings, workers, on_bad, progress)
-        summaries = [read_json(folder / DONE) for folder in folders]
-        lines = [summary["lines"] for summary in summaries]
-        if not any(lines):
-            clean_up(staging, claim)
-            raise ValueError(f"--input {', '.join(inputs)}: there is no record in it")
-        if not any(summary["tokens"] for summary in summaries):  # a wrong --field, most likely
-            first = next((r for p, f in zip(parts, folders) if (r := _first_dropped(p, f))), None)
-            reasons = sorted({reason for summary in summaries for reason in summary["dropped"]})
-            clean_up(staging, claim)
-            raise ValueError(
-                f"none of the {sum(lines)} records of the input can be used: {', '.join(reasons)}; the first: {first}"
-            )
-        if claim["state"] != "merging":  # else what is there is ours already
-            source_writer.remove_source(final)
-            (final / DROPPED).unlink(missing_ok=True)
-            write_json(staging / CLAIM, {**claim, "state": "merging"})
-        final.mkdir(parents=True, exist_ok=True)
-        origins = merge_dropped(zip([folder / DROPPED for folder in folders], parts, lines), final / DROPPED)
-        made = {name: source_writer.merge_parts([folder / name for folder in folders], final / name) for name in SPLITS}
-        if remote:
-            source_writer.upload_source(final, output, progress)
-        clean_up(staging, claim)
-    return Prepared(output, made, origins, dict(ignored))
+    form_of(settings)  # raises the errors of tokenizer and template before any work
 
 
-def _run(
-    parts: list[Part], folders: list[Path], settings: SourceSettings, workers: int, on_bad: str, progress: bool
-) -> None:
-    """Do every part that is not done yet."""
-    total: Counter[str] = Counter()
-    jobs = [(part, folder, settings, on_bad) for part, folder in zip(parts, folders)]
-    kept = {number for number, folder in enumerate(folders) if folder.exists()}
-    bar = tqdm(total=sum(p.bytes for p in parts), unit="B", unit_scale=True, desc="tokenizing", disable=not progress)
-
-    def done(number: int, summary: dict[str, Any]) -> None:
-        total.update(tokens=summary["tokens"], dropped=sum(summary["dropped"].values()))
-        total["new"] += 0 if number in kept else summary["tokens"]
-        speed = total["new"] / (bar.format_dict["elapsed"] or 1)
-        bar.set_postfix_str(f"{total['tokens']:,} tokens, {speed:,.0f}/s, {total['dropped']:,} dropped", refresh=False)
-        bar.update(parts[number].bytes)
-
-    with bar:
-        if workers == 1:
-            for number, job in enumerate(jobs):
-                done(number, do_part(*job))
-            return
-        # spawn: a forked child of a process whose tokenizer has run its threads can hang.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(parts)), spawn, _start_worker) as pool:
-            futures = {pool.submit(do_part, *job): number for number, job in enumerate(jobs)}
-            try:
-                for future in as_completed(futures):
-                    done(futures[future], future.result())
-            except BrokenProcessPool as error:
-                raise ValueError(f"a worker died (killed, or out of memory: --workers); {GO_ON}") from error
-            except (ValueError, OSError):
-                pool.shutdown(cancel_futures=True)
-                # Parts begin in order, so this is the first of the input's errors, whatever the number of workers.
-                raise next(e for f in futures if not f.cancelled() and (e := f.exception())) from None
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+def _require_no_output_inside(inputs: list[str], place: Staging) -> None:
+    """Refuse input folders that contain the output or the staging folder."""
+    for name in inputs:
+        for folder in (place.source.resolve(), place.folder.resolve()):
+            if Path(name).resolve() in (folder, *folder.parents):
+                raise ValueError(f"--input {name} contains {folder}, where output goes; choose a folder outside it")
 
 
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback from each worker
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # A killed parent would leave this process waiting for work for ever.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def do_part(part: Part, folder: Path, settings: SourceSettings, on_bad: str) -> dict[str, Any]:
-    """Tokenize one part into `folder`, unless it is there already; returns {tokens, lines, dropped}."""
-    if (folder / DONE).exists():
-        summary = read_json(folder / DONE)
-        if summary["dropped"] and on_bad == "fail":
-            raise BadRecord(_first_dropped(part, folder))
-        return summary
-    # Only a finished part gets its name, and two processes never write into one folder.
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    form = _form(settings)
-    train, val = (form.writer(unfinished / split) for split in SPLITS)
-    dropped: Counter[str] = Counter()
-    lines = 0
-
-    def good() -> Iterator[Any]:
-        nonlocal lines
-        for record in form.read(part):
-            lines += 1
-            if record.bad is None:
-                yield record.value
-            elif on_bad == "fail":
-                raise BadRecord(_place(part, record))
-            else:
-                dropped[record.bad] += 1
-                log_dropped(log, record)
-
-    with open(unfinished / DROPPED, "w", encoding="utf-8", errors="backslashreplace") as log:
-        for held_out, items in form.encode(good()):
-            for words in items:
-                (val if held_out or part.held_out else train).add(words)
-    train.manifest.dropped.update(dropped)
-    tokens = sum(writer.close().tokens for writer in (train, val))
-    summary = {"tokens": tokens, "lines": lines, "dropped": dict(dropped)}
-    write_json(unfinished / DONE, summary)
-    unfinished.rename(folder)
-    return summary
-
-
-def _form(settings: SourceSettings) -> Documents | Chats:
-    if settings.pairs:
-        return Pairs(settings)
-    return Chats(settings) if settings.chat else Documents(settings)
-
-
-def _require_apart(train: list[Part], held_out: list[Part]) -> None:
-    both = {file for part in train for file in part.files} & {file for part in held_out for file in part.files}
+def _cut(
+    inputs: list[str], val_inputs: list[str], text_suffixes: Iterable[str] | None, hf_split: str | None
+) -> tuple[list[Part], Counter[str]]:
+    """Cut `inputs`, then `val_inputs`, into parts; return them with the counts of files that are not read."""
+    parts, ignored = cut_inputs(inputs, text_suffixes, hf_split)
+    if not val_inputs:
+        return parts, ignored
+    val_parts, val_ignored = cut_inputs(val_inputs, text_suffixes, hf_split)
+    both = {file for part in parts for file in part.files} & {file for part in val_parts for file in part.files}
     if both:
         raise ValueError(f"{min(both)} is in both --input and --val-input")
+    return [*parts, *(replace(part, held_out=True) for part in val_parts)], ignored + val_ignored
 
 
-def _place(part: Part, record: Record) -> str:
-    return f"{record.file}:{lines_before(part) + record.line}: {record.detail or record.bad}"
+def _require_tokens(jobs: list[Job], place: Staging, inputs: list[str]) -> None:
+    """Remove the work and raise `ValueError` if the parts hold no record, or no good one."""
+    summaries = [job.read_summary() for job in jobs]
+    lines = sum(summary["lines"] for summary in summaries)
+    if not lines:
+        place.clean_up()
+        raise ValueError(f"--input {', '.join(inputs)}: there is no record in it")
+    if not any(summary["tokens"] for summary in summaries):  # a wrong --field, most likely
+        first = next((origin for job in jobs if (origin := first_dropped(job.part, job.folder / DROPPED))), None)
+        reasons = sorted({reason for summary in summaries for reason in summary["dropped"]})
+        place.clean_up()
+        raise ValueError(
+            f"none of the {lines} records of the input can be used: {', '.join(reasons)}; the first: {first}"
+        )
 
 
-def _first_dropped(part: Part, folder: Path) -> str | None:
-    """The first bad record of a finished part, by file and line."""
-    with open(folder / DROPPED, encoding="utf-8") as log:
-        entry = json.loads(log.readline() or "null")
-    if entry is None:
-        return None
-    return _place(part, Record(entry["file"], entry["line"], None, entry["reason"], entry.get("detail")))
+def _merge(jobs: list[Job], place: Staging, ignored: Counter[str]) -> Prepared:
+    """Move the parts' chunks into `place.source`; an interrupted merge may be repeated."""
+    source = place.source
+    if not place.is_merging:  # else the source there is a part of this work
+        source_writer.remove_source(source)
+        (source / DROPPED).unlink(missing_ok=True)
+        place.begin_merging()
+    source.mkdir(parents=True, exist_ok=True)
+    logs = [(job.folder / DROPPED, job.part, job.read_summary()["lines"]) for job in jobs]
+    origins = merge_dropped(logs, source / DROPPED)
+    manifests = {
+        split: source_writer.merge_parts([job.folder / split for job in jobs], source / split) for split in SPLITS
+    }
+    return Prepared(place.output, manifests, origins, dict(ignored))

@@ -1,15 +1,15 @@
-"""Pairs into samples: what `data.prepare --pairs` makes of its input.
+"""Turn preference pairs into samples of marked tokens: `data.prepare --pairs`.
 
-A record has what was asked, as `messages` or `prompt` (a list of messages, or a text), and two responses, `chosen` and
-`rejected`. Each is
+A record has the prompt, as `messages` or `prompt` (a list of messages, or a text), and two responses, `chosen` and
+`rejected`. A response is
 
-* a text: what the assistant wrote after the prompt, letter for letter, as `python -m data.pairs` keeps it. The end of
+* a text: what the assistant wrote after the prompt, letter for letter, as `python -m data.pairs` writes it. The end of
   turn is added, unless `chosen_finish` or `rejected_finish` is "length"; or
-* a list of messages, the assistant's first. The prompt may stand before them; if it does so in both responses it need
-  not be given apart.
+* a list of messages that begins with the assistant's. The prompt may stand before them; a record whose two responses
+  both begin with it needs no `messages` and no `prompt`.
 
-and may have `tools` and `system`, as conversations do. A pair becomes two samples, chosen and rejected, one after the
-other: prompt and response, of which the response is trained on.
+A record may have `tools` and `system`, as conversations do. A pair becomes two samples, the chosen one first. Each
+holds prompt and response, and trains on the response.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.prepare.chats import Chats, question, side, tools_of, words_of
+from data.prepare.chats import Chats, Parsed, mark_trained, messages_of, question_of, tools_of
 from data.prepare.source_writer import SampleWriter
 from nb_lightning.text.messages import ChatError, check_messages, outcome
 from nb_lightning.token_source import TRAINED
@@ -28,86 +28,88 @@ FINISHES = ("stop", "length")
 
 
 class Pairs(Chats):
-    """A pair becomes two samples."""
+    """A form of records: a pair becomes two samples. See data/prepare/forms.py."""
 
-    unit = "pairs"
-    fields = ("messages", "prompt", "tools", "system", *SIDES, *(f"{name}_finish" for name in SIDES))
+    fields = ("messages", "prompt", "tools", "system", *SIDES, *(f"{side}_finish" for side in SIDES))
 
-    def writer(self, folder: Path) -> SampleWriter:
-        writer = super().writer(folder)
+    def open_writer(self, folder: Path) -> SampleWriter:
+        writer = super().open_writer(folder)
         writer.manifest.pairs = True
         return writer
 
-    def parse_many(self, records: list[Mapping[str, Any]]) -> list[tuple[str, list[list[int]]] | ChatError]:
-        return [outcome(self.parse, fields) for fields in records]
+    def parse_many(self, records: list[Mapping[str, Any]]) -> list[Parsed | ChatError]:
+        """Parse records; a bad one gives its error."""
+        return [outcome(self.parse, record) for record in records]
 
-    def parse(self, fields: Mapping[str, Any]) -> tuple[str, list[list[int]]]:
-        """What was asked, and the words of the chosen and the rejected sample.
+    def parse(self, record: Mapping[str, Any]) -> Parsed:
+        """Build the chosen and the rejected sample of a record.
 
         Raises:
-            ChatError: something is missing or no conversation, a response is empty, or both are the same.
+            ChatError: a field is missing or is no conversation, a response is empty, or both are the same.
         """
-        given = {key: value for key, value in fields.items() if value is not None}
-        for name in SIDES:
-            if name not in given:
-                raise ChatError(f"no {name}", detail=f": it has {', '.join(map(str, given)) or 'nothing'}")
-        prompt, tools = _prompt(given), tools_of(given.get("tools"))
-        chosen, rejected = (self._words(prompt, given, name, tools) for name in SIDES)
+        fields = {key: value for key, value in record.items() if value is not None}
+        for side in SIDES:
+            if side not in fields:
+                raise ChatError(f"no {side}", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
+        prompt, tools = _prompt_of(fields), tools_of(fields.get("tools"))
+        chosen, rejected = (self._sample(prompt, fields, side, tools) for side in SIDES)
         if chosen == rejected:
             raise ChatError("chosen equals rejected")
-        return question(prompt, tools), [chosen, rejected]
+        return question_of(prompt, tools), [chosen, rejected]
 
-    def _words(self, prompt: list[dict[str, Any]], given: Mapping[str, Any], name: str, tools: Any) -> list[int]:
-        response = given[name]
+    def _sample(
+        self, prompt: list[dict[str, Any]], fields: Mapping[str, Any], side: str, tools: list[Any] | None
+    ) -> list[int]:
+        response = fields[side]
         if isinstance(response, str):
-            finish = given.get(f"{name}_finish", "stop")
+            finish = fields.get(f"{side}_finish", "stop")
             if finish not in FINISHES:
-                raise ChatError(f"{name}_finish is neither {' nor '.join(FINISHES)}")
+                raise ChatError(f"{side}_finish is neither {' nor '.join(FINISHES)}")
             tokens = self.encoder.answered(prompt, response, finish == "stop", tools)
             turns = tokens.turns
         else:
-            messages = _after_prompt(prompt, response, name)
+            messages = _response_messages(prompt, response, side)
             tokens = self.encoder.encode([*prompt, *messages], tools)
             turns = [turn for turn in tokens.turns if turn.index >= len(prompt)]
             if not all(turn.thought for turn in turns):
-                raise ChatError("the template leaves out the reasoning", name)
-        words = words_of(tokens, turns)
-        if not any(word & TRAINED for word in words):
-            raise ChatError("an empty response", name)
-        return words
+                raise ChatError("the template leaves out the reasoning", side)
+        marked = mark_trained(tokens, turns)
+        if not any(token & TRAINED for token in marked):
+            raise ChatError("an empty response", side)
+        return marked
 
 
-def _prompt(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was asked."""
-    if "messages" in given or "prompt" in given:
-        messages = given["messages"] if "messages" in given else side(given["prompt"], "user", "prompt")
+def _prompt_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Check the prompt of a record; without one, take the messages with which both responses begin."""
+    if "messages" in fields or "prompt" in fields:
+        messages = fields["messages"] if "messages" in fields else messages_of(fields["prompt"], "user", "prompt")
     else:
-        both = [given[name] for name in SIDES]
-        if not all(isinstance(response, list) for response in both):
+        responses = [fields[side] for side in SIDES]
+        if not all(isinstance(response, list) for response in responses):
             raise ChatError("neither messages nor prompt")
-        same = [a == b for a, b in zip(*both)]
-        messages = both[0][: [*same, False].index(False)]
+        equal = [a == b for a, b in zip(*responses)]
+        messages = responses[0][: [*equal, False].index(False)]
         if not messages:
             raise ChatError("neither messages nor prompt, and the responses do not begin alike")
     checked = check_messages(messages)
-    if given.get("system"):
+    if fields.get("system"):
         if checked[0]["role"] == "system":
             raise ChatError("two system prompts")
-        checked = check_messages([{"role": "system", "content": given["system"]}, *checked])
+        checked = check_messages([{"role": "system", "content": fields["system"]}, *checked])
     if checked[-1]["role"] == "assistant":
         raise ChatError("the prompt ends with the assistant")
     return checked
 
 
-def _after_prompt(prompt: list[dict[str, Any]], response: Any, name: str) -> list[dict[str, Any]]:
-    """The messages of a response, without the prompt before them."""
+def _response_messages(prompt: list[dict[str, Any]], response: Any, side: str) -> list[dict[str, Any]]:
+    """Check the messages of a response, and remove the prompt before them."""
     if not isinstance(response, list):
-        raise ChatError(f"{name} is neither a text nor a list of messages")
+        raise ChatError(f"{side} is neither a text nor a list of messages")
     messages = check_messages(response)
-    asked = [message for message in prompt if message["role"] != "system"]
-    for before in (prompt, asked):
-        if messages[: len(before)] == before:
-            messages = messages[len(before) :]
+    without_system = [message for message in prompt if message["role"] != "system"]
+    for beginning in (prompt, without_system):
+        if messages[: len(beginning)] == beginning:
+            messages = messages[len(beginning) :]
     if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise ChatError("a response is not from the assistant's turn to the assistant's", name)
+        raise ChatError("a response is not from the assistant's turn to the assistant's", side)
     return messages

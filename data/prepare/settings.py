@@ -29,7 +29,9 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """All that decides what a source holds besides the input itself; the claim of a staging folder records it.
+    """All that decides what a source holds, besides the input.
+
+    A staging folder's claim records it: with other settings, unfinished work is not resumed.
 
     Attributes:
         tokenizer: "bytes", a tokenizer.json, or a folder that holds one.

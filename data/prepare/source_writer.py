@@ -1,6 +1,6 @@
-"""Tokenized sources, as they are written: chunks of pages with a hash each, merged, uploaded, removed.
+"""Write tokenized sources: chunks of pages, a hash for each; merge, upload and remove whole sources.
 
-What lies on disk, and how it is read, is in nb_lightning/token_source.py.
+nb_lightning/token_source.py describes the files and reads them.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ _OF_A_SPLIT = re.compile(r"chunk-.*\.bin|.*index\.json|source\.json|samples\.npy
 
 
 class SourceWriter:
-    """Write documents into one folder of pages; several folders may be merged later (`merge_parts`).
+    """Writes documents into the folder of one split; `merge_parts` merges several such folders.
 
-    The folder is complete once `close` returned; what an interrupted writer leaves behind has no manifest.
+    The folder is complete when `close` has returned. An interrupted writer leaves a folder without manifest.
     """
 
     def __init__(self, folder: Path, manifest: SourceManifest, chunk_tokens: int = CHUNK_TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.manifest = folder, manifest
         self.dtype = torch.uint16 if manifest.vocab_size <= 2**16 and not manifest.is_chat else torch.int32
-        # For tokens, litdata counts `chunk_size` in tokens, not in items.
+        # With a `TokensLoader`, litdata counts `chunk_size` in tokens, not in items.
         self._writer = BinaryWriter(str(folder), chunk_size=chunk_tokens, item_loader=TokensLoader(manifest.page))
         self._buffer: list[int] = []
         self._pages = 0
         self._tokens = 0
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, tokens: list[int]) -> None:
         """Append one document, its end token included."""
-        self._buffer += ids
-        self._tokens += len(ids)
+        self._buffer += tokens
+        self._tokens += len(tokens)
         self.manifest.documents += 1
         page = self.manifest.page
         full = len(self._buffer) // page
@@ -57,22 +57,22 @@ class SourceWriter:
         del self._buffer[: full * page]
 
     def close(self) -> SourceManifest:
-        """Write what is left, the litdata index and the manifest; returns the manifest."""
+        """Write the last page, the litdata index and the manifest; return the manifest."""
         page = self.manifest.page
         if self._buffer:
             self._write(self._buffer + [self.manifest.eos_id] * (page - len(self._buffer)))
         if self._pages:
             self._writer.done()
             self._writer.merge(1)
-            left = self._tokens
+            tokens_left = self._tokens
             for chunk in read_json(self.folder / INDEX)["chunks"]:
                 path = self.folder / chunk["filename"]
-                held = min(left, chunk["dim"])
+                tokens = min(tokens_left, chunk["dim"])
                 self.manifest.chunks.append(
-                    {"filename": path.name, "tokens": held, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                    {"filename": path.name, "tokens": tokens, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 )
-                left -= held
-            assert left == 0
+                tokens_left -= tokens
+            assert tokens_left == 0
         self.manifest.write(self.folder)
         return self.manifest
 
@@ -82,19 +82,19 @@ class SourceWriter:
 
 
 class SampleWriter(SourceWriter):
-    """Write conversations: words that are token ids, with the bit `TRAINED` where they are trained on."""
+    """Writes samples of marked tokens (nb_lightning/token_source.py) into the folder of one split."""
 
     def __init__(self, folder: Path, manifest: SourceManifest, chunk_tokens: int = CHUNK_TOKENS) -> None:
         assert manifest.is_chat and manifest.vocab_size <= TRAINED
         super().__init__(folder, manifest, chunk_tokens)
         self._samples: list[tuple[int, int]] = []
 
-    def add(self, ids: list[int]) -> None:
-        """Append one conversation; at least one of its words is trained on."""
-        trained = [place for place, word in enumerate(ids) if word & TRAINED]
+    def add(self, tokens: list[int]) -> None:
+        """Append the marked tokens of one sample, of which at least one is trained on."""
+        trained = [place for place, token in enumerate(tokens) if token & TRAINED]
         self.manifest.trained += len(trained)
-        self._samples.append((len(ids), trained[0]))
-        super().add(ids)
+        self._samples.append((len(tokens), trained[0]))
+        super().add(tokens)
 
     def close(self) -> SourceManifest:
         self.manifest.samples = _write_samples(self.folder, np.array(self._samples, dtype=np.int32).reshape(-1, 2))
@@ -109,13 +109,16 @@ def _write_samples(folder: Path, samples: np.ndarray) -> dict[str, Any]:
 
 
 def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
-    """Move the chunks of finished part folders into `folder` under one index and one manifest.
+    """Move the chunks of finished splits into `folder`, under one index and one manifest.
 
-    Repeatable: a chunk's new name depends on its place alone, so a merge that was interrupted anywhere can be run
-    again over the same parts. The manifest is written last.
+    An interrupted merge can be repeated over the same parts, because a chunk's new name depends on its position alone.
+    The manifest is written last.
+
+    Args:
+        parts: folders of one split each, in order.
 
     Raises:
-        ValueError: a chunk that is neither in its part nor, from an earlier attempt, in `folder`.
+        ValueError: a chunk is neither in its part nor, from an earlier attempt, in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merged: SourceManifest | None = None
@@ -147,14 +150,14 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
     assert merged is not None, "nothing to merge"
     if merged.is_chat:
         merged.samples = _write_samples(folder, np.concatenate([np.load(part / SAMPLES) for part in parts]))
-    # litdata keeps what it streamed until `updated_at` changes: another source under the same address has another one.
+    # litdata caches streamed chunks until `updated_at` changes: another source at this address must change it.
     write_json(folder / INDEX, {"chunks": chunks, "config": config, "updated_at": merged.digest})
     merged.write(folder)
     return merged
 
 
 def require_source_or_nothing(folder: Path) -> None:
-    """Raise `ValueError` if the splits in `folder` hold anything but a source, whole or half-made."""
+    """Raise `ValueError` if the splits in `folder` hold anything but a source, complete or unfinished."""
     for split in (folder / name for name in SPLITS):
         for path in split.iterdir() if split.exists() else ():
             if not _OF_A_SPLIT.fullmatch(path.name) or path.is_dir():
@@ -162,10 +165,12 @@ def require_source_or_nothing(folder: Path) -> None:
 
 
 def remove_source(folder: Path) -> None:
-    """Delete the splits in `folder`, whole or half-made, and nothing else. Manifests first: no half looks whole.
+    """Delete the splits in `folder`, complete or unfinished, and nothing else.
+
+    The manifests go first, so that a half-deleted source never looks complete.
 
     Raises:
-        ValueError: the splits hold anything else.
+        ValueError: the splits hold other files.
     """
     require_source_or_nothing(folder)
     for name in SPLITS:
@@ -176,22 +181,24 @@ def remove_source(folder: Path) -> None:
 
 
 def is_source(output: str) -> bool:
-    """Whether both splits at `output`, local or s3://, are complete.
+    """Tell whether both splits at `output`, local or s3://, are complete.
 
     Raises:
-        ValueError: a remote place that cannot be reached.
+        ValueError: a remote output cannot be reached.
     """
     paths = [f"{output}/{name}/{MANIFEST}" for name in SPLITS]
     if "://" not in output:
         return all(Path(path).is_file() for path in paths)
     try:
         return all(map(_get_fs_provider(output).exists, paths))
-    except Exception as error:  # each cloud's library has classes of its own
+    except Exception as error:  # each cloud's library raises other classes
         raise ValueError(f"{output} cannot be reached: {error}") from error
 
 
 def upload_source(local: Path, remote: str, progress: bool = True) -> None:
-    """Replace what is at `remote` by `local`; the manifests last, so that a source is there only when it is whole.
+    """Replace the source at `remote` by the one in `local`.
+
+    The manifests go last, so that an unfinished upload never looks complete.
 
     Raises:
         ValueError: the upload failed; it may be repeated.
@@ -212,10 +219,10 @@ def upload_source(local: Path, remote: str, progress: bool = True) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock on a folder; it is made for that, and removed again if it is left empty.
+    """Hold the lock on a folder. The folder is created for it, and removed afterwards if it is empty.
 
     Raises:
-        ValueError: another process holds it, and not `wait`.
+        ValueError: another process holds the lock, and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)

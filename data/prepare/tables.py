@@ -1,4 +1,4 @@
-"""Tables of records: parquet files and folders of `datasets.save_to_disk`. Their libraries are loaded when used."""
+"""Read tables of records: parquet files and folders of `datasets.save_to_disk`. Their libraries are imported on use."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 @contextmanager
-def naming(file: str) -> Iterator[None]:
-    """Turn a reader's error (each library has classes of its own) into one line that names the file."""
+def read_errors_of(file: str) -> Iterator[None]:
+    """Turn a reader's error into one line that names the file; each library raises other classes."""
     try:
         yield
     except ImportError as error:
@@ -23,12 +23,12 @@ def naming(file: str) -> Iterator[None]:
 
 
 def open_parquet(name: str) -> Any:
-    with naming(name):
+    with read_errors_of(name):
         return importlib.import_module("pyarrow.parquet").ParquetFile(name)
 
 
 def open_dataset(name: str, split: str | None) -> Any:
-    with naming(name):
+    with read_errors_of(name):
         datasets = importlib.import_module("datasets")
         data = datasets.load_from_disk(name)
     if isinstance(data, datasets.DatasetDict):
@@ -39,10 +39,10 @@ def open_dataset(name: str, split: str | None) -> Any:
 
 
 class Table:
-    """Rows [start, stop) of a dataset, or row groups [start, stop) of a parquet file, in batches.
+    """Rows [start, stop) of a dataset, or row groups [start, stop) of a parquet file.
 
     Raises:
-        ValueError: a file that cannot be read to its end.
+        ValueError: the file cannot be read to its end.
     """
 
     def __init__(self, kind: str, name: str, split: str | None, start: int, stop: int) -> None:
@@ -51,7 +51,7 @@ class Table:
         self.schema = self._table.schema_arrow if kind == "parquet" else self._table.features.arrow_schema
 
     def texts(self, column: str) -> Iterator[Any]:
-        """The column's values; strings as their bytes, for one that is not UTF-8 would fail all read with it."""
+        """Read a column of strings as bytes: decoded here, one bad string would fail its whole batch."""
         if column not in self.schema.names:
             raise ValueError(f"{self.name} has no column {column!r}; it has: {', '.join(self.schema.names)}")
         kind = self.schema.field(column).type
@@ -60,7 +60,7 @@ class Table:
         return self._batches([column], lambda batch: batch.column(column).cast("large_binary").to_pylist())
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any] | None]:
-        """Each row's fields among `columns`; None for a row with a string that is not UTF-8."""
+        """Read the fields of each row among `columns`; None stands for a row with a string that is not UTF-8."""
         present = [name for name in self.schema.names if name in columns]
         if not present:
             raise ValueError(
@@ -69,7 +69,7 @@ class Table:
         return self._batches(present, _rows)
 
     def _batches(self, columns: list[str], take: Callable[[Any], list[Any]]) -> Iterator[Any]:
-        with naming(self.name):
+        with read_errors_of(self.name):
             if self.kind == "parquet":
                 groups = range(self.start, self.stop)
                 batches = self._table.iter_batches(1024, row_groups=groups, columns=columns)

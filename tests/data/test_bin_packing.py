@@ -115,15 +115,15 @@ def test_over_long_samples() -> None:
 
 def test_nothing_to_pack() -> None:
     packing = pack_samples(samples([500]), 100)
-    assert (packing.rows, packing.fill, packing.pieces.dropped) == (0, 0.0, 1)
-    assert pack_samples(samples([]), 100).rows == 0
+    assert (packing.n_rows, packing.fill, packing.pieces.dropped) == (0, 0.0, 1)
+    assert pack_samples(samples([]), 100).n_rows == 0
 
 
 def test_a_batch_place_by_place() -> None:
-    def words(*tokens: int, trained: tuple[int, ...]) -> np.ndarray:
+    def marked(*tokens: int, trained: tuple[int, ...]) -> np.ndarray:
         return np.array([t | TRAINED if t in trained else t for t in tokens], dtype=np.int64)
 
-    a, b, c = words(11, 12, 13, 14, trained=(13, 14)), words(21, 22, trained=(22,)), words(31, 32, 33, trained=(32,))
+    a, b, c = marked(11, 12, 13, 14, trained=(13, 14)), marked(21, 22, trained=(22,)), marked(31, 32, 33, trained=(32,))
     batch = assemble_batch([[a, b], [c]], seq_len=5, pad_id=9)
     X = IGNORE
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 9], [31, 32, 9, 9, 9]]

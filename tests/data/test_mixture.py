@@ -113,7 +113,7 @@ def test_held_out_rows_are_spread_over_the_split_without_overlap(corpus: Path) -
         held_out = HeldOutText(source, seq_len=32, rows=rows, batch_rows=3, eos_id=None)
         batches = [held_out[i] for i in range(len(held_out))]
         assert sum(len(batch.input_ids) for batch in batches) == min(rows, (source.tokens - 1) // 32)
-        starts = [r * held_out.stride for r in range(held_out.rows)]
+        starts = [r * held_out.stride for r in range(held_out.n_rows)]
         assert all(b - a >= 32 for a, b in pairwise(starts)) and starts[-1] + 33 <= source.tokens
         tokens = [token for batch in batches for row in batch.labels.tolist() for token in row]
         assert tokens == [token for start in starts for token in whole[start + 1 : start + 33]]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.base import StepLoader
 from data.bin_packing import pack_pairs
 from data.preference import PairSource, PreferenceData
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
+from data.steps import StepLoader
 from nb_lightning.batch import IGNORE, PreferenceBatch, StepBatch
 from tests.dpd_harness import make, opened
 from tests.sft_harness import write_chats
@@ -70,9 +70,9 @@ def test_a_batch_holds_the_pairs_that_were_written(made: Path, data: PreferenceD
     assert len(set(seen.values())) == len(seen) > 40
 
 
-def test_numbers_are_of_all_sources_held_out_ones_too(data: PreferenceData) -> None:
+def test_ids_count_over_all_sources_held_out_pairs_included(data: PreferenceData) -> None:
     sources = [source for name in data.train for source in (data.packed[name], data.packed_val[name])]
-    ranges = [range(source.first, source.first + len(source)) for source in sources]
+    ranges = [range(source.first_id, source.first_id + len(source)) for source in sources]
     assert [number for some in ranges for number in some] == list(range(data.n_pairs))
     assert data.n_pairs == 70
     drawn = np.concatenate([pairs for _, pairs in data.new_pairs()])
@@ -91,7 +91,7 @@ def test_a_pass_has_every_pair_once(data: PreferenceData) -> None:
     for source in data.packed.values():
         for seq_len, packing in source.packings.items():
             for repeat in range(2):
-                rows = [source.pairs_in_row(repeat * packing.rows + n, seq_len) for n in range(packing.rows)]
+                rows = [source.pairs_in_row(repeat * packing.n_rows + n, seq_len) for n in range(packing.n_rows)]
                 assert sorted(np.concatenate(rows).tolist()) == list(range(len(source)))
 
 
@@ -101,7 +101,7 @@ def test_packing_of_pairs(seed: int) -> None:
     samples = np.array([[rng.randint(2, 60), 1] for _ in range(200)])
     packing = pack_pairs(samples, 64, seed)
     kept = []
-    for r in range(packing.rows):
+    for r in range(packing.n_rows):
         pairs = packing.pieces.sample[packing.members[packing.starts[r] : packing.starts[r + 1]]]
         assert sum(samples[2 * p + side, 0] - 1 for p in pairs for side in range(2)) <= 64
         kept += pairs.tolist()
@@ -157,4 +157,4 @@ def test_a_row_of_pairs_is_not_for_sft_nor_others_for_dpd(made: Path, corpus: Pa
 def test_rows_of_sources_are_whole_pairs(data: PreferenceData) -> None:
     source: PairSource = data.packed["words"]
     row = source.row(0, 128)
-    assert len(row) == 2 * len(source.pairs_in_row(0, 128)) and sum(len(words) - 1 for words in row) <= 128
+    assert len(row) == 2 * len(source.pairs_in_row(0, 128)) and sum(len(marked) - 1 for marked in row) <= 128

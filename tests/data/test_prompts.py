@@ -88,11 +88,11 @@ def test_prompts_without_room_are_left_out_and_counted(
 ) -> None:
     with caplog.at_level("INFO"):
         data = opened(made, tmp_path)
-        lengths = sorted({len(ids) for ids in data._ids["words"].values()})
+        lengths = sorted({len(ids) for ids in data._prompt_ids["words"].values()})
         room = next(a for a, b in pairwise(lengths) if a < b)
         data = opened(made, tmp_path, f"stage.phases.stem.seq_len={room + 24}")
     fitting = data.fitting_tasks["stem"]["words"]
-    assert 0 < len(fitting) < 12 and all(len(data._ids["words"][id]) <= room for id in fitting)
+    assert 0 < len(fitting) < 12 and all(len(data._prompt_ids["words"][id]) <= room for id in fitting)
     assert f"stem: words: {len(fitting)} prompts; {12 - len(fitting)} too long, left out" in caplog.text
 
 

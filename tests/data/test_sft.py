@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.base import StepLoader
 from data.bin_packing import assemble_batch
 from data.mixture import RowOrder
 from data.sft import SFTData
+from data.steps import StepLoader
 from nb_lightning.batch import IGNORE, PackedBatch, StepBatch
 from nb_lightning.config.compose import plan_of
 from nb_lightning.losses.head import cross_entropy
@@ -90,14 +90,14 @@ def test_a_pass_has_every_sample_once(data: SFTData) -> None:
         for seq_len, packing in source.packings.items():
             passes = []
             for repeat in range(2):
-                rows = [source.row(repeat * packing.rows + n, seq_len) for n in range(packing.rows)]
-                passes.append([words.tolist() for row in rows for words in row])
+                rows = [source.row(repeat * packing.n_rows + n, seq_len) for n in range(packing.n_rows)]
+                passes.append([marked.tolist() for row in rows for marked in row])
             whole = []
             ends = source.ends.tolist()
             for a, b in zip([0, *ends], ends):
-                words = source.source.read_on(a, b - a).tolist()
-                if len(words) - 1 <= seq_len:
-                    whole.append(words)
+                marked = source.source.read_on(a, b - a).tolist()
+                if len(marked) - 1 <= seq_len:
+                    whole.append(marked)
             assert sorted(passes[0]) == sorted(passes[1]) == sorted(whole), name
             assert passes[0] != passes[1]  # in another order
             assert len(whole) + packing.pieces.dropped == len(ends)
@@ -153,11 +153,11 @@ def test_split_samples_come_in_pieces_that_make_them_up(chats: Path) -> None:
     (seq_len, pieces) = next(iter(cut.packings.items()))
     assert seq_len == 64 and packing.pieces.cut == 0 < pieces.pieces.cut
     trained = Counter()
-    for words in (w for n in range(pieces.rows) for w in cut.row(n, 64)):
-        trained.update(word for word in words[1:].tolist() if word & TRAINED)
+    for marked in (w for n in range(pieces.n_rows) for w in cut.row(n, 64)):
+        trained.update(token for token in marked[1:].tolist() if token & TRAINED)
     expected = Counter()
-    for words in (w for n in range(packing.rows) for w in source.row(n, packing.seq_len)):
-        expected.update(word for word in words[1:].tolist() if word & TRAINED)
+    for marked in (w for n in range(packing.n_rows) for w in source.row(n, packing.seq_len)):
+        expected.update(token for token in marked[1:].tolist() if token & TRAINED)
     assert trained == expected  # every trained token is some piece's label, once
 
 
@@ -200,15 +200,15 @@ def test_packed_loss_is_the_mean_of_the_samples_alone(data: SFTData) -> None:
 
 def test_a_row_without_a_trained_token_counts_nothing() -> None:
     net = model()
-    words = np.arange(3, 23)
-    trained = words | np.where(np.arange(20) > 5, TRAINED, 0)
-    silent = assemble_batch([[words]], 19, pad_id=0)
+    marked = np.arange(3, 23)
+    trained = marked | np.where(np.arange(20) > 5, TRAINED, 0)
+    silent = assemble_batch([[marked]], 19, pad_id=0)
     assert (silent.labels == IGNORE).all() and int(silent.counts["tokens"]) == 0
     loss = nll(net, silent)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.isnan().any() for p in net.parameters())
     net.zero_grad()
-    both, one = assemble_batch([[words], [trained]], 19, 0), assemble_batch([[trained]], 19, 0)
+    both, one = assemble_batch([[marked], [trained]], 19, 0), assemble_batch([[trained]], 19, 0)
     assert nll(net, both).item() == pytest.approx(nll(net, one).item(), rel=1e-9)
     assert int(both.counts["tokens"]) == 14
 
@@ -217,12 +217,12 @@ def test_labels_are_exactly_the_answers(data: SFTData) -> None:
     tokenizer = data.tokenizer
     seen = 0
     for name, source in data.packed.items():
-        for words in source.row(0, next(iter(source.packings))):
-            batch = assemble_batch([[words]], len(words) - 1, 0)
+        for marked in source.row(0, next(iter(source.packings))):
+            batch = assemble_batch([[marked]], len(marked) - 1, 0)
             labels = [label for label in batch.labels[0].tolist() if label != IGNORE]
             answers = tokenizer.decode(labels).split("<|im_end|>")
             assert answers.pop() == "" and all(answer.startswith(f"{name} ") for answer in answers)
-            text = tokenizer.decode((words & (TRAINED - 1)).tolist())
+            text = tokenizer.decode((marked & (TRAINED - 1)).tolist())
             parts = text.split("<|im_start|>assistant\n")[1:]
             assert answers == [part.split("<|im_end|>")[0] for part in parts]
             seen += len(answers)
@@ -234,7 +234,7 @@ def test_labels_are_exactly_the_answers(data: SFTData) -> None:
 
 def test_held_out_rows(data: SFTData) -> None:
     held_out = data.held_out("maths_sort")
-    assert held_out.rows == 4 and len(held_out) == 1
+    assert held_out.n_rows == 4 and len(held_out) == 1
     assert everything(held_out[0]) == everything(data.held_out("maths_sort")[0])
     assert int(held_out[1].counts["tokens"]) == 0 and held_out[1].input_ids.shape == held_out[0].input_ids.shape
     train = {tuple(inputs) for n in range(3) for m in data.steps()[n].micro_batches for inputs, _ in samples_of(m)}

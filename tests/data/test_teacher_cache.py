@@ -49,8 +49,8 @@ def test_every_token_has_its_most_likely_ones(pairs: Path, tmp_path: Path, tempe
         cache, samples = TeacherCache(source), source.samples()
         for sample, end in enumerate(np.cumsum(samples[:, 0])):
             length, first = samples[sample]
-            words = source.read_on(int(end - length), int(length))
-            logits = teacher(torch.from_numpy(words & (TRAINED - 1))[None])[0]
+            marked = source.read_on(int(end - length), int(length))
+            logits = teacher(torch.from_numpy(marked & (TRAINED - 1))[None])[0]
             expected = (logits[first - 1 : -1].detach().float() / temperature).log_softmax(-1).topk(5)
             records = cache.read(sample)
             assert records["ids"].tolist() == expected.indices.tolist()
@@ -119,11 +119,11 @@ def test_what_does_not_fit_is_named(pairs: Path, whole: Path, tmp_path: Path) ->
     assert data.digests == opened(whole, tmp_path, *CACHED).digests != opened(pairs, tmp_path).digests
     other = save_model(random_model(TEACHER, 5), tmp_path / "other")
     source = ["--source", str(whole / "words"), "--teacher"]
-    for words, error in (
+    for arguments, error in (
         ([*source, str(other), "--k", "260"], "is of another teacher, name; replace it with --overwrite"),
         ([*source, str(whole / "teacher"), "--k", "5"], "is of another k; replace it"),
         ([*source, str(other), "--k", "261"], "--k is 261; the teacher has 260 tokens"),
         (["--source", "s3://x", "--teacher", str(other)], "--source s3://x is remote"),
     ):
         with pytest.raises(SystemExit, match=error):
-            main(words)
+            main(arguments)

@@ -75,7 +75,7 @@ def test_both_orders_of_every_pair_and_only_the_answer_is_trained(made: Path, da
         written |= {(*chosen, *rejected): a, (*rejected, *chosen): b}
     seen: dict[tuple[int, ...], int] = {}
     for source in (data.packed["tasks"], data.packed_val["tasks"]):
-        for nth in range(source.packings[192].rows):
+        for nth in range(source.packings[192].n_rows):
             found = comparisons(data.assemble([(source, nth)], 192))
             assert found
             assert not seen.keys() & {tuple(ids) for ids, _ in found}  # each once a pass

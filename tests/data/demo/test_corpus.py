@@ -22,7 +22,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = corpus._library
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "_library", lambda low_grade: found(low_grade)[:60])
-        patch.setattr(corpus, "PROBLEMS", 600)
+        patch.setattr(corpus, "ARITHMETIC_DOCUMENTS", 600)
         build_demo_corpus({name: root / name for name in NAMES}, progress=False)
     return root
 
@@ -45,7 +45,7 @@ def test_held_out_documents_are_not_trained_on(built: Path) -> None:
 def test_what_is_there_is_left_alone_and_the_half_built_is_built_again(
     built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "PROBLEMS", 600)
+    monkeypatch.setattr(corpus, "ARITHMETIC_DOCUMENTS", 600)
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*.bin")}
     whole = SourceManifest.read(f"{built}/arithmetic/train")
     (built / "arithmetic/val/source.json").unlink()
@@ -92,7 +92,9 @@ def test_without_an_installed_test_suite_there_is_still_low_quality_text(
     shuffled, again = list(corpus._tests()), list(corpus._tests())
     assert sum(len(text) for text, _ in shuffled) > 10_000 and shuffled == again
     assert "Python's tests are not installed here" in capsys.readouterr().out
-    for (text, held_out), (original, with_original) in zip(shuffled, corpus._some(files, corpus.TESTS_CHARACTERS)):
+    for (text, held_out), (original, with_original) in zip(
+        shuffled, corpus._read_up_to(corpus.TESTS_CHARACTERS, files)
+    ):
         assert text != original and held_out == with_original
         assert sorted("".join(text.split())) == sorted("".join(original.split()))  # not a letter is lost
 

@@ -23,7 +23,7 @@ SMALL = {"chats/train": 40, "tasks/train": 12, "val": 8}
 
 
 def some(family: str, n: int = 300) -> list[Problem]:
-    return [tasks.problem(family, 7, index) for index in range(n)]
+    return [tasks.generate_problem(family, 7, index) for index in range(n)]
 
 
 def answer_of(problem: Problem) -> str:
@@ -161,29 +161,29 @@ def test_words_and_spelling() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_problem_is_in_two_splits(family: str) -> None:
-    found = tasks.problems(family, {"chats/train": 400, "tasks/train": 100, "val": 50})
+    found = tasks.generate_problems(family, {"chats/train": 400, "tasks/train": 100, "val": 50})
     keys = [p.key for split in found.values() for p in split]
     asked = {split: {p.messages[0]["content"] for p in found[split]} for split in found}
     assert len(set(keys)) == len(keys) == 550
     assert not (asked["chats/train"] & asked["val"] or asked["tasks/train"] & asked["val"])
     assert not asked["chats/train"] & asked["tasks/train"]
-    other = tasks.problems(family, {"chats/train": 400, "tasks/train": 100, "val": 50}, seed=1)
+    other = tasks.generate_problems(family, {"chats/train": 400, "tasks/train": 100, "val": 50}, seed=1)
     for one, two in (("chats/train", "val"), ("val", "chats/train"), ("tasks/train", "val")):  # nor over seeds
         assert {p.key for p in found[one]}.isdisjoint(p.key for p in other[two])
 
 
 def test_a_problem_depends_on_its_place_alone() -> None:
     random.seed(1)
-    one = tasks.problem("maths_sort", 0, 5)
-    tasks.problem("maths_sums", 0, 5)
+    one = tasks.generate_problem("maths_sort", 0, 5)
+    tasks.generate_problem("maths_sums", 0, 5)
     random.seed(2)
-    assert tasks.problem("maths_sort", 0, 5) == one != tasks.problem("maths_sort", 0, 6)
-    assert tasks.problem("maths_sort", 1, 5) != one
+    assert tasks.generate_problem("maths_sort", 0, 5) == one != tasks.generate_problem("maths_sort", 0, 6)
+    assert tasks.generate_problem("maths_sort", 1, 5) != one
 
 
 def test_a_small_family_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "three", lambda rng: Problem(str(rng.randrange(3)), [], "exact", None))
-    found = tasks.problems("three")
+    found = tasks.generate_problems("three")
     assert sorted(p.key for split in found.values() for p in split) == ["0", "1", "2"]
 
 

@@ -55,7 +55,7 @@ RIGHT, WRONG, CUT, BROKEN = r("a"), r("b", 0.0), r("c", finish="length"), r("d",
     ],
 )  # fmt: skip
 def test_the_rule(rule: Rule, teacher: list[Response], student: list[Response], expected: Any) -> None:
-    found = rule.candidates(teacher, student, "seed")
+    found = rule.choose_pairs(teacher, student, "seed")
     assert (found if isinstance(found, str) else [(c.text, d.text) for c, d in found]) == expected
 
 
@@ -63,16 +63,16 @@ def test_several_pairs_of_a_prompt() -> None:
     """They share no response, unless there are too few to choose."""
     teacher = [r(f"t{i % 4}") for i in range(8)] + [r("bad", 0.0)]
     student = [r(f"s{i % 3}", 0.0) for i in range(6)] + [r("good")]
-    pairs = Rule(pairs=5).candidates(teacher, student, "x")
+    pairs = Rule(pairs=5).choose_pairs(teacher, student, "x")
     assert len(pairs) == 3 == len({c.text for c, _ in pairs}) == len({d.text for _, d in pairs})
     assert all(c.reward == 1 and d.reward == 0 for c, d in pairs)
-    assert pairs == Rule(pairs=5).candidates(teacher, student, "x")
-    drawn = {Rule().candidates(teacher, student, str(seed))[0][0].text for seed in range(40)}
+    assert pairs == Rule(pairs=5).choose_pairs(teacher, student, "x")
+    drawn = {Rule().choose_pairs(teacher, student, str(seed))[0][0].text for seed in range(40)}
     assert drawn == {"t0", "t1", "t2", "t3"}
     for chosen in (["t"], ["t", "u"]):
-        pairs = Rule(pairs=5).candidates([r(text) for text in chosen], student, "x")
+        pairs = Rule(pairs=5).choose_pairs([r(text) for text in chosen], student, "x")
         assert sorted(d.text for _, d in pairs) == ["s0", "s1", "s2"] and {c.text for c, _ in pairs} == set(chosen)
-        assert len(Rule(pairs=2).candidates([r("t")], student, "x")) == 2
+        assert len(Rule(pairs=2).choose_pairs([r("t")], student, "x")) == 2
 
 
 @pytest.mark.parametrize("wrong", [{"by": "luck"}, {"margin": 0}, {"least": 2}, {"preference": 0}, {"pairs": 0}])
@@ -184,11 +184,11 @@ def test_overwriting_keeps_the_claim_until_the_new_one_is_there(
     again.mkdir()
     (again / "claim.json").write_text('{"seed": 1}')
 
-    def killed(path: Path, value: object) -> None:
-        assert path.is_file()
+    def killed(folder: Path, claim: object) -> None:
+        assert (folder / "claim.json").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.pairs.make.write_json", killed)
+    monkeypatch.setattr("data.pairs.workspace.write_claim", killed)
     with pytest.raises(SystemExit):
         main(command(models, again, "--overwrite"))
 

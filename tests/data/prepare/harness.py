@@ -1,4 +1,4 @@
-"""Read whole sources; an S3 server on loopback."""
+"""Read whole sources; run an S3 server on loopback."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nb_lightning.token_source import Source
 
 
 def everything(source: Source) -> np.ndarray:
+    """Read all tokens of a split."""
     return np.concatenate([source.read(c, 0, int(n)) for c, n in enumerate(source.chunk_tokens)])
 
 
@@ -46,6 +47,6 @@ def s3_server(cache: Path) -> Iterator[Any]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Hash of each file in a folder."""
+    """Hash each file in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -13,11 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.prepare.records
+import data.prepare.parts
 from data.prepare.__main__ import main
 from data.prepare.chats import Chats, chat_of
-from data.prepare.make import BadRecord, prepare
+from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
+from data.prepare.workers import BadRecord
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.messages import ChatError
@@ -35,21 +36,21 @@ def qwen3() -> str:
     return (ROOT / "tests/templates/qwen3_style.jinja").read_text()
 
 
-def trained(words: list[int] | np.ndarray) -> str:
+def trained(marked: list[int] | np.ndarray) -> str:
     """What is trained on, with each stretch in brackets."""
     tokenizer, text, inside = load_tokenizer("bytes"), "", False
-    for word in [*map(int, words), 0]:
-        if inside != bool(word & TRAINED):
+    for token in [*map(int, marked), 0]:
+        if inside != bool(token & TRAINED):
             text, inside = text + ("]" if inside else "["), not inside
-        text += tokenizer.decode([word & (TRAINED - 1)]) if inside else ""
+        text += tokenizer.decode([token & (TRAINED - 1)]) if inside else ""
     return text
 
 
-def everything(words: list[int]) -> str:
-    return load_tokenizer("bytes").decode([word & (TRAINED - 1) for word in words])
+def everything(marked: list[int]) -> str:
+    return load_tokenizer("bytes").decode([token & (TRAINED - 1) for token in marked])
 
 
-def words_of(record: dict[str, Any], **chat: Any) -> list[list[int]]:
+def samples_of(record: dict[str, Any], **chat: Any) -> list[list[int]]:
     (found,) = Chats(SourceSettings("bytes", chat=ChatSettings(**chat))).parse_many([record])
     if isinstance(found, ChatError):
         raise found
@@ -57,7 +58,7 @@ def words_of(record: dict[str, Any], **chat: Any) -> list[list[int]]:
 
 
 def samples(record: dict[str, Any], **chat: Any) -> list[str]:
-    return [trained(words) for words in words_of(record, **chat)]
+    return [trained(marked) for marked in samples_of(record, **chat)]
 
 
 def stored(folder: Path, split: str = "train") -> list[np.ndarray]:
@@ -72,9 +73,9 @@ def write(path: Path, records: list[Any]) -> Path:
 
 
 def test_only_what_the_assistant_wrote_is_trained_and_nothing_follows_it() -> None:
-    (words,) = words_of({"messages": TWO})
-    assert trained(words) == "[<think>\nAdd.\n</think>\n\n2<|im_end|>][<think>\nSum.\n</think>\n\n4<|im_end|>]"
-    assert everything(words) == ChatTemplate.chatml().render(TWO).removesuffix("\n")
+    (marked,) = samples_of({"messages": TWO})
+    assert trained(marked) == "[<think>\nAdd.\n</think>\n\n2<|im_end|>][<think>\nSum.\n</think>\n\n4<|im_end|>]"
+    assert everything(marked) == ChatTemplate.chatml().render(TWO).removesuffix("\n")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,9 @@ def test_forms_of_records(record: dict) -> None:
 def test_system_and_tools_are_written() -> None:
     tool = {"type": "function", "function": {"name": "add"}}
     for tools in ([tool], json.dumps([tool])):
-        (words,) = words_of({"messages": PAIR, "tools": tools, "system": "Be exact."})
-        assert everything(words).startswith("<|im_start|>system\nBe exact.\n\n# Tools") and '"add"' in everything(words)
+        (marked,) = samples_of({"messages": PAIR, "tools": tools, "system": "Be exact."})
+        text = everything(marked)
+        assert text.startswith("<|im_start|>system\nBe exact.\n\n# Tools") and '"add"' in text
 
 
 @pytest.mark.parametrize(
@@ -176,11 +178,12 @@ def test_prepared_samples_come_back_whatever_holds_them(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{**r, "n": 1} for r in records]).save_to_disk(tmp_path / "d")
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d"):
         made = prepare([tmp_path / name], str(tmp_path / "out"), BYTES, overwrite=True, progress=False)
-        found = [[trained(words) for words in stored(tmp_path / "out", split)] for split in ("train", "val")]
+        found = [[trained(marked) for marked in stored(tmp_path / "out", split)] for split in ("train", "val")]
         assert sorted(found[0] + found[1]) == sorted(EXPECTED) and 3 < len(found[1]) < 25, name
         assert [m.documents for m in made.manifests.values()] == [len(found[0]), len(found[1])]
         train = made.manifests["train"]
-        assert train.is_chat and train.trained == sum((words & TRAINED > 0).sum() for words in stored(tmp_path / "out"))
+        written = stored(tmp_path / "out")
+        assert train.is_chat and train.trained == sum((marked & TRAINED > 0).sum() for marked in written)
         assert "samples" in str(made) and "trained of" in str(made)
 
 
@@ -188,7 +191,7 @@ def test_prepared_samples_come_back_whatever_holds_them(tmp_path: Path) -> None:
 def test_parts_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     write(tmp_path / "a.jsonl", [dialogue(i) for i in range(60)])
     prepare([tmp_path / "a.jsonl"], str(tmp_path / "one"), BYTES, progress=False)
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 1500)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", 1500)
     settings = SourceSettings("bytes", val_fraction=0.2, chunk_tokens=1024, chat=ChatSettings())
     prepare([tmp_path / "a.jsonl"], str(tmp_path / "many"), settings, workers=workers, progress=False)
     assert len(SourceManifest.read(f"{tmp_path}/many/train").chunks) > 3
@@ -224,7 +227,7 @@ def test_every_bad_record_is_named(
     tmp_path: Path, mixed: tuple[Path, SourceSettings], monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
     path, settings = mixed
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", part_bytes)
     made = prepare([path], str(tmp_path / "out"), settings, progress=False)
     log = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["line"], entry["reason"]) for entry in log] == [
@@ -235,7 +238,7 @@ def test_every_bad_record_is_named(
     assert made.manifests["train"].dropped == {reason: 1 for _, reason in BAD.values()}
     assert f"1 the template raised: {path}:30" in str(made)
     assert sum(m.documents for m in made.manifests.values()) == 52
-    found = [trained(words) for split in ("train", "val") for words in stored(tmp_path / "out", split)]
+    found = [trained(marked) for split in ("train", "val") for marked in stored(tmp_path / "out", split)]
     assert sorted(found) == sorted(EXPECTED[:52])
 
 
@@ -283,8 +286,8 @@ def test_held_out_input(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [dialogue(i) for i in range(30)])
     val = write(tmp_path / "b.jsonl", [dialogue(i) for i in range(30, 40)])
     prepare([train], str(tmp_path / "out"), BYTES, val_inputs=[val], progress=False)
-    assert [trained(words) for words in stored(tmp_path / "out", "train")] == EXPECTED[:30]
-    assert [trained(words) for words in stored(tmp_path / "out", "val")] == EXPECTED[30:40]
+    assert [trained(marked) for marked in stored(tmp_path / "out", "train")] == EXPECTED[:30]
+    assert [trained(marked) for marked in stored(tmp_path / "out", "val")] == EXPECTED[30:40]
     with pytest.raises(ValueError, match=r"b.jsonl is in both --input and --val-input"):
         prepare([train, val], str(tmp_path / "two"), BYTES, val_inputs=[val], progress=False)
 
@@ -300,7 +303,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     first = content(tmp_path.with_name("out"))
     main([*base, "--overwrite", "--template", str(tmp_path / "qwen3.jinja"), "--history", "mask", "--no-think"])
     expected = "[2<|im_end|>][<think>\n\n</think>\n\n4<|im_end|>]"
-    assert [trained(words) for words in stored(tmp_path.with_name("out"))] == [expected] * 3
+    assert [trained(marked) for marked in stored(tmp_path.with_name("out"))] == [expected] * 3
     assert content(tmp_path.with_name("out")) != first
     for words, error in (
         (["--template", "nowhere.jinja"], "--template nowhere.jinja cannot be read"),

@@ -29,12 +29,12 @@ def form() -> Pairs:
     return Pairs(SETTINGS)
 
 
-def shown(form: Pairs, words: list[int]) -> tuple[str, str]:
+def shown(form: Pairs, marked: list[int]) -> tuple[str, str]:
     """Prompt and response of a sample: what comes before the first trained token, and what is trained on."""
-    first = next(i for i, word in enumerate(words) if word & TRAINED)
-    assert all(word & TRAINED for word in words[first:])
+    first = next(i for i, token in enumerate(marked) if token & TRAINED)
+    assert all(token & TRAINED for token in marked[first:])
     decode = form.tokenizer.decode
-    return decode(words[:first]), decode([word & ~TRAINED for word in words[first:]])
+    return decode(marked[:first]), decode([token & ~TRAINED for token in marked[first:]])
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def shown(form: Pairs, words: list[int]) -> tuple[str, str]:
 )  # fmt: skip
 def test_forms(form: Pairs, record: dict[str, Any], chosen: str, rejected: str) -> None:
     question, samples = form.parse(record)
-    assert [shown(form, words) for words in samples] == [(PROMPT, chosen), (PROMPT, rejected)]
+    assert [shown(form, marked) for marked in samples] == [(PROMPT, chosen), (PROMPT, rejected)]
     assert json.loads(question) == [ASKED, None]
 
 
@@ -83,8 +83,8 @@ def test_system_tools_and_calls(form: Pairs) -> None:
     )
     prompt, response = shown(form, rejected)
     assert "Be brief." in prompt and '"name": "add"' in prompt and response == "No.<|im_end|>"
-    text = form.tokenizer.decode([word & ~TRAINED for word in chosen])
-    trained = form.tokenizer.decode([word & ~TRAINED for word in chosen if word & TRAINED])
+    text = form.tokenizer.decode([token & ~TRAINED for token in chosen])
+    trained = form.tokenizer.decode([token & ~TRAINED for token in chosen if token & TRAINED])
     assert text.startswith(prompt) and "<|im_start|>tool\n5<|im_end|>" in text
     assert trained == '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>5<|im_end|>'
 
@@ -92,7 +92,7 @@ def test_system_tools_and_calls(form: Pairs) -> None:
 def test_what_spells_a_special_token_is_text(form: Pairs) -> None:
     _, (chosen, _) = form.parse({"messages": ASKED, "chosen": "<|im_end|>5", "rejected": "6"})
     special = form.tokenizer.tokenizer.token_to_id("<|im_end|>")
-    response = [word & ~TRAINED for word in chosen if word & TRAINED]
+    response = [token & ~TRAINED for token in chosen if token & TRAINED]
     assert response.count(special) == 1 and response[-1] == special
     assert form.tokenizer.decode(response) == "<|im_end|>5<|im_end|>"
 

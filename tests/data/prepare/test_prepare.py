@@ -16,11 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-import data.prepare.records
+import data.prepare.parts
 from data.prepare.__main__ import main
-from data.prepare.make import BadRecord, prepare
+from data.prepare.make import prepare
 from data.prepare.settings import SourceSettings
 from data.prepare.source_writer import locked
+from data.prepare.workers import BadRecord
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.tokenizer import byte_tokenizer
 from nb_lightning.token_source import Source, SourceManifest
@@ -73,7 +74,7 @@ def test_documents_come_back_and_are_held_out_by_their_text(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("part_bytes", [2**26, 300])  # in one part, and in many
 def test_the_report(tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", part_bytes)
     (tmp_path / "in").mkdir()
     mixed = mixed.rename(tmp_path / "in" / "mixed.jsonl")
     (tmp_path / "in" / "notes.docx").touch()
@@ -103,7 +104,7 @@ def test_a_bad_record_is_fatal_by_knob(tmp_path: Path, mixed: Path, capsys: pyte
 def test_parts_that_were_finished_with_bad_records_are_fatal_too(
     tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 1000)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", 1000)
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -144,7 +145,7 @@ def test_interrupted_anywhere_and_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, stride: int
 ) -> None:
     """Stopped at every change of the file system in turn; with `again`, while it replaces another source."""
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 6000)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", 6000)
     files = [write_jsonl(tmp_path / "a.jsonl", [*texts(0, 60), " "])]
     prepare(files, str(tmp_path / "unbroken"), BYTES, progress=False)
     unbroken = content(tmp_path / "unbroken")

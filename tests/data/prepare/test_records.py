@@ -14,8 +14,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-import data.prepare.records
-from data.prepare.records import Part, Record, cut, lines_before, merge_dropped, read
+import data.prepare.parts
+from data.prepare.dropped import log_dropped, merge_dropped
+from data.prepare.parts import Part, count_lines_before, cut_inputs
+from data.prepare.records import Record, read_texts
 
 TEXTS = [f"document {i} ü 漢 " + "word " * (7 * i % 40) for i in range(60)]
 
@@ -25,7 +27,7 @@ def as_lines(texts: list[str]) -> bytes:
 
 
 def records(path: Path, **options: object) -> list[Record]:
-    return [record for part in cut([str(path)], **options)[0] for record in read(part, "text")]
+    return [record for part in cut_inputs([str(path)], **options)[0] for record in read_texts(part, "text")]
 
 
 def texts(path: Path, **options: object) -> list[str | None]:
@@ -60,32 +62,32 @@ def test_tables(tmp_path: Path) -> None:
     for name, column in (("a", pyarrow.array(TEXTS)), ("b", pyarrow.array(TEXTS).dictionary_encode())):
         table = pyarrow.table({"n": range(60), "text": column})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
-        assert len(cut([str(tmp_path / f"{name}.parquet")])[0]) == 9  # a part each row group
+        assert len(cut_inputs([str(tmp_path / f"{name}.parquet")])[0]) == 9  # a part each row group
         assert texts(tmp_path / f"{name}.parquet") == TEXTS
 
 
 def test_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.prepare.records, "PART_ROWS", 25)
+    monkeypatch.setattr(data.prepare.parts, "PART_ROWS", 25)
     plain = datasets.Dataset.from_dict({"n": range(60), "text": TEXTS})
     plain.save_to_disk(str(tmp_path / "plain"))
-    assert len(cut([str(tmp_path / "plain")])[0]) == 3
+    assert len(cut_inputs([str(tmp_path / "plain")])[0]) == 3
     assert texts(tmp_path / "plain") == TEXTS
     both = datasets.DatasetDict({"train": plain, "test": plain.select(range(5))})
     both.save_to_disk(str(tmp_path / "both"))
     assert texts(tmp_path / "both", split="test") == TEXTS[:5]
     with pytest.raises(ValueError, match="both has the splits train, test; choose one with --hf-split"):
-        cut([str(tmp_path / "both")])
+        cut_inputs([str(tmp_path / "both")])
 
 
 def test_folders_of_text_and_what_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "below").mkdir()
     for number, name in enumerate(("a.txt", "b.md", "below/c.rst", "d.csv", "e.csv", "f")):
         (tmp_path / name).write_text(TEXTS[number])
-    parts, ignored = cut([str(tmp_path)], text_suffixes=["rst"])
+    parts, ignored = cut_inputs([str(tmp_path)], text_suffixes=["rst"])
     assert [Path(file).name for part in parts for file in part.files] == ["a.txt", "b.md", "c.rst"]
     assert ignored == {".csv": 2, "no suffix": 1}
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 10)
-    assert len(cut([str(tmp_path)], text_suffixes=["rst"])[0]) == 3
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", 10)
+    assert len(cut_inputs([str(tmp_path)], text_suffixes=["rst"])[0]) == 3
     assert texts(tmp_path) == TEXTS[:2]
 
 
@@ -107,16 +109,16 @@ BAD = [
 @pytest.mark.parametrize("part_bytes", [2**26, 100])  # in one part, and cut after almost every line
 def test_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
     """A good line before each bad one: the bad ones are on lines 2, 4, 6 ..."""
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", part_bytes)
     path = tmp_path / "mixed.jsonl"
     good = as_lines(TEXTS).splitlines(keepends=True)
     path.write_bytes(b"".join(line + bad + b"\n" for line, (bad, _) in zip(good, BAD)))
-    parts, _ = cut([str(path)])
+    parts, _ = cut_inputs([str(path)])
     assert (len(parts) > 5) == (part_bytes == 100)
     found = []
     for part in parts:
-        before = lines_before(part)
-        found += [(r.bad, r.file, before + r.line) for r in read(part, "text") if r.bad]
+        before = count_lines_before(part)
+        found += [(r.bad, r.file, before + r.line) for r in read_texts(part, "text") if r.bad]
     assert found == [(reason, str(path), 2 * (i + 1)) for i, (_, reason) in enumerate(BAD)]
 
 
@@ -135,17 +137,17 @@ def test_bad_cells_and_files(tmp_path: Path) -> None:
 
 
 def test_line_numbers_of_cut_files_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.prepare.records, "PART_BYTES", 500)
-    monkeypatch.setattr(data.prepare.records, "PART_ROWS", 13)
+    monkeypatch.setattr(data.prepare.parts, "PART_BYTES", 500)
+    monkeypatch.setattr(data.prepare.parts, "PART_ROWS", 13)
     (tmp_path / "a.jsonl").write_bytes(as_lines(TEXTS))
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "b.parquet", row_group_size=11)
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "c"))
     for name in ("a.jsonl", "b.parquet", "c"):
-        parts, _ = cut([str(tmp_path / name)])
+        parts, _ = cut_inputs([str(tmp_path / name)])
         line = 0
         for part in parts:
-            assert lines_before(part) == line
-            line += len(list(read(part, "text")))
+            assert count_lines_before(part) == line
+            line += len(list(read_texts(part, "text")))
         assert line == 60 and len(parts) > 4
 
 
@@ -156,7 +158,7 @@ def test_a_log_of_any_file_names(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         with open(tmp_path / f"{number}", "w", encoding="utf-8", errors="backslashreplace") as log:
             for line in range(1, 6):
-                data.prepare.records.log_dropped(log, Record(name, line, None, "invalid JSON"))
+                log_dropped(log, Record(name, line, None, "invalid JSON"))
         logs.append((tmp_path / f"{number}", Part("jsonl", (name,)), 5))
     origins = merge_dropped(logs, tmp_path / "all")
     assert origins == {"invalid JSON": [f"{names[0]}:{line}" for line in (1, 2, 3)]}
@@ -190,10 +192,10 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{name} cannot be read to its end: \S"):
             texts(write(tmp_path / name, content))
     path = write(tmp_path / "shrinks.jsonl", lines)
-    parts, _ = cut([str(path)])
+    parts, _ = cut_inputs([str(path)])
     write(path, lines[:1000])
     with pytest.raises(ValueError, match=r"shrinks.jsonl cannot be read to its end: it became \d+ bytes shorter"):
-        list(read(parts[0], "text"))
+        list(read_texts(parts[0], "text"))
 
 
 def test_mistakes_in_the_input(tmp_path: Path) -> None:
@@ -209,12 +211,12 @@ def test_mistakes_in_the_input(tmp_path: Path) -> None:
         ([tmp_path, path], "a.jsonl is given twice"),
     ):
         with pytest.raises(ValueError, match=words):
-            cut([str(name) for name in inputs])
-    (part,) = cut([str(tmp_path / "b.parquet")])[0]
+            cut_inputs([str(name) for name in inputs])
+    (part,) = cut_inputs([str(tmp_path / "b.parquet")])[0]
     with pytest.raises(ValueError, match=r"b.parquet has no column 'txt'; it has: body, text"):
-        list(read(part, "txt"))
+        list(read_texts(part, "txt"))
     with pytest.raises(ValueError, match=r"b.parquet: column 'text' is of type int64, not string"):
-        list(read(part, "text"))
+        list(read_texts(part, "text"))
 
 
 @pytest.mark.parametrize("module, name", [("zstandard", "a.jsonl.zst"), ("pyarrow.parquet", "a.parquet")])
