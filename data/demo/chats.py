@@ -34,8 +34,8 @@ def build_demo_chats(tasks: Path, sources: dict[str, Path], tokenizer: str, temp
     for name, folder in sources.items():
         files = {split: chats / split / f"{name}.jsonl" for split in ("train", "val")}
         if not files["train"].is_file():
-            known = ", ".join(sorted(path.stem for path in (chats / "train").iterdir()))
-            raise ValueError(f"data.sources.{name}: the demo tasks have {known} (data.demo_tasks=true)")
+            families = ", ".join(sorted(path.stem for path in (chats / "train").iterdir()))
+            raise ValueError(f"data.sources.{name}: the demo tasks have {families} (data.demo_tasks=true)")
         made_of = {split: sha256_of(file) for split, file in files.items()}
         made_of |= {"tokenizer": form.tokenizer.digest, "template": template_digest(form.encoder.template)}
         with locked(folder.parent, wait=True):  # a second process waits here, and then has nothing to build

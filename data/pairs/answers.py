@@ -1,4 +1,4 @@
-"""What is known of one task on its way from sampled responses to pairs."""
+"""The state of one task on its way from sampled responses to pairs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def prepare(
     if val_inputs:
         settings = replace(settings, val_fraction=0.0)
     place = Staging(output.rstrip("/"), staging)
-    _require_usable(settings, workers, holds_out_by_fraction=not val_inputs)
+    _require_valid_settings(settings, workers, holds_out_by_fraction=not val_inputs)
     _require_no_output_inside([*inputs, *val_inputs], place)
     parts, ignored = _cut(inputs, val_inputs, None if settings.chat else text_suffixes, hf_split)
     source_writer.require_source_or_nothing(place.source)
@@ -75,7 +75,7 @@ def prepare(
     return prepared
 
 
-def _require_usable(settings: SourceSettings, workers: int, holds_out_by_fraction: bool) -> None:
+def _require_valid_settings(settings: SourceSettings, workers: int, holds_out_by_fraction: bool) -> None:
     if holds_out_by_fraction and not 0 < settings.val_fraction < 1:
         raise ValueError(f"--val-fraction is {settings.val_fraction}; it must lie between 0 and 1")
     for name, value, least in (("chunk-tokens", settings.chunk_tokens, PAGE), ("workers", workers, 1)):

@@ -37,13 +37,13 @@ class Staging:
         self.output = output
         self.is_remote = "://" in output
         self.folder = folder or _default_folder(output)
-        self.work = self.folder / "parts"
-        self.source = self.work / "whole" if self.is_remote else Path(output)  # where the parts are merged
+        self.parts_folder = self.folder / "parts"
+        self.source = self.parts_folder / "whole" if self.is_remote else Path(output)  # where the parts are merged
         self.claim: dict[str, Any] = {}
 
     def part_folder(self, number: int) -> Path:
         """Name the folder of a part; it exists once the part is finished."""
-        return self.work / f"{number:06d}"
+        return self.parts_folder / f"{number:06d}"
 
     def take(self, claim: dict[str, Any], overwrite: bool) -> None:
         """Claim the folder, or resume the same work in it. Call it under the folder's lock.
@@ -53,8 +53,8 @@ class Staging:
                 source; in any case, the folder holds something else.
         """
         old = read_claim(self.folder)
-        if self.work.exists() and not old:
-            raise ValueError(f"{self.work} is in the way, and not from a preparation; choose another --staging")
+        if self.parts_folder.exists() and not old:
+            raise ValueError(f"{self.parts_folder} is in the way, and not from a preparation; choose another --staging")
         changed = [key for key in changed_keys(old, claim) if key != "state"]
         if changed and old["state"] != "over" and not overwrite:
             raise ValueError(
@@ -70,8 +70,8 @@ class Staging:
         if not old:
             write_claim(self.folder, claim)
         self.claim = old or claim
-        self.work.mkdir(exist_ok=True)
-        for unfinished in self.work.glob("*.*"):
+        self.parts_folder.mkdir(exist_ok=True)
+        for unfinished in self.parts_folder.glob("*.*"):
             shutil.rmtree(unfinished)
 
     @property
@@ -86,7 +86,7 @@ class Staging:
     def clean_up(self) -> None:
         """Remove all work. The claim says so first, so that half-removed parts are never resumed."""
         write_claim(self.folder, {**self.claim, "state": "over"})
-        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.parts_folder, ignore_errors=True)
         (self.folder / CLAIM).unlink()
 
     def require_room(self, parts: list[Part], settings: SourceSettings) -> None:

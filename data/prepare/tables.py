@@ -51,7 +51,7 @@ class Table:
         self.schema = self._table.schema_arrow if kind == "parquet" else self._table.features.arrow_schema
 
     def texts(self, column: str) -> Iterator[Any]:
-        """Read a column of strings as bytes: decoded here, one bad string would fail its whole batch."""
+        """Read a column of strings as bytes: a single one that is not UTF-8 would fail the decoding of its batch."""
         if column not in self.schema.names:
             raise ValueError(f"{self.name} has no column {column!r}; it has: {', '.join(self.schema.names)}")
         kind = self.schema.field(column).type
