@@ -1,7 +1,8 @@
-"""A tiny corpus of real litdata chunks, and `train.py` run as a user runs it."""
+"""The tiers of the tests, a tiny corpus of real litdata chunks, and `train.py` run as a user runs it."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,35 @@ from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.token_source import SourceManifest
 from tests.harness import SOURCES, Train, run_train
 
+# Tiers --------------------------------------------------------------------------------------------------------------
+
+
+def tier_of(item: pytest.Item) -> str:
+    """Return "slow" or "runs" if the test has that marker, else "unit"."""
+    return next((name for name in ("slow", "runs") if item.get_closest_marker(name)), "unit")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the unit tests, and run the tiers one after the other."""
+    for item in items:
+        if tier_of(item) == "unit":
+            item.add_marker("unit")
+    items.sort(key=lambda item: ("unit", "runs", "slow").index(tier_of(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Stop after the unit tests if one of them failed: what builds on them would fail for the same reason."""
+    result = yield
+    if nextitem is not None and tier_of(item) == "unit" != tier_of(nextitem):
+        if item.session.testsfailed:
+            item.session.shouldfail = "a unit test failed; the other tests were not started (-m runs starts them)"
+    return result
+
+
+# Fixtures -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -21,7 +51,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`paths.data_root` with four small sources of pseudo-words, each in several chunks."""
+    """Return a `paths.data_root` with four small sources of pseudo-words, each in several chunks."""
     root = tmp_path_factory.mktemp("data")
     tokenizer = load_tokenizer("bytes")
     for number, name in enumerate(SOURCES):
@@ -39,7 +69,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(corpus: Path, tmp_path: Path) -> Train:
-    """Run `python train.py` on the tiny plan with further overrides; the run is in `tmp_path / "runs/pretrain"`."""
+    """Return a function that runs `train.py` on the tiny plan with more overrides, in `tmp_path / "runs/pretrain"`."""
 
     def run(*overrides: str, **options: object) -> object:
         return run_train(corpus, tmp_path, *overrides, **options)

@@ -1,16 +1,16 @@
-"""Prove that a refactor changes nothing: run every stage at a tiny budget and print digests of all results.
+"""Prove that a refactor changes nothing: run every stage at a tiny budget, and write digests of all results.
 
-Run it in the checkout before and after a change, on one machine, and compare the files:
+Run it before and after the change, on one machine, and let it compare:
 
-    python tests/golden.py before.json        # in the old checkout
-    python tests/golden.py after.json         # in the new one
-    diff before.json after.json
+    python tests/golden.py before.json                          # in the old checkout
+    python tests/golden.py after.json --compare before.json     # in the new one: exit code 1 and a line per difference
 
-It knows only public addresses (commands, config keys, file formats), so it runs in any version that has them.
+It uses public addresses only (commands, config keys, file formats), so it runs in every version that has them.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -19,6 +19,11 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,37 +81,70 @@ SOURCES = ("docs", "code", "tests", "arithmetic")
 FAMILIES = ("maths_sort", "science_binary", "code_functions", "general_words", "general_spelling", "tools_calls")
 
 
-def main(out: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="where the digests are written")
+    parser.add_argument("--compare", type=Path, metavar="BEFORE", help="digests of another version")
+    args = parser.parse_args()
+    before = json.loads(args.compare.read_text()) if args.compare else None
+    digests = compute_digests()
+    args.out.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
+    if before is not None:
+        lines = list(differences(before, digests))
+        print("\n".join(lines) or "the same: all losses, rows, weights and files")
+        sys.exit(bool(lines))
+
+
+def compute_digests() -> dict[str, Any]:
+    """Prepare the sources, run every stage, then the commands; the keys are in this order."""
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         root = Path(folder)
         write_inputs(root)
-        digests: dict[str, Any] = {"prepared": prepare(root)}
+        with step("data.prepare"):
+            digests: dict[str, Any] = {"prepared": prepare(root)}
         for stage, overrides in STAGES.items():
-            print(f"golden: {stage}", file=sys.stderr)
-            extra = [f"callbacks=[{stage},trace]", "hydra.searchpath=[pkg://nb_trace.conf]"] if stage != "rl" else []
+            trace = [f"callbacks=[{stage},trace]", "hydra.searchpath=[pkg://nb_trace.conf]"] if stage != "rl" else []
             paths = [f"paths.root={root}", f"paths.data_root={root}/data"]
-            run(root, "train.py", f"stage={stage}", *TINY, *overrides.split(), *paths, *extra)
+            with step(f"train.py stage={stage}"):
+                run(root, "train.py", f"stage={stage}", *TINY, *overrides.split(), *paths, *trace)
             digests[stage] = digest_of_run(root / "runs" / stage)
-        digests |= commands(root)
-    out.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
+        with step("evaluate, pairs, export"):
+            digests |= run_commands(root)
+    return digests
 
 
-def run(root: Path, *words: str, check: bool = True) -> None:
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    start = time.monotonic()
+    print(f"golden: {name} ...", end="", file=sys.stderr, flush=True)
+    yield
+    print(f" {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield a line for each value that differs: the first of them is the first in the order of the pipeline."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in [*after, *(key for key in before if key not in after)]:
+            yield from differences(before.get(key), after.get(key), f"{path}/{key}")
+    elif isinstance(before, list) and isinstance(after, list):
+        for i, (old, new) in enumerate(zip_longest(before, after)):
+            yield from differences(old, new, f"{path}[{i}]")
+    elif before != after:
+        yield f"{path.lstrip('/')}: {before} before, {after} now"
+
+
+def run(root: Path, *arguments: str, check: bool = True) -> None:
+    """Run Python with these arguments; with `check`, end with the output of a command that fails."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "docs/examples/nb_trace")])
+    command = [sys.executable, *(str(ROOT / word) if word == "train.py" else word for word in arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *(str(ROOT / word) if word == "train.py" else word for word in words)],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if check and done.returncode:
-        sys.exit(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
 def write_inputs(root: Path) -> None:
-    """Documents, conversations, pairs and tasks, the same in every run."""
+    """Write documents, conversations, pairs and tasks: the same in every run."""
     rng = random.Random(0)
 
     def text(least: int, most: int) -> str:
@@ -143,36 +181,32 @@ def write_inputs(root: Path) -> None:
 
 
 def prepare(root: Path) -> dict[str, str]:
+    """Tokenize every source, two at a time."""
     common = ["--tokenizer", "bytes", "--val-fraction", "0.2"]
     jobs = [(name, f"demo/{name}", []) for name in SOURCES]
     jobs += [(name, f"demo_chats/{name}", ["--chat"]) for name in FAMILIES]
     jobs += [("pairs", "pairs", ["--pairs"])]
-    for name, folder, flags in jobs:
-        output = ["--output", f"{root}/data/{folder}"]
-        run(root, "-m", "data.prepare", "--input", f"{root}/{name}.jsonl", *output, *flags, *common)
+
+    def prepare_source(job: tuple[str, str, list[str]]) -> None:
+        name, folder, flags = job
+        files = ["--input", f"{root}/{name}.jsonl", "--output", f"{root}/data/{folder}"]
+        run(root, "-m", "data.prepare", *files, *flags, *common)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(prepare_source, jobs))
     return {folder: digest_of_folder(root / "data" / folder) for _, folder, _ in jobs}
 
 
-def commands(root: Path) -> dict[str, Any]:
-    """What evaluation, the pair maker and the export make of the trained models."""
-    runs, tasks = root / "runs", ["--tasks", f"{root}/digits.jsonl"]
-    tail = ["--max-new-tokens", "24"]
-    results = root / "evaluation.json"
-    run(root, "-m", "nb_lightning.evaluate", "--model", f"{runs}/rl", *tasks, *tail, "--k", "2", "--out", str(results))
+def run_commands(root: Path) -> dict[str, Any]:
+    """Evaluate, make pairs and export with the trained models."""
+    runs, sampling = root / "runs", ["--tasks", f"{root}/digits.jsonl", "--max-new-tokens", "24"]
+    evaluate = ["--model", f"{runs}/rl", "--k", "2", "--out", f"{root}/evaluation.json"]
+    run(root, "-m", "nb_lightning.evaluate", *evaluate, *sampling)
     pairs = ["--teacher", f"{runs}/sft", "--student", f"{runs}/dpd", "--output", f"{root}/made"]
-    run(root, "-m", "data.pairs", *tasks, *pairs, *tail, check=False)  # may end without a pair: compare the responses
-    run(
-        root,
-        "-m",
-        "nb_lightning.export",
-        "--from",
-        f"{runs}/rl",
-        "--to",
-        f"{root}/exported",
-        "--gguf",
-        f"{root}/x.gguf",
-    )
-    evaluation = json.loads(results.read_text())["tasks"]
+    run(root, "-m", "data.pairs", *pairs, *sampling, check=False)  # fails where no pair results: compare the responses
+    export = ["--from", f"{runs}/rl", "--to", f"{root}/exported", "--gguf", f"{root}/x.gguf"]
+    run(root, "-m", "nb_lightning.export", *export)
+    evaluation = json.loads((root / "evaluation.json").read_text())["tasks"]
     return {
         "evaluation": digest(json.dumps(evaluation, sort_keys=True).encode()),
         "responses": {path.name: digest(path.read_bytes()) for path in sorted((root / "made").glob("*.jsonl"))},
@@ -191,7 +225,7 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def digest_of_run(folder: Path) -> dict[str, Any]:
-    """Losses, rows and weights of a run; without times."""
+    """Return the losses of a run, and digests of its metrics (without times), rows and weights."""
     digests: dict[str, Any] = {"losses": [], "checkpoints": {}}
     with open(folder / "metrics/version_0/metrics.csv", newline="") as file:
         rows = [
@@ -209,7 +243,7 @@ def digest_of_run(folder: Path) -> dict[str, Any]:
 
 
 def digest_of_tensors(checkpoint: Path) -> str:
-    """Over weights and optimizer states."""
+    """Digest the weights and the optimizer's states."""
     state = torch.load(checkpoint / "state", weights_only=True)
     total = hashlib.sha256()
 
@@ -228,4 +262,4 @@ def digest_of_tensors(checkpoint: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
