@@ -24,7 +24,7 @@ from nb_lightning.run_folder import ON_POLICY_FILTER, on_policy_filter_picture
 
 
 class OnPolicyFilter(PhaseCallback):
-    """Sets `datamodule.selected_tasks` at the start of every phase, and draws how often each prompt was solved.
+    """Sets `datamodule.selected_tasks` at the start of every phase, and draws how often prompts were solved.
 
     A source that is judged inside its groups keeps all its prompts: a group's mean says nothing about the policy.
 
@@ -53,35 +53,35 @@ class OnPolicyFilter(PhaseCallback):
             )
         self.samples, self.low, self.high = samples, low, high
         self.candidates, self.min_prompts = candidates, min_prompts
-        self.kept: dict[str, dict[str, list[str]]] = {}
+        self.selected_tasks: dict[str, dict[str, list[str]]] = {}  # phase -> source -> task ids
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept}
+        return {"kept": self.selected_tasks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.kept = state_dict["kept"]
+        self.selected_tasks = state_dict["kept"]
 
     def on_train_start(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        module.data.selected_tasks = self.kept
+        module.data.selected_tasks = self.selected_tasks
 
     def on_phase_start(self, trainer: pl.Trainer, module: PolicyModule, phase: Phase) -> None:
-        if phase.name in self.kept:
+        if phase.name in self.selected_tasks:
             return
         tasks = module.data.tasks
-        candidates, kept = {}, {}
+        candidates, selected = {}, {}
         for source, ids in module.data.fitting_tasks[phase.name].items():
             if all(is_judged_in_group(tasks[source][id]) for id in ids):
-                kept[source] = ids
+                selected[source] = ids
             else:
                 candidates[source] = ids[: self.candidates]
         if candidates:
-            kept |= self._filter(trainer, module, phase.name, candidates)
-        self.kept[phase.name] = kept
+            selected |= self._filter(trainer, module, phase.name, candidates)
+        self.selected_tasks[phase.name] = selected
 
     def _filter(
         self, trainer: pl.Trainer, module: PolicyModule, phase: str, candidates: dict[str, list[str]]
     ) -> dict[str, list[str]]:
-        """Sample the candidates on all ranks together; return the task ids of each source that are kept."""
+        """Sample the candidates on all ranks together; return the task ids of each source that are selected."""
         tasks = [module.data.tasks[source][id] for source, ids in candidates.items() for id in ids]
         sampler = replace(module.sampler, k=self.samples)
         share = -(-len(tasks) // trainer.world_size)
@@ -90,11 +90,11 @@ class OnPolicyFilter(PhaseCallback):
             prompts = sampler.encode(tasks, module.cfg.seed)
             attempts = iter(sampler.sample_over_ranks(prompts, on_scored=lambda _: bar.update()))
         means = {source: {id: next(attempts).mean_reward for id in ids} for source, ids in candidates.items()}
-        kept = {
+        selected = {
             source: [id for id, mean in by_id.items() if self.low < mean < self.high] for source, by_id in means.items()
         }
         report = {
-            source: {"counts": self._counts(by_id.values()), "kept": len(kept[source]), "of": len(by_id)}
+            source: {"counts": self._counts(by_id.values()), "kept": len(selected[source]), "of": len(by_id)}
             for source, by_id in means.items()
         }
         if trainer.is_global_zero:
@@ -106,7 +106,7 @@ class OnPolicyFilter(PhaseCallback):
             )
             if numbers["kept"] < self.min_prompts:
                 self._stop(phase, source, list(means[source].values()))
-        return kept
+        return selected
 
     def _counts(self, means: Iterable[float]) -> list[int]:
         """Count the prompts with 0, 1, ... correct samples; partial rewards are rounded."""
@@ -128,15 +128,15 @@ class OnPolicyFilter(PhaseCallback):
         plot_filter(phase, report, self.samples, (self.low, self.high), run / on_policy_filter_picture(phase))
 
 
-def plot_filter(phase: str, report: dict[str, Any], samples: int, kept: tuple[float, float], path: Path) -> None:
-    """Prompts by how many of the samples were right, one panel a source; what is kept is coloured."""
+def plot_filter(phase: str, report: dict[str, Any], samples: int, bounds: tuple[float, float], path: Path) -> None:
+    """Draw the number of prompts by their correct samples, one panel a source; bars of kept prompts are coloured."""
     plt = pyplot()
     figure, axes = plt.subplots(
         1, len(report), figsize=(4.5 * len(report) + 0.5, 3.2), squeeze=False, constrained_layout=True
     )
+    low, high = bounds
+    colors = [COLORS[0] if low < n / samples < high else GREY for n in range(samples + 1)]
     for axis, (name, numbers) in zip(axes[0], report.items()):
-        inside = [kept[0] < n / samples < kept[1] for n in range(samples + 1)]
-        colors = [COLORS[0] if x else GREY for x in inside]
         axis.bar(range(samples + 1), numbers["counts"], color=colors, width=0.85)
         axis.set_title(f"{name}: {numbers['kept']} of {numbers['of']} kept", fontsize=10, loc="left")
         axis.set_xlabel(f"right, of {samples}")

@@ -64,10 +64,10 @@ def with_packages(runner: str, packages: Sequence[str], preload: Sequence[str]) 
     Raises:
         ValueError: a package is not installed.
     """
-    found = {name: importlib.util.find_spec(name) for name in packages}
-    if missing := [name for name, spec in found.items() if spec is None]:
+    specs = {name: importlib.util.find_spec(name) for name in packages}
+    if missing := [name for name, spec in specs.items() if spec is None]:
         raise ValueError(f"this verifier needs {', '.join(missing)}: pip install 'nb_lightning[rewards]'")
-    readable = tuple(str(Path(spec.origin).parent) for spec in found.values() if spec and spec.origin)
+    readable = tuple(str(Path(spec.origin).parent) for spec in specs.values() if spec and spec.origin)
     path = tuple(str(Path(folder).resolve()) for folder in sys.path)
     return Setup(runner, preload=tuple(preload), path=path, readable=readable)
 
@@ -76,9 +76,9 @@ def failure(outcome: Outcome) -> tuple[str, str]:
     """Return the status and the reason for the score of a job that ended without a result."""
     if outcome.status == "lost":
         return "verifier_error", outcome.reason
-    told = [line["error"] for line in outcome.report if isinstance(line, dict) and line.keys() == {"error"}]
-    if outcome.status == "crash" and told:
-        return error_status(str(told[0])), readable(str(told[0]))
+    errors = [line["error"] for line in outcome.report if isinstance(line, dict) and line.keys() == {"error"}]
+    if outcome.status == "crash" and errors:
+        return error_status(str(errors[0])), readable(str(errors[0]))
     return "crash" if outcome.status == "ok" else outcome.status, outcome.reason or "ended early"
 
 
@@ -159,11 +159,11 @@ class Sandbox:
         )
         job = {**job, "cpu": limits.cpu_seconds, "wall": limits.wall_seconds}
         outcome = self.run({**job, "items": items}, b"", many)
-        told = {line["item"]: line for line in outcome.report if isinstance(line, dict) and _is_index(line, items)}
-        done = next((i for i in range(len(items)) if i not in told), len(items))
-        results: list[Any] = [told[i] for i in range(done)]
-        if done < len(items):
-            alone = self.threads.map(lambda item: self.run_items(job, [item], limits)[0], items[done + 1 :])
+        lines = {line["item"]: line for line in outcome.report if isinstance(line, dict) and _is_index(line, items)}
+        n_done = next((i for i in range(len(items)) if i not in lines), len(items))
+        results: list[Any] = [lines[i] for i in range(n_done)]
+        if n_done < len(items):
+            alone = self.threads.map(lambda item: self.run_items(job, [item], limits)[0], items[n_done + 1 :])
             results += [outcome, *alone]
         return results
 
@@ -228,10 +228,10 @@ def describe(hello: dict[str, Any]) -> str:
     """Describe what protects this machine from the jobs, in words."""
     if not hello:
         return "no jail: time and memory limits only"
-    parts = [f"Landlock {hello['landlock']}" if hello["landlock"] else "no Landlock: no file can be opened"]
-    parts += ["seccomp" if hello["seccomp"] else "NO SECCOMP", "limits"]
-    parts += ["another user"] * hello["other_user"] + ["bubblewrap"] * bool(bubblewrap())
-    return " + ".join(parts) + (f"; UNSAFE, a job {', '.join(hello['escapes'])}" if hello["escapes"] else "")
+    protections = [f"Landlock {hello['landlock']}" if hello["landlock"] else "no Landlock: no file can be opened"]
+    protections += ["seccomp" if hello["seccomp"] else "NO SECCOMP", "limits"]
+    protections += ["another user"] * hello["other_user"] + ["bubblewrap"] * bool(bubblewrap())
+    return " + ".join(protections) + (f"; UNSAFE, a job {', '.join(hello['escapes'])}" if hello["escapes"] else "")
 
 
 def _refusal(hello: dict[str, Any]) -> str:

@@ -121,23 +121,23 @@ class Worker:
             "cpu": limits.cpu_seconds, "wall": limits.wall_seconds, "threads": limits.threads,
             "memory_bytes": limits.memory_mb << 20,
         }  # fmt: skip
-        given: list[int] = []
+        passed: list[int] = []
         outputs: dict[int, bytearray] = {}
         try:
-            given += [_memory_file(json.dumps(job).encode()), _memory_file(stdin)]
+            passed += [_memory_file(json.dumps(job).encode()), _memory_file(stdin)]
             for _ in range(2):  # standard output, report
                 ours, theirs = os.pipe()
                 os.set_blocking(ours, False)
                 outputs[ours] = bytearray()
-                given.append(theirs)
-            socket.send_fds(self._socket, [json.dumps(order).encode()], given)
-            while given:
-                os.close(given.pop())
+                passed.append(theirs)
+            socket.send_fds(self._socket, [json.dumps(order).encode()], passed)
+            while passed:
+                os.close(passed.pop())
             end, flooded = self._read(outputs, limits)
         except ConnectionError:
             end, flooded = None, False
         finally:
-            for descriptor in (*given, *outputs):
+            for descriptor in (*passed, *outputs):
                 os.close(descriptor)
         stdout, report = map(bytes, outputs.values()) if outputs else (b"", b"")
         if end is None:

@@ -16,8 +16,8 @@ REFUSALS = (errno.EPERM, errno.EACCES)
 
 def escapes(memory_bytes: int) -> list[str]:
     """Run inside a job: list the forbidden things that it could do, and the needed things that it could not."""
-    found = [name for name, attempt in _forbidden(memory_bytes).items() if not _refused(attempt)]
-    return found + [name for name, attempt in _needed().items() if not _possible(attempt)]
+    escaped = [name for name, attempt in _forbidden(memory_bytes).items() if not _refused(attempt)]
+    return escaped + [name for name, attempt in _needed().items() if not _possible(attempt)]
 
 
 def _forbidden(memory_bytes: int) -> dict[str, Callable[[], object]]:

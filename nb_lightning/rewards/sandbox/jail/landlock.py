@@ -34,19 +34,19 @@ def ruleset(readable: Iterable[str]) -> int:
     version = abi()
     attributes = struct.pack("QQQ", *(_newest(table, version) for table in (FILES, NET, SCOPED)))
     size = 8 if version < 4 else 16 if version < 6 else 24
-    made = _checked(_syscall(CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
+    descriptor = _checked(_syscall(CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
     for path in readable:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         is_folder = stat.S_ISDIR(os.fstat(place).st_mode)
         rule = struct.pack("=Qi", READ_FILE | (READ_DIR if is_folder else 0), place)  # packed in the kernel's header
-        _checked(_syscall(ADD_RULE, made, 1, rule, 0), "landlock_add_rule")
+        _checked(_syscall(ADD_RULE, descriptor, 1, rule, 0), "landlock_add_rule")
         os.close(place)
-    return made
+    return descriptor
 
 
-def restrict(made: int) -> None:
+def restrict(descriptor: int) -> None:
     """Put this process under the ruleset, irrevocably. Needs no_new_privs."""
-    _checked(_syscall(RESTRICT_SELF, made, _QUIET), "landlock_restrict_self")
+    _checked(_syscall(RESTRICT_SELF, descriptor, _QUIET), "landlock_restrict_self")
 
 
 def _newest(table: dict[int, int], version: int) -> int:

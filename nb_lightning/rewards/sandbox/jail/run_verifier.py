@@ -11,21 +11,21 @@ from typing import Any
 
 import runner
 
-_made: list[Any] = []
+_verifiers: list[Any] = []
 
 
 def prepare(setup: dict[str, Any]) -> None:
     """Construct the verifier once, in the zygote: every job is a fork that has it."""
     module, _, attribute = setup["argument"].partition(":")
-    found = importlib.import_module(module)
+    make = importlib.import_module(module)
     for name in attribute.split("."):
-        found = getattr(found, name)
-    _made.append(found())
+        make = getattr(make, name)
+    _verifiers.append(make())
 
 
 def main() -> int:
     job = runner.task()
-    verifier = _made[0]
+    verifier = _verifiers[0]
     if "completions" not in job:
         try:
             getattr(verifier, "check", lambda reference: None)(job["reference"])

@@ -198,9 +198,9 @@ class Zygote:
                 os._exit(0)
         os.close(theirs)
         os.waitpid(pid, 0)
-        told = os.read(ours, 1 << 16)
+        report = os.read(ours, 1 << 16)
         os.close(ours)
-        return json.loads(told) if told else ["ends at once"]
+        return json.loads(report) if report else ["ends at once"]
 
 
 def standard_library() -> list[str]:
