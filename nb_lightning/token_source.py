@@ -1,16 +1,16 @@
-"""A tokenized source on disk, as it is read: litdata chunks that can be read from any token, each with a hash.
+"""Read a tokenized source from disk or S3: litdata chunks, each with a hash, readable from any token.
 
     <source>/<split>/index.json     litdata's index; the splits are train and val
                      chunk-*.bin    litdata chunks of fixed pages of `PAGE` tokens
                      source.json    exact token counts and the SHA-256 of every chunk (`SourceManifest`)
-                     samples.npy    of conversations: how long each is
+                     samples.npy    for conversations: the length of each
 
 Conversations are stored as marked tokens. A marked token is a token id of at most 30 bits with the bit `TRAINED` set
-where the token is trained on: `marked & TRAINED` asks, `marked & (TRAINED - 1)` is the id.
+if the token is trained on: `marked & TRAINED` tells, `marked & (TRAINED - 1)` is the id.
 
-litdata reads, streams (s3://) and caches the pages. Only a chunk's last page may be part full; its true length is in
-the manifest, so no token is ever dropped. litdata itself does not notice a flipped bit: `Source` checks a chunk's hash
-when it is first opened and names the file. Sources are written by data/prepare/source_writer.py.
+litdata reads, streams (s3://) and caches the pages. Only the last page of a chunk may be partly filled; its true length
+is in the manifest, so no token is dropped. litdata does not notice a flipped bit, so `Source` checks the hash of each
+chunk when it first opens it, and names the file. data/prepare/source_writer.py writes sources.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from litdata.streaming.fs_provider import _get_fs_provider
 
 from nb_lightning.files import sha256_of, write_json
 
-PAGE = 1024
+PAGE = 1024  # tokens
 MANIFEST = "source.json"
 INDEX = "index.json"
 SPLITS = ("train", "val")
@@ -40,11 +40,14 @@ TRAINED = 1 << 30  # the bit of a marked token
 
 @dataclass
 class SourceManifest:
-    """What `source.json` holds. `chunks` has one {filename, tokens, bytes, sha256} for each chunk.
+    """The content of `source.json`.
 
-    Of conversations only: `template` is the digest of the chat template, `trained` counts the tokens to train on, and
-    `samples` {bytes, sha256} is of the file `SAMPLES`. With `pairs` they are the chosen and the rejected response of
-    one pair after the other.
+    Attributes:
+        chunks: {filename, tokens, bytes, sha256} of each chunk.
+        template: digest of the chat template; only conversations have one, and the following attributes.
+        trained: number of tokens to train on.
+        samples: {bytes, sha256} of the file `SAMPLES`.
+        pairs: the samples are the chosen and the rejected response of one pair after the other.
     """
 
     tokenizer: str  # digest of the tokenizer
@@ -61,6 +64,7 @@ class SourceManifest:
 
     @property
     def is_chat(self) -> bool:
+        """Whether the source holds conversations."""
         return self.template is not None
 
     @property
@@ -69,7 +73,7 @@ class SourceManifest:
 
     @property
     def digest(self) -> str:
-        """One hash over the hashes of all chunks, in order: the identity of this data."""
+        """A hash over the hashes of all files, in order: the identity of this data."""
         files = [*self.chunks, *([self.samples] if self.samples else [])]
         return hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
 
@@ -78,10 +82,10 @@ class SourceManifest:
 
     @classmethod
     def read(cls, folder: str) -> SourceManifest:
-        """Read `source.json` of a split, local or s3://.
+        """Read `source.json` in the folder of a split, local or s3://.
 
         Raises:
-            ValueError: it is missing or is not a manifest.
+            ValueError: the file is missing or damaged.
         """
         path = f"{folder}/{MANIFEST}"
         try:
@@ -96,14 +100,14 @@ class SourceManifest:
 
 
 class Source:
-    """Read any run of tokens of a split. Opens lazily, so it may be sent to loader workers.
+    """The tokens of a split, readable from any position. Files are opened lazily, so loader workers may get a copy.
 
     Args:
         folder: the split's folder, local or s3://.
         verify: check the hash of each chunk when it is first read, in each process.
 
     Raises:
-        ValueError: on reading a chunk that is truncated, missing, cannot be streamed or differs from its recorded hash.
+        ValueError: on reading, a chunk is truncated, missing, cannot be streamed, or differs from its recorded hash.
     """
 
     def __init__(self, folder: str, verify: bool = True) -> None:
@@ -114,16 +118,20 @@ class Source:
         pages = -(-self.chunk_tokens // self.manifest.page)
         self._first_page = np.concatenate([[0], np.cumsum(pages)]).tolist()
         self._dataset: StreamingDataset | None = None
-        self._opened: set[int] = set()
+        self._checked: set[int] = set()
 
     @property
     def tokens(self) -> int:
         return int(self.chunk_tokens.sum())
 
     def samples(self) -> np.ndarray:
-        """[n, 2] int32: tokens of each conversation, and the place in it of the first one to train on.
+        """Read the lengths of the conversations, which follow one another in the order of the chunks.
 
-        They lie one after the other, in the order of the chunks.
+        Returns:
+            [n, 2] int32: tokens of each conversation, and the index in it of the first token to train on.
+
+        Raises:
+            ValueError: the file is missing or damaged.
         """
         assert self.manifest.samples is not None, self.folder
         name = f"{self.folder}/{SAMPLES}"
@@ -137,16 +145,16 @@ class Source:
 
     def read_on(self, start: int, n: int) -> np.ndarray:
         """Read [n] int64 tokens (of conversations: marked tokens) from token `start` on, counted over all chunks."""
-        parts = []
+        pieces = []
         while n > 0:
             chunk = int(np.searchsorted(self._ends, start, side="right"))
             take = min(n, int(self._ends[chunk]) - start)
-            parts.append(self.read(chunk, start - int(self._ends[chunk] - self.chunk_tokens[chunk]), take))
+            pieces.append(self.read(chunk, start - int(self._ends[chunk] - self.chunk_tokens[chunk]), take))
             start, n = start + take, n - take
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def read(self, chunk: int, start: int, n: int) -> np.ndarray:
-        """`n` tokens of `chunk` from its token `start`, as int64; they must lie inside the chunk."""
+        """Read [n] int64 tokens of one chunk from its token `start` on; all must lie inside the chunk."""
         assert start + n <= self.chunk_tokens[chunk]
         page = self.manifest.page
         first, last = start // page, (start + n - 1) // page
@@ -159,19 +167,20 @@ class Source:
         if self._dataset is None:
             loader = TokensLoader(self.manifest.page)
             self._dataset = StreamingDataset(self.folder, item_loader=loader, shuffle=False, drop_last=False)
-        if chunk not in self._opened and "://" not in self.folder:
+        if chunk not in self._checked and "://" not in self.folder:
             self._check(chunk, Path(self.folder, self.manifest.chunks[chunk]["filename"]))
         try:
             tokens = self._dataset[self._first_page[chunk] + page].numpy()
-        except Exception as error:  # litdata's threads, its clients and the network have a class each
+        except Exception as error:  # litdata's threads, its storage clients and the network raise many classes
             name = f"{self.folder}/{self.manifest.chunks[chunk]['filename']}"
             raise ValueError(f"data chunk {name} cannot be read: {error}") from error
-        if chunk not in self._opened:  # streamed: litdata has fetched it into its cache only now
+        if chunk not in self._checked:  # streamed: the read above has put it into litdata's cache
+            assert self._dataset.cache is not None  # made by the read above
             self._check(chunk, Path(self._dataset.cache.cache_dir, self.manifest.chunks[chunk]["filename"]))
         return tokens
 
     def _check(self, chunk: int, path: Path) -> None:
-        """Raise unless the chunk's file is the one that was written."""
+        """Raise ValueError unless size and hash of the chunk's file are as recorded."""
         entry = self.manifest.chunks[chunk]
         name = f"{self.folder}/{entry['filename']}"
         if not path.is_file():
@@ -184,15 +193,15 @@ class Source:
             raise ValueError(
                 f"data chunk {name} is damaged (its SHA-256 differs from {MANIFEST}); prepare the source again"
             )
-        self._opened.add(chunk)
+        self._checked.add(chunk)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dataset": None, "_opened": set()}
+        return {**self.__dict__, "_dataset": None, "_checked": set()}
 
 
 @contextmanager
 def _local(folder: str, name: str) -> Iterator[Path]:
-    """The file `name` of a folder, local or s3:// (then fetched for as long as this holds)."""
+    """Yield a local path to the file `name` of a folder; from s3:// it is downloaded to a temporary file."""
     if "://" not in folder:
         yield Path(folder, name)
         return

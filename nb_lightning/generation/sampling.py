@@ -1,4 +1,7 @@
-"""How the next token is chosen: temperature, top-k, top-p, and the draw itself. V vocabulary, B rows."""
+"""Choose the next token: temperature, top-k, top-p, and the draw itself. B rows, V vocabulary, n candidates.
+
+A row's token is a function of its own logits, sampling and uniform number, so it does not depend on the batch.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUCLEUS = 128  # most likely tokens looked at first under top-p and top-k; more only if they fall short
-BLOCK = 512  # weights that are summed before they are searched
+NUCLEUS = 128  # tokens that are sorted at first under top-p and top-k; more only if these are too few
+BLOCK = 512  # weights that are summed to one number before a long row is searched
 PAPER_DECODING = {"temperature": 0.6, "top_p": 0.95}  # Nanbeige4-3B report, section "Evaluation"
-COLDEST = 1e-30  # a temperature below it would be 0 in float32
+MIN_TEMPERATURE = 1e-30  # lower ones would be 0 in float32
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,15 @@ class Sampling:
     """How to choose tokens. The defaults sample from the model's own distribution.
 
     Attributes:
-        max_new_tokens: a row that has this many and no stop token ends with "length".
+        max_new_tokens: a row with this many tokens and no stop token ends with "length".
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: of those, keep the fewest whose probabilities sum to at least p (nucleus sampling).
         stop_ids: a row ends with the first of these, which is its last token.
-        top_logprobs: also report this many most likely tokens a step.
+        top_logprobs: report this many most likely tokens for each drawn one.
 
     Raises:
-        ValueError: a value out of its range, by name.
+        ValueError: names the value that is out of its range.
     """
 
     max_new_tokens: int
@@ -51,9 +54,7 @@ class Sampling:
 
 
 def choose(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
-    """Draw one token a row by inverting the distribution function at `uniforms`.
-
-    A row's token depends on its own logits, sampling and uniform alone, whatever the other rows want.
+    """Draw one token a row by inverting the cumulative distribution at `uniforms`.
 
     Args:
         logits: [B, V] float32.
@@ -64,84 +65,92 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> T
         [B] int64.
     """
     sampled = [i for i, s in enumerate(samplings) if s.temperature > 0]
-    cut = [i for i in sampled if samplings[i].top_p < 1 or samplings[i].top_k]
-    whole = [i for i in sampled if not (samplings[i].top_p < 1 or samplings[i].top_k)]
-    for rows, draw in ((whole, _from_all), (cut, _from_most_likely)):
-        if len(rows) == len(samplings):
-            return draw(_scaled(logits, samplings), samplings, uniforms)
+    truncated = [i for i in sampled if samplings[i].top_p < 1 or samplings[i].top_k]
+    full = [i for i in sampled if not (samplings[i].top_p < 1 or samplings[i].top_k)]
+    for rows, draw in ((full, _draw_from_all), (truncated, _draw_from_most_likely)):
+        if len(rows) == len(samplings):  # all rows alike: nothing is copied
+            return draw(_scale(logits, samplings), samplings, uniforms)
     ids = logits.argmax(-1)
-    for rows, draw in ((whole, _from_all), (cut, _from_most_likely)):
+    for rows, draw in ((full, _draw_from_all), (truncated, _draw_from_most_likely)):
         if rows:
-            chosen = [samplings[i] for i in rows]
-            ids[rows] = draw(_scaled(logits[rows], chosen), chosen, uniforms[rows])
+            row_samplings = [samplings[i] for i in rows]
+            ids[rows] = draw(_scale(logits[rows], row_samplings), row_samplings, uniforms[rows])
     return ids
 
 
-def _scaled(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits below the row's largest, over the temperature: at most 0, so that no temperature overflows."""
-    temperatures = _column([max(s.temperature, COLDEST) for s in samplings], logits).float()
+def _scale(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Divide logits by the temperature, less the row's largest: [B, V], at most 0, so that nothing overflows."""
+    temperatures = _column([max(s.temperature, MIN_TEMPERATURE) for s in samplings], logits).float()
     return (logits - logits.amax(-1, keepdim=True)).div_(temperatures)
 
 
-def _from_all(scaled: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
+def _draw_from_all(scaled: Tensor, samplings: Sequence[Sampling], uniforms: Tensor) -> Tensor:
     return _invert(scaled.exp_(), uniforms)
 
 
-def _from_most_likely(scaled: Tensor, samplings: Sequence[Sampling], uniforms: Tensor, width: int = NUCLEUS) -> Tensor:
-    """Draw from what top-k, then top-p keep; of equal logits the smaller id comes first.
+def _draw_from_most_likely(scaled: Tensor, samplings: Sequence[Sampling], uniforms: Tensor, n: int = NUCLEUS) -> Tensor:
+    """Draw from the tokens that top-k, then top-p keep; of equal logits the smaller id comes first.
 
-    Only the `width` most likely tokens are sorted, and more where they do not reach far enough.
+    The `n` most likely tokens are sorted; if a row may keep more than these, again with eight times as many.
     """
     V = scaled.shape[1]
-    width = min(V, max(width, *(s.top_k + 1 for s in samplings)))
-    values, order = _most_likely(scaled, width)
-    weights = values.exp().double()
-    top_k = _column([s.top_k or V for s in samplings], scaled)
-    weights = weights.masked_fill(torch.arange(width, device=scaled.device) >= top_k, 0.0)
+    n = min(V, max(n, *(s.top_k + 1 for s in samplings)))
+    logits, ids = _most_likely(scaled, n)  # [B, n]
+    weights = logits.exp().double()  # [B, n], not normalized
+    top_k = _column([s.top_k or V for s in samplings], scaled)  # [B, 1]
+    weights = weights.masked_fill(torch.arange(n, device=scaled.device) >= top_k, 0.0)
     total = torch.where(top_k < V, weights.sum(-1, keepdim=True), scaled.exp().sum(-1, keepdim=True).double())
-    below = weights.cumsum(-1)
-    beyond = (below - weights >= _column([s.top_p for s in samplings], scaled) * total) | (weights == 0)
-    last = values.gather(1, (~beyond).sum(-1, keepdim=True) - 1)
-    if width < V and bool((last <= values[:, -1:]).any()):
-        return _from_most_likely(scaled, samplings, uniforms, 8 * width)
-    return order.gather(1, _invert(weights.masked_fill(beyond, 0.0), uniforms)[:, None])[:, 0]
+    above = weights.cumsum(-1) - weights  # [B, n]: the weight of all more likely tokens
+    dropped = (above >= _column([s.top_p for s in samplings], scaled) * total) | (weights == 0)  # [B, n]
+    last_kept = logits.gather(1, (~dropped).sum(-1, keepdim=True) - 1)  # [B, 1]
+    if n < V and bool((last_kept <= logits[:, -1:]).any()):
+        return _draw_from_most_likely(scaled, samplings, uniforms, 8 * n)
+    return ids.gather(1, _invert(weights.masked_fill(dropped, 0.0), uniforms)[:, None])[:, 0]
 
 
-def _most_likely(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest of each row and their ids, [B, width]: largest first, of equal ones the smaller id first."""
-    if width == scaled.shape[1]:
+def _most_likely(scaled: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Sort the `n` largest of each row: their values and ids, [B, n]; of equal values the smaller id comes first."""
+    if n == scaled.shape[1]:
         return scaled.sort(dim=-1, descending=True, stable=True)
-    values, order = scaled.topk(width)
-    if bool((values[:, 1:] == values[:, :-1]).any()):  # common in bfloat16; topk leaves their order open
-        order, by_id = order.sort(dim=-1)
+    values, ids = scaled.topk(n)
+    if bool((values[:, 1:] == values[:, :-1]).any()):  # common in bfloat16; topk does not define their order
+        ids, by_id = ids.sort(dim=-1)
         values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
-        order = order.gather(1, by_value)
-    return values, order
+        ids = ids.gather(1, by_value)
+    return values, ids
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place in each row of `weights` [B, n] where their running sum passes `uniforms` of the whole: [B].
+    """Find where the running sum of each row first exceeds `uniforms` times the row's sum.
 
-    In a long row first the block, then the place in it: running sums would be as large as the vocabulary, in float64.
+    A long row is searched in two steps, its blocks first: running sums in float64 would be as large as the vocabulary.
+
+    Args:
+        weights: [B, n], not negative.
+        uniforms: [B] float64 in [0, 1).
+
+    Returns:
+        [B] int64, positions in the rows.
     """
     n = weights.shape[1]
     if n <= 4 * BLOCK:
-        below = weights.cumsum(-1, dtype=torch.float64)
-        found = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)
-        return found[:, 0].clamp(max=n - 1)
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        position = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)
+        return position[:, 0].clamp(max=n - 1)
     tail = n % BLOCK
-    sums = weights[:, : n - tail].unflatten(1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    block_sums = weights[:, : n - tail].unflatten(1, (-1, BLOCK)).sum(-1, dtype=torch.float64)  # [B, blocks]
     if tail:
-        sums = torch.cat((sums, weights[:, n - tail :].sum(-1, keepdim=True, dtype=torch.float64)), dim=1)
-    ends = sums.cumsum(-1)
-    wanted = uniforms[:, None] * ends[:, -1:]
-    block = torch.searchsorted(ends, wanted, right=True).clamp(max=sums.shape[1] - 1)
-    places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
-    inside = weights.gather(1, places.clamp(max=n - 1)).double()  # what is repeated past the end is never reached
-    begun = ends.gather(1, block) - sums.gather(1, block)
-    found = torch.searchsorted(inside.cumsum(-1), wanted - begun, right=True)
-    return (block * BLOCK + found)[:, 0].clamp(max=n - 1)
+        block_sums = torch.cat((block_sums, weights[:, n - tail :].sum(-1, keepdim=True, dtype=torch.float64)), dim=1)
+    ends = block_sums.cumsum(-1)
+    target = uniforms[:, None] * ends[:, -1:]  # [B, 1]
+    block = torch.searchsorted(ends, target, right=True).clamp(max=block_sums.shape[1] - 1)  # [B, 1]
+    positions = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # [B, BLOCK]
+    inside = weights.gather(1, positions.clamp(max=n - 1)).double()  # repeats of the last weight are never reached
+    start = ends.gather(1, block) - block_sums.gather(1, block)
+    offset = torch.searchsorted(inside.cumsum(-1), target - start, right=True)
+    return (block * BLOCK + offset)[:, 0].clamp(max=n - 1)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """Make a [B, 1] float64 tensor on the device of `like`."""
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

@@ -16,7 +16,7 @@ import torch
 
 from nb_lightning.generation import decoder as module
 from nb_lightning.generation.decoder import Decoder, generate
-from nb_lightning.generation.kv_cache import SMALLEST
+from nb_lightning.generation.kv_cache import MIN_CAPACITY
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer
 from tests.generation.harness import SAMPLED, expected, model_of, p_value, prompts, run_all
@@ -100,7 +100,7 @@ def test_logprobs_are_the_teacher_forced_ones(model: Transformer, sampling: Samp
         torch.testing.assert_close(
             torch.tensor([[p for _, p in top] for top in completion.top]), values, atol=1e-4, rtol=0
         )
-    assert sampling.max_new_tokens < 100 or sampling.max_new_tokens > SMALLEST
+    assert sampling.max_new_tokens < 100 or sampling.max_new_tokens > MIN_CAPACITY
 
 
 def test_top_logprobs_of_each_row_as_it_asked(model: Transformer) -> None:

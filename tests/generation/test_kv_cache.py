@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.generation.kv_cache import SMALLEST, Decode, KVCache, Prefill
+from nb_lightning.generation.kv_cache import MIN_CAPACITY, Decode, KVCache, Prefill
 from nb_lightning.model.transformer import Transformer
 from tests.model.harness import TINY, ids, random_model
 
@@ -68,12 +68,12 @@ def test_equally_long_rows_and_slots_in_another_order() -> None:
 def test_rows_grow_past_the_capacity() -> None:
     model = random_model(TINY).eval()
     cache = KVCache(2)
-    rows = [ids(1, n + 3 * SMALLEST, seed=n)[0] for n in (SMALLEST - 3, 20)]
+    rows = [ids(1, n + 3 * MIN_CAPACITY, seed=n)[0] for n in (MIN_CAPACITY - 3, 20)]
     with torch.no_grad():
         expected = whole(model, rows)
-    for ours, row in zip(cached(model, cache, rows, [SMALLEST - 3, 20], [0, 1]), expected):
+    for ours, row in zip(cached(model, cache, rows, [MIN_CAPACITY - 3, 20], [0, 1]), expected):
         torch.testing.assert_close(ours, row, atol=5e-5, rtol=1e-5)
-    assert cache.capacity == 4 * SMALLEST
+    assert cache.capacity == 4 * MIN_CAPACITY
 
 
 def test_a_changed_rope_base_is_seen() -> None:
@@ -102,18 +102,18 @@ def test_what_a_slot_held_before_is_not_seen() -> None:
 def test_room_is_made_and_kept() -> None:
     cache = KVCache(3)
     cache.reserve(1)
-    assert cache.capacity == SMALLEST
+    assert cache.capacity == MIN_CAPACITY
     keys, values = cache.layer(0, torch.zeros(1, 2, 5, 4, dtype=torch.bfloat16))
-    assert keys.shape == values.shape == (3, 2, SMALLEST, 4) and keys.dtype == torch.bfloat16
+    assert keys.shape == values.shape == (3, 2, MIN_CAPACITY, 4) and keys.dtype == torch.bfloat16
     keys.copy_(torch.randn(keys.shape))
     values.copy_(torch.randn(keys.shape))
-    cache.reserve(SMALLEST)
+    cache.reserve(MIN_CAPACITY)
     assert cache.keys[0] is keys
-    cache.reserve(5 * SMALLEST)
-    assert cache.capacity == 8 * SMALLEST
+    cache.reserve(5 * MIN_CAPACITY)
+    assert cache.capacity == 8 * MIN_CAPACITY
     for new, old in ((cache.keys[0], keys), (cache.values[0], values)):
-        assert new.shape[2] == 8 * SMALLEST
-        assert torch.equal(new[:, :, :SMALLEST], old) and not new[:, :, SMALLEST:].any()
+        assert new.shape[2] == 8 * MIN_CAPACITY
+        assert torch.equal(new[:, :, :MIN_CAPACITY], old) and not new[:, :, MIN_CAPACITY:].any()
 
 
 def test_a_row_is_moved_with_all_its_layers() -> None:
