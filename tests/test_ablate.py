@@ -34,6 +34,7 @@ def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.runs
 def test_broken_runs_go_on_finished_ones_stay_and_the_table_is_of_their_numbers(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +70,7 @@ def test_broken_runs_go_on_finished_ones_stay_and_the_table_is_of_their_numbers(
         ablate.ablate(str(tiny), [3], 2, ["stage.optim.clip_norm=2"])
 
 
+@pytest.mark.runs
 def test_a_run_that_another_process_trains_is_left_alone(tiny: Path, tmp_path: Path) -> None:
     run = ablate.runs_of(str(tiny), ablate.read(str(tiny)), [0], [], str(tmp_path))[0]
     run.folder.mkdir(parents=True)

@@ -12,6 +12,8 @@ import pytest
 
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,8 @@ from tests.checkpoints.harness import NANBEIGE, write
 from tests.harness import run_train
 from tests.model.harness import ids
 
+pytestmark = pytest.mark.runs
+
 TEXT = "def f(x):\n    return x + 1  # naïve 你好\n\n\t<|im_start|>user\nWhat is 12,345?<|im_end|>"
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -274,6 +274,7 @@ def test_a_prefix_is_whole_names(name: str, ok: bool) -> None:
     assert is_allowed(Rule("", (), never=("data",)), name) is ok
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "module, absent",
     [

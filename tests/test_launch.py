@@ -18,6 +18,8 @@ import pytest
 
 from tests.harness import ROOT, TRACE, command, environment, free_port, read_trace, run_train
 
+pytestmark = pytest.mark.runs
+
 LAUNCH = ROOT / "docs/examples/launch"
 
 SRUN = """#!/usr/bin/env bash

@@ -11,6 +11,8 @@ import pytest
 
 from tests.harness import ROOT, TRACE, read_trace, run_train
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:

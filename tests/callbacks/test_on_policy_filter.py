@@ -22,6 +22,8 @@ from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.text.chat_template import ChatTemplate
 from tests.rl_harness import make, run_here
 
+pytestmark = pytest.mark.runs
+
 SAMPLES = ("callbacks.on_policy_filter.samples=16",)
 
 

@@ -6,8 +6,12 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from nb_lightning.rewards.tasks import Task, write_tasks
 from tests.sft_harness import make_sources, run_sft
+
+pytestmark = pytest.mark.runs
 
 
 def test_measured_kept_logged_and_shown(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_hugging_face_folder(hf: Path) -> None:
     assert find_origin(str(hf)).context == 65536
 
 
+@pytest.mark.runs
 def test_a_run_and_its_checkpoints(train: Train, tmp_path: Path) -> None:
     train()
     run = tmp_path / "runs/pretrain"

@@ -49,6 +49,7 @@ def theirs(model: Transformer, prompt: list[int], max_new_tokens: int, stop_ids:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("n_kv_heads, tie_embeddings", [(2, False), (1, True), (6, False)])
 def test_greedy_equals_transformers(n_kv_heads: int, tie_embeddings: bool) -> None:
     """64 tokens of 8 prompts of ragged lengths, all in one batch here, one by one there."""
@@ -236,6 +237,7 @@ def test_bad_input(model: Transformer, asked: list[list[int]], seeds: object, me
 # Two processes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_two_processes() -> None:
     """Under FSDP2 each rank has prompts of its own, other numbers and lengths; then it trains on."""
     with socket.socket() as s:

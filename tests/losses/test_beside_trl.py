@@ -19,7 +19,8 @@ from nb_lightning.losses.divergence import Divergence, TeacherOutputs
 from tests.losses.loss_harness import random_pairs
 
 pytest.importorskip("trl")
-pytestmark = [pytest.mark.filterwarnings("ignore")]  # of transformers and TRL about themselves
+# transformers and TRL warn about themselves.
+pytestmark = [pytest.mark.runs, pytest.mark.filterwarnings("ignore")]
 V, EOS = 31, 1
 LENGTHS = [(3, 5, 2), (2, 1, 7), (4, 3, 1), (6, 4, 9)]
 BETA = 0.3

@@ -22,6 +22,8 @@ from nb_lightning.model.transformer import ModelShape, Transformer
 from tests.harness import ROOT, environment
 from tests.losses.loss_harness import V, random_pairs
 
+pytestmark = pytest.mark.runs
+
 LENGTHS = [(3, 5, 2), (1, 1, 7), (4, 3, 1), (2, 0, 4), (5, 6, 0), (2, 9, 3)]
 
 

@@ -21,6 +21,8 @@ from tests.model.adapters_harness import SHAPE, base_weights, write_hf
 from tests.model.harness import ids
 from tests.stages.distributed_harness import assert_same_training, losses, torchrun
 
+pytestmark = pytest.mark.runs
+
 WIDE = ("model.d_model=64", "model.head_dim=32", "model.d_mlp=128")  # harness.TINY in this shape
 
 

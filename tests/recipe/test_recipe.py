@@ -21,6 +21,8 @@ from nb_lightning.recipe.steps import read_recipe
 from tests.config.harness import composed
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.runs
+
 STARTS = ("--model", "--from", "--teacher", "--student")  # flags that name what a step begins from
 
 # A step in small: one line a unit, each made of the one before and of what the step before ended with. Begun in a

@@ -21,6 +21,8 @@ from nb_lightning.rewards.sandbox import pool as sandbox_module
 from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox
 from tests.rewards.attacks import FILES, HARNESS, KERNEL, MEMORY, NETWORK, PREAMBLE, PROCESSES, TIME, Attack
 
+pytestmark = pytest.mark.runs
+
 LIMITS = Limits(cpu_seconds=5.0, wall_seconds=20.0, memory_mb=256)
 TIGHT = Limits(cpu_seconds=1.5, wall_seconds=20.0, memory_mb=256)
 SHORT = Limits(cpu_seconds=0.2, wall_seconds=2.0, memory_mb=256)

@@ -15,6 +15,8 @@ from nb_lightning.rewards import Guarded, get_verifier, statuses
 from nb_lightning.rewards.sandbox import pool
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.runs
+
 HOSTILE = '''
 """Does what the completion says."""
 import os, time

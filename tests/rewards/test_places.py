@@ -16,6 +16,8 @@ import pytest
 
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.runs
+
 HEADER = """
 import ctypes, errno, json, os, struct, sys
 from nb_lightning.rewards.sandbox.jail import seccomp

@@ -21,6 +21,8 @@ from nb_lightning.rewards.sandbox import worker
 from nb_lightning.rewards.sandbox.pool import Limits, Sandbox, SandboxError, Setup, describe
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.runs
+
 SHORT = Limits(cpu_seconds=0.1, wall_seconds=3.0, memory_mb=128, output_bytes=10_000)
 HONEST = {"code": "print(int(input()) + 1)"}
 ENDLESS = {"code": "while True: pass"}

@@ -28,6 +28,8 @@ from tests.serve.harness import (
     text,
 )
 
+pytestmark = pytest.mark.runs
+
 
 def test_models(server: Running) -> None:
     assert [model.id for model in server.client.models.list()] == ["tiny"]

@@ -26,6 +26,8 @@ from nb_lightning.serve.replies import Job
 from nb_lightning.serve.routes import OpenAI, Served, _events
 from tests.serve.harness import CHAT, CONTEXT, ask, start, stop
 
+pytestmark = pytest.mark.runs
+
 
 def test_full_cancelled_and_stopped(endless: Path, tmp_path: Path) -> None:
     """A full server says so. A client that goes makes room, for the next rows to run at once. Ctrl-C ends it all."""

@@ -13,6 +13,8 @@ import pytest
 from tests.harness import TRACE, command, environment, read_trace, run_train
 from tests.stages.distributed_harness import assert_same_training, losses, torchrun
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module")
 def single(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:

@@ -44,6 +44,8 @@ from tests.dpd_harness import (
 )
 from tests.harness import ROOT, curve, environment, logged, read_trace
 
+pytestmark = pytest.mark.runs
+
 KD_AND_DPO = ("stage.lambda_plus=0.5", "stage.lambda_minus=0.25", "stage.dpo_weight=2", "stage.beta=0.3")
 
 

@@ -14,6 +14,8 @@ import torch
 from nb_lightning.checkpoints import folders
 from tests.harness import Train, command, environment, run_train
 
+pytestmark = pytest.mark.runs
+
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 1, done.stderr

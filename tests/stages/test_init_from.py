@@ -27,6 +27,8 @@ from tests.checkpoints.harness import NANBEIGE, write
 from tests.harness import ROOT, TRACE, Train, read_trace, run_train
 from tests.stages.distributed_harness import losses, torchrun
 
+pytestmark = pytest.mark.runs
+
 # The shape that the harness gives the demo model.
 SMALL = {
     **NANBEIGE, "vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

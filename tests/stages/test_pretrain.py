@@ -21,6 +21,8 @@ from nb_lightning.stages.next_token import NextTokenStage
 from tests.config.harness import composed
 from tests.harness import TINY, TRACE, read_trace, run_train
 
+pytestmark = pytest.mark.runs
+
 
 def fit(
     corpus: Path, root: Path, kind: type[NextTokenStage], *callbacks: pl.Callback, **options: Any

@@ -19,6 +19,8 @@ from nb_lightning.files import read_json
 from nb_lightning.run_folder import read_metrics
 from tests.harness import SOURCES, TRACE, Train, command, curve, environment, read_trace, run_train
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="session")
 def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:

@@ -26,6 +26,8 @@ from tests.dpd_harness import make, trained
 from tests.harness import curve, read_trace
 from tests.reward_harness import TRACE, opened, run_here, run_two
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from tests.dpd_harness import random_model
 from tests.harness import curve
 from tests.rl_harness import END, HEAT, POLICY, make, run_here, run_rl, steps_logged
 
+pytestmark = pytest.mark.runs
+
 STILL = ("stage.phases.stem.lr.start=0", "stage.phases.code.lr.start=0")
 ALL_PROMPTS = ("callbacks.on_policy_filter=null",)
 SAME = ("train/loss", "optim/grad_norm", "rl/reward", "rl/truncated", "rl/completion_tokens", "train/tokens")

@@ -12,6 +12,8 @@ from tests import dpd_harness, reward_harness
 from tests.harness import curve
 from tests.rl_harness import make, run_here, write_judged
 
+pytestmark = pytest.mark.runs
+
 JUDGED = ("callbacks.on_policy_filter=null", "stage.phases.stem.steps=2", "stage.phases.code.steps=1")
 
 

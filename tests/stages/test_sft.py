@@ -16,6 +16,8 @@ from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from tests.harness import ROOT, environment, read_trace
 from tests.sft_harness import TRACE, make_sources, overrides, run_sft
 
+pytestmark = pytest.mark.runs
+
 ONE_ROW = ("stage.micro_batch_size=1", "stage.phases.overall.micro_batch_size=1")
 
 

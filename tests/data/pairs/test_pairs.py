@@ -23,6 +23,8 @@ from nb_lightning.rewards.tasks import Task, write_tasks
 from nb_lightning.token_source import Source
 from tests.dpd_harness import save_model
 
+pytestmark = pytest.mark.runs
+
 # Which pairs are kept -----------------------------------------------------------------------------------------------
 
 

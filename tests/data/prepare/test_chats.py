@@ -170,6 +170,7 @@ def dialogue(i: int) -> dict[str, Any]:
 EXPECTED = ["[" + f"{2 * i} " * (i % 9 + 1) + "<|im_end|>]" for i in range(60)]
 
 
+@pytest.mark.runs
 def test_prepared_samples_come_back_whatever_holds_them(tmp_path: Path) -> None:
     records = [dialogue(i) for i in range(60)]
     write(tmp_path / "a.jsonl", records)
@@ -187,6 +188,7 @@ def test_prepared_samples_come_back_whatever_holds_them(tmp_path: Path) -> None:
         assert "samples" in str(made) and "trained of" in str(made)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("workers", [1, 2])
 def test_parts_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     write(tmp_path / "a.jsonl", [dialogue(i) for i in range(60)])
@@ -222,6 +224,7 @@ def mixed(tmp_path: Path) -> tuple[Path, SourceSettings]:
     return tmp_path / "mixed.jsonl", SourceSettings("bytes", val_fraction=0.2, chat=ChatSettings(template))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("part_bytes", [2**26, 900])
 def test_every_bad_record_is_named(
     tmp_path: Path, mixed: tuple[Path, SourceSettings], monkeypatch: pytest.MonkeyPatch, part_bytes: int

@@ -116,6 +116,7 @@ def test_parts_that_were_finished_with_bad_records_are_fatal_too(
         prepare([mixed], str(tmp_path / "out"), BYTES, on_bad="fail", progress=False)
 
 
+@pytest.mark.runs
 def test_the_number_of_workers_does_not_matter(tmp_path: Path, mixed: Path) -> None:
     files = [*(write_jsonl(tmp_path / f"{i}.jsonl", texts(i, 60)) for i in range(3)), mixed]
     made = [prepare(files, str(tmp_path / f"out{n}"), BYTES, workers=n, progress=False) for n in (1, 2)]
@@ -312,6 +313,7 @@ def test_the_byte_tokenizer_gives_every_text_back() -> None:
     assert tokenizer.vocab_size == 260 == byte_tokenizer().get_vocab_size()
 
 
+@pytest.mark.runs
 def test_s3(tmp_path: Path, mixed: Path) -> None:
     """Prepared there, and read from there; an upload that failed is gone on with."""
     local = prepare([mixed], str(tmp_path / "out"), BYTES, progress=False)
