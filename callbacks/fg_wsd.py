@@ -1,4 +1,4 @@
-"""The learning rate of FG-WSD, or of any other plan: set before every step from the tokens seen."""
+"""FG-WSD's learning rate (or any other plan's): set before every step from the tokens seen."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phase_callback import PhaseCallback, StageModule
 
 
 class FGWSD(PhaseCallback):
-    """Sets the learning rate of every parameter group to the plan's."""
+    """Sets the learning rate of every parameter group to the plan's, and logs it as `optim/lr`.
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    FG-WSD's other half, the mixture of each phase, is not set here: see `DataMixtureShift`.
+    """
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: StageModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, module, batch, batch_idx)
         lr = module.plan.lr_of_step(module.tokens_seen)
         for group in trainer.optimizers[0].param_groups:

@@ -1,4 +1,4 @@
-"""Two pictures in the run folder: `plan.png`, what was planned, and `curves.png`, what happened."""
+"""Draw two pictures in the run folder: `plan.png`, what was planned, and `curves.png`, what happened."""
 
 from __future__ import annotations
 
@@ -10,41 +10,47 @@ import lightning.pytorch as pl
 import numpy as np
 
 from callbacks.progress import human
+from nb_lightning.phase_callback import StageModule
 from nb_lightning.phases import PhasePlan
 from nb_lightning.plotting import COLORS, pyplot
 from nb_lightning.run_folder import CURVES_PICTURE, PLAN_PICTURE, read_metrics
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What the upper two pictures show: a metric of all, and one of each source by its prefix."""
+class _UpperPanels:
+    """What the upper two panels show: one metric of all sources together, one metric of each source.
 
-    of_all: str
+    Attributes:
+        source_prefix: with a source's name it is the name of that source's metric.
+        marker: of the points of the right panel; without one, its lines are smoothed.
+    """
+
+    metric: str
     title: str
-    of_source: str
-    title_of_source: str
-    mark: str = "o"
+    source_prefix: str
+    source_title: str
+    marker: str = "o"
 
 
-KINDS = (
-    _Kind("train/loss", "training loss (nats per token)", "val/perplexity/", "held-out perplexity"),
-    _Kind("train/loss", "training loss", "val/margin/", "held-out reward margin"),
-    _Kind("train/loss", "training loss", "val/accuracy/", "held-out comparisons judged rightly"),
-    _Kind("rl/reward", "mean reward of a step's completions", "rl/reward/", "mean reward of each source", mark=""),
+UPPER_PANELS = (  # the first whose source metrics were logged is drawn
+    _UpperPanels("train/loss", "training loss (nats per token)", "val/perplexity/", "held-out perplexity"),
+    _UpperPanels("train/loss", "training loss", "val/margin/", "held-out reward margin"),
+    _UpperPanels("train/loss", "training loss", "val/accuracy/", "held-out comparisons judged rightly"),
+    _UpperPanels("rl/reward", "mean reward of a step's completions", "rl/reward/", "mean reward of each source", ""),
 )
 
 
 class Plots(pl.Callback):
     """Draws both pictures when training ends, finished or stopped; `train.py dry_run=true` draws the plan too."""
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: StageModule) -> None:
         self._draw(trainer, module)
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: StageModule, exception: BaseException) -> None:
         if module.tokens_seen > 0:
             self._draw(trainer, module)
 
-    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _draw(self, trainer: pl.Trainer, module: StageModule) -> None:
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
@@ -55,7 +61,7 @@ class Plots(pl.Callback):
 
 
 def plot_plan(plan: PhasePlan, path: Path) -> None:
-    """Learning rate over tokens, above the stacked mixture; phases, context and RoPE base are written in."""
+    """Draw the learning rate over tokens above the stacked mixture, labelled with context and RoPE base."""
     plt = pyplot()
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(10, 5.6), sharex=True, height_ratios=(3, 2), constrained_layout=True
@@ -85,34 +91,40 @@ def plot_plan(plan: PhasePlan, path: Path) -> None:
 
 
 def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> None:
-    """Training loss and gradient norm, realised mixture shares, and of each source what is held out: perplexity, of
-    preference pairs the reward margin or the accuracy. Of RL the rewards, of all and of each source."""
-    kind = next((kind for kind in KINDS if any(name.startswith(kind.of_source) for name in metrics)), KINDS[0])
+    """Draw loss (in RL the reward), the sources' held-out metrics, their shares of the tokens, and the gradient norm.
+
+    Args:
+        metrics: {name: [n, 2] of (tokens_seen, value)}.
+    """
+    upper = next(
+        (panels for panels in UPPER_PANELS if any(name.startswith(panels.source_prefix) for name in metrics)),
+        UPPER_PANELS[0],
+    )
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, constrained_layout=True)
     (loss, held_out), (shares, norm) = axes
-    loss.set_title(kind.title, fontsize=10, loc="left")
-    held_out.set_title(kind.title_of_source, fontsize=10, loc="left")
+    loss.set_title(upper.title, fontsize=10, loc="left")
+    held_out.set_title(upper.source_title, fontsize=10, loc="left")
     shares.set_title("share of each source in the steps since the point before", fontsize=10, loc="left")
     norm.set_title("gradient norm before clipping", fontsize=10, loc="left")
-    for axis, name in ((loss, kind.of_all), (norm, "optim/grad_norm")):
+    for axis, name in ((loss, upper.metric), (norm, "optim/grad_norm")):
         if name in metrics:
             x, y = metrics[name].T
             axis.plot(x, y, color=COLORS[0], alpha=0.35, linewidth=1)
             axis.plot(x, _smooth(x, y, plan), color=COLORS[0], linewidth=1.8)
-    if kind.of_all == "train/loss" and len(metrics.get("train/loss", ())) > 20:
+    if upper.metric == "train/loss" and len(metrics.get("train/loss", ())) > 20:
         loss.set_ylim(top=np.quantile(metrics["train/loss"][:, 1], 0.98) * 1.1)
     norm.set_yscale("log")
     shares.set_ylim(-0.03, 1.03)
-    for axis, prefix, mark in ((held_out, kind.of_source, kind.mark), (shares, "data/share/", "")):
+    for axis, prefix, marker in ((held_out, upper.source_prefix, upper.marker), (shares, "data/share/", "")):
         for i, name in enumerate(_sources(plan)):
             if f"{prefix}{name}" in metrics:
                 x, y = metrics[f"{prefix}{name}"].T
-                y = y if mark or axis is shares else _smooth(x, y, plan)
-                axis.plot(x, y, marker=mark, markersize=4, color=COLORS[i % len(COLORS)], label=name)
+                y = y if marker or axis is shares else _smooth(x, y, plan)
+                axis.plot(x, y, marker=marker, markersize=4, color=COLORS[i % len(COLORS)], label=name)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
-    if held_out.lines and kind is KINDS[0]:
+    if held_out.lines and upper is UPPER_PANELS[0]:
         held_out.set_yscale("log")
     _mark_phases(plan, axes.flat, labelled=None)
     for axis in axes[1]:
@@ -122,12 +134,12 @@ def plot_curves(plan: PhasePlan, metrics: dict[str, np.ndarray], path: Path) -> 
 
 
 def _sources(plan: PhasePlan) -> list[str]:
-    """In the order of their first use: the same colour in both pictures."""
+    """List the sources in the order of their first use, so that a source has one colour in both pictures."""
     return list(dict.fromkeys(name for phase in plan.phases for name in phase.mixture))
 
 
 def _smooth(x: np.ndarray, y: np.ndarray, plan: PhasePlan, window: int = 9) -> np.ndarray:
-    """Mean over a centred window of points, shortened at the ends of each phase: what jumps there is not smoothed."""
+    """Average over a centred window of points, within each phase, so that a jump at a boundary stays one."""
     smooth = []
     for values in np.split(y, np.searchsorted(x, plan.ends[:-1], side="right")):
         total = np.concatenate([[0.0], np.cumsum(values)])

@@ -1,5 +1,4 @@
-"""What ran: resolved config, plan, versions, commit, callbacks and data hashes, beside the checkpoints; and the
-tokenizer, without which they say nothing."""
+"""Record what ran, beside the checkpoints: config, plan, versions, commit, callbacks, data hashes and the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
 from nb_lightning.files import read_json, write_json
+from nb_lightning.phase_callback import StageModule
+from nb_lightning.run_folder import CONFIG, MANIFEST, TOKENIZER
 
-MANIFEST = "manifest.json"
 PACKAGES = (
     "nb_lightning",
     "torch",
@@ -32,21 +32,21 @@ PACKAGES = (
 
 
 class RunManifest(pl.Callback):
-    """Writes `config.yaml`, `manifest.json` and `tokenizer/` when training starts, and completes the manifest when it
-    ends.
+    """Writes `config.yaml`, `manifest.json` and `tokenizer/` at the start; completes the manifest at the end.
 
     Every resume adds an entry to `starts`.
     """
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: StageModule) -> None:
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
-        (run / "config.yaml").write_text(OmegaConf.to_yaml(module.cfg, resolve=True), encoding="utf-8")
+        (run / CONFIG).write_text(OmegaConf.to_yaml(module.cfg, resolve=True), encoding="utf-8")
         data = module.data
-        chat = getattr(data, "chat", None)  # of the stages that train on conversations
-        data.tokenizer.save(run / "tokenizer", chat.source if chat else None)
+        chat = getattr(data, "chat", None)  # where a stage trains on conversations
+        data.tokenizer.save(run / TOKENIZER, chat.source if chat else None)
         earlier = read_json(run / MANIFEST, {}).get("starts", []) if module.tokens_seen else []
+        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # as datamodule
         start = {
             "tokens_seen": module.tokens_seen,
             "command": sys.argv,
@@ -63,13 +63,13 @@ class RunManifest(pl.Callback):
             parameters=module.shape.parameters(),
             trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             plan=[asdict(phase) for phase in module.plan.phases],
-            callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in trainer.callbacks],
+            callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in callbacks],
             data=data.describe_sources(),
             tokenizer=data.tokenizer.digest,
             finished=False,
         )
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: StageModule) -> None:
         if trainer.is_global_zero:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._write(
@@ -86,21 +86,26 @@ class RunManifest(pl.Callback):
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout and whether it had changes, or None outside one."""
+    """Return the commit of the checkout and whether it had changes; None outside a git checkout."""
     try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        return {"commit": run("rev-parse", "HEAD"), "modified": bool(run("status", "--porcelain"))}
+        return {
+            "commit": _git_output(folder, "rev-parse", "HEAD"),
+            "modified": bool(_git_output(folder, "status", "--porcelain")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git_output(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

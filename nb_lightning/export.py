@@ -1,6 +1,7 @@
 """Export a model: `python -m nb_lightning.export --from RUN --to FOLDER [--gguf FILE]`.
 
-A Hugging Face folder that plain `transformers` loads, and a GGUF file that llama.cpp runs. docs/checkpoints.md.
+It writes a Hugging Face folder that plain `transformers` loads, a GGUF file that llama.cpp runs, or an adapter in
+peft's format; each beside its place and renamed there when it is complete. docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from nb_lightning.text.chat_template import read_template
 from nb_lightning.text.tokenizer import TextTokenizer
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-DEFAULT_CONTEXT = 2048  # where nothing says what rows the model was made for: transformers' own
+DEFAULT_CONTEXT = 2048  # tokens, where the origin does not say: transformers' default for Llama
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,29 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.export", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.export", description="Export a model.")
     p.add_argument("--from", dest="origin", required=True, metavar="PATH",
                    help="a run, a checkpoint, a Hugging Face folder or a .gguf file")  # fmt: skip
     p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")
     p.add_argument("--gguf", metavar="FILE", help="the .gguf file to write")
-    p.add_argument("--adapter", metavar="FOLDER", help="of an adapter run: the folder to write, in peft's format")
+    p.add_argument("--adapter", metavar="FOLDER", help="the folder to write for an adapter run, in peft's format")
     p.add_argument("--dtype", default="auto", choices=["auto", *hf_config.DTYPES], help="auto: as it is stored")
     p.add_argument("--gguf-type", default="auto", choices=["auto", *gguf.TYPES], help="auto: as --dtype")
     p.add_argument("--chat-template", metavar="FILE", help="instead of the model's own; 'chatml' is ours")
-    p.add_argument("--shard-size", default="4GB", help="of the safetensors files: a number with KB, MB or GB")
-    p.add_argument("--name", help="of the model, for the model card; by default the folder's")
+    p.add_argument("--shard-size", default="4GB", help="largest safetensors file: a number with KB, MB or GB")
+    p.add_argument("--name", help="the model's name in its card; by default the folder's")
     return p
 
 
 def run(a: argparse.Namespace) -> None:
-    """Export as asked.
+    """Export in the formats that the arguments name.
 
     Raises:
-        ValueError: nothing to export there, or something else is where it would go.
+        ValueError: there is nothing to export, or the target holds something else than an earlier export.
     """
     if not (a.to or a.gguf or a.adapter):
         raise ValueError("nothing to write: give --to, --gguf or --adapter")
-    shard_bytes = _bytes(a.shard_size)
+    shard_bytes = _parse_bytes(a.shard_size)
     origin = find_origin(a.origin)
     for target, check in ((a.to, _require_folder), (a.gguf, _require_file), (a.adapter, _require_folder)):
         if target:
@@ -93,10 +94,10 @@ def export_hf(
     shard_bytes: int,
     name: str,
 ) -> None:
-    """Write a Hugging Face folder beside its place and rename it there when it is whole."""
+    """Write a Hugging Face folder: weights, config, generation config, tokenizer and model card."""
     context, kind = origin.context or DEFAULT_CONTEXT, hf_config.dtype_name(dtype)
     special = {"eos_token": tokenizer.tokenizer.id_to_token(tokenizer.eos_id), **tokenizer.special}
-    ids: dict[str, Any] = {  # null where there is none: transformers has defaults
+    ids: dict[str, Any] = {  # null where there is no such token: else transformers has defaults
         f"{role}_id": tokenizer.tokenizer.token_to_id(special[role]) if role in special else None
         for role in ("bos_token", "eos_token", "pad_token")
     }
@@ -113,7 +114,7 @@ def export_hf(
         tokenizer.save(temporary, model_max_length=context)
         card = model_card(name, origin, kind, chat=tokenizer.chat_template is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        info = {"version": __version__, "from": origin.path.name, "dtype": kind}
+        info: dict[str, Any] = {"version": __version__, "from": origin.path.name, "dtype": kind}
         if origin.comparison():
             info["comparison"] = {"digest": origin.comparison()}
         folders.commit(temporary, target, info, EXPORT)
@@ -128,7 +129,7 @@ def export_hf(
 def export_gguf(
     origin: Origin, tensors: weights.Weights, tokenizer: TextTokenizer, target: Path, kind: str, name: str
 ) -> None:
-    """Write a GGUF file beside its place and rename it there when it is whole."""
+    """Write a GGUF file: weights, tokenizer and metadata."""
     metadata = {"general.name": name, **tokenizer_to_gguf(tokenizer, origin.shape.vocab_size)}
     temporary = _beside(target)
     context = origin.context or DEFAULT_CONTEXT
@@ -146,17 +147,17 @@ def export_gguf(
 
 
 def export_adapter(origin: Origin, target: Path) -> None:
-    """Write what an adapter run trained as `PeftModel.from_pretrained(base, target)` loads it."""
+    """Write the weights that an adapter run trained, as `PeftModel.from_pretrained(base, target)` loads them."""
     if not isinstance(origin, AdapterOrigin):
         raise ValueError(f"--adapter: {origin.path} is no run of adapters (stage.adapter.name=lora or qlora)")
-    saved = dict(folders.read_info(origin.path)["adapter"])
-    base = saved.pop("base")["path"]
+    settings = dict(folders.read_info(origin.path)["adapter"])
+    base = settings.pop("base")["path"]
     temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         trained, shape = folders.CheckpointWeights(origin.path), origin.shape
-        hf_weights.save_peft(trained, AdapterConfig(**saved), base, shape.tie_embeddings, temporary)
+        hf_weights.save_peft(trained, AdapterConfig(**settings), base, shape.tie_embeddings, temporary)
         folders.commit(temporary, target, {"version": __version__, "from": origin.path.name}, EXPORT)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}") from error
@@ -166,11 +167,12 @@ def export_adapter(origin: Origin, target: Path) -> None:
 
 
 def _beside(target: Path) -> Path:
+    """Name the path that is written first."""
     return target.absolute().with_name(f".writing-{target.absolute().name}")
 
 
 def _require_folder(target: Path, origin: Path) -> None:
-    """Nothing is there, or an empty folder, or an earlier export and nothing else."""
+    """Refuse a folder that holds anything but an earlier export."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"--to {target} is a file or a link, not a folder")
     if not target.is_dir() or not any(target.iterdir()):
@@ -178,16 +180,16 @@ def _require_folder(target: Path, origin: Path) -> None:
     if target.resolve() in (origin.resolve(), *origin.resolve().parents):
         raise ValueError(f"--to {target} is where the weights come from")
     try:
-        known = folders.read_info(target, EXPORT)["files"]
+        exported = folders.read_info(target, EXPORT)["files"]
     except folders.DamagedCheckpoint as error:
         raise ValueError(f"--to {target} holds something that is not an earlier export; name another folder") from error
     for path in target.iterdir():
-        if path.name not in known and path.name != EXPORT:
+        if path.name not in exported and path.name != EXPORT:
             raise ValueError(f"--to {target} is an earlier export, but {path.name} is not of it; name another folder")
 
 
 def _require_file(target: Path, origin: Path) -> None:
-    """Nothing is there, or a file of an earlier export."""
+    """Refuse a path that holds anything but the file of an earlier export."""
     if target.suffix != ".gguf":
         raise ValueError(f"--gguf {target} does not end in .gguf")
     if target.resolve() == origin.resolve():
@@ -197,7 +199,7 @@ def _require_file(target: Path, origin: Path) -> None:
         raise ValueError(f"--gguf {target} is something else than an earlier export; name another file")
 
 
-def _bytes(text: str) -> int:
+def _parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
     if match is None or not int(match[1]):
         raise ValueError(f"--shard-size is {text!r}; give a whole number with KB, MB or GB, as in 4GB")

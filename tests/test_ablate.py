@@ -38,7 +38,9 @@ def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_broken_runs_go_on_finished_ones_stay_and_the_table_is_of_their_numbers(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = {run.arm: run for run in ablate.runs_of(str(tiny), ablate.read(str(tiny)), [3], [], str(tmp_path))}
+    runs = {
+        run.arm: run for run in ablate.plan_runs(str(tiny), ablate.read_ablation(str(tiny)), [3], [], str(tmp_path))
+    }
     folder = runs["slow"].folder
     assert folder == tmp_path / "runs/ablation/tiny/slow-seed3"
     process = subprocess.Popen(runs["slow"].command, env=environment(), stdout=-3, stderr=-3)
@@ -72,7 +74,7 @@ def test_broken_runs_go_on_finished_ones_stay_and_the_table_is_of_their_numbers(
 
 @pytest.mark.runs
 def test_a_run_that_another_process_trains_is_left_alone(tiny: Path, tmp_path: Path) -> None:
-    run = ablate.runs_of(str(tiny), ablate.read(str(tiny)), [0], [], str(tmp_path))[0]
+    run = ablate.plan_runs(str(tiny), ablate.read_ablation(str(tiny)), [0], [], str(tmp_path))[0]
     run.folder.mkdir(parents=True)
     with subprocess.Popen(["flock", str(run.log), "sleep", "60"]) as other:
         while subprocess.run(["flock", "-n", str(run.log), "true"]).returncode == 0:
@@ -104,7 +106,7 @@ def test_the_dry_run_prints_every_command(capsys: pytest.CaptureFixture[str], mo
 def test_a_file_that_is_no_ablation(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        ablate.read(str(tmp_path / "x.yaml"))
+        ablate.read_ablation(str(tmp_path / "x.yaml"))
 
 
 def test_a_seed_twice_is_refused() -> None:
@@ -114,18 +116,35 @@ def test_a_seed_twice_is_refused() -> None:
 
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(ValueError, match=r"no ablation 'dqd'; there are .*fg_wsd"):
-        ablate.read("dqd")
+        ablate.read_ablation("dqd")
 
 
-@pytest.mark.parametrize("name", ablate.shipped())
+def test_what_a_run_measured(tmp_path: Path) -> None:
+    phases = {when: {"sources": {"sort": {"each": each}}} for when, each in (("before", [0, 0]), ("end", [0.5, 1]))}
+    (tmp_path / "accuracy.json").write_text(json.dumps(phases))
+    before, after = ablate.read_accuracy(tmp_path, "sort")
+    assert after.tolist() == [0.5, 1] and before.tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"measure\.sources names 'maths'; .* measured sort"):
+        ablate.read_accuracy(tmp_path, "maths")
+    for version, values in enumerate(([5.0, 4.0], [3.0])):  # a run that was resumed once
+        folder = tmp_path / f"metrics/version_{version}"
+        folder.mkdir(parents=True)
+        lines = [f"{2 * version + i},{value}" for i, value in enumerate(values)]
+        (folder / "metrics.csv").write_text("\n".join(["tokens_seen,val/perplexity/docs", *lines]))
+    assert ablate.read_perplexity(tmp_path, "docs").tolist() == [3.0]
+    with pytest.raises(ValueError, match="logged no val/perplexity/code"):
+        ablate.read_perplexity(tmp_path, "code")
+
+
+@pytest.mark.parametrize("name", ablate.shipped_ablations())
 def test_every_arm_that_is_shipped_composes(name: str) -> None:
-    for run in ablate.runs_of(name, ablate.read(name), [0], [], "outputs"):
+    for run in ablate.plan_runs(name, ablate.read_ablation(name), [0], [], "outputs"):
         composed(*run.overrides)
 
 
 def test_both_plans_of_fg_wsd_see_as_many_tokens_of_every_source() -> None:
     seen: dict[str, dict[str, float]] = {}
-    for run in ablate.runs_of("fg_wsd", ablate.read("fg_wsd"), [0], [], "outputs"):
+    for run in ablate.plan_runs("fg_wsd", ablate.read_ablation("fg_wsd"), [0], [], "outputs"):
         plan = plan_of(composed(*run.overrides).stage).in_whole_steps()
         sources = {name for phase in plan.phases for name in phase.mixture}
         seen[run.arm] = {s: sum(p.tokens * p.mixture.get(s, 0) for p in plan.phases) for s in sources}

@@ -1,8 +1,4 @@
-"""Means with intervals: of one model's results, and of the arms of an ablation beside each other.
-
-A measurement of an ablation is an array [seeds, tasks], or [seeds, 1] where a run gives one number. Seeds and tasks are
-the same in every arm, so differences are taken pairwise: the effect of a hard task, or of a lucky order of the data,
-is the same in all arms and cancels.
+"""Means with intervals, over the tasks of one model and over the seeds and tasks of several runs.
 
 An `Estimate` has two 95 % intervals, because they answer different questions:
     over tasks and seeds: percentiles of a bootstrap that resamples seeds and tasks. With three seeds it shows mostly

@@ -1,7 +1,7 @@
-"""The process that decodes: LitServe's inference worker with continuous batching.
+"""The process that decodes: LitServe's inference worker, with continuous batching.
 
-The routes send ("add", [(key, prompt, sampling, seed), ...]) and ("cancel", [key, ...]); the tokens of each step go
-back as one list.
+The routes send ("add", [(key, prompt, sampling, seed), ...]) and ("cancel", [key, ...]). The tokens of each decoding
+step go back as one list.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.generation.decoder import Decoder, NewToken
 
-STEPS = "steps"  # the one LitServe response that all tokens are part of
-FAILED = "failed"  # finish_reason of a row that the worker could not go on with
+STEPS = "steps"  # id of the one LitServe response that all tokens belong to
+FAILED = "failed"  # finish_reason of a row whose decoding raised an error
 
 logger = logging.getLogger("litserve.nb_lightning")
 
 
 class DecodeLoop(LitLoop):
-    """One token for every running row, again and again; rows join and leave between two steps."""
+    """Decodes one token for each running row, step after step; rows join and leave between steps."""
 
     def run(
         self,
@@ -48,8 +48,8 @@ class DecodeLoop(LitLoop):
         keys: set[int] = set()
         while True:
             while not decoder.busy or not inbox.empty():
-                what, rows = inbox.get()
-                if what == "add":
+                action, rows = inbox.get()
+                if action == "add":
                     for row in rows:
                         decoder.add(*row)
                         keys.add(row[0])
@@ -59,25 +59,27 @@ class DecodeLoop(LitLoop):
                     keys.difference_update(rows)
             try:
                 tokens = decoder.step()
-            except Exception:  # out of memory, say: these rows are lost, later ones may be smaller
+            except Exception:  # out of memory, say: these rows are lost, but later ones may be smaller
                 logger.exception("decoding failed; the running requests are answered with an error")
                 tokens = [NewToken(key, -1, 0.0, FAILED, []) for key in keys]
                 decoder = Decoder(lit_api.model, lit_api.max_batch)
             keys.difference_update(token.key for token in tokens if token.finish_reason)
-            self.put_response(transport, 0, STEPS, tokens, LitAPIStatus.OK, LoopResponseType.STREAMING)
+            status = LitAPIStatus.OK
+            # LitServe annotates the status as the class whose constants, plain strings, it takes.
+            self.put_response(transport, 0, STEPS, tokens, status, LoopResponseType.STREAMING)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def _receive(request_queue: Any, inbox: queue.SimpleQueue) -> None:
-        """LitServe's queue lives in a process of its own: asking it in each step would cost a round trip."""
+        """Move requests from LitServe's queue, which is in another process: a query at each step would be slow."""
         try:
             while True:
                 inbox.put(request_queue.get()[-1])
-        except (EOFError, OSError):  # that process is gone, so is the server
+        except (EOFError, OSError):  # that process has ended, and with it the server
             os._exit(1)
 
 
 class Engine(LitAPI):
-    """What LitServe's worker sets up: the model.
+    """The model that LitServe's worker loads.
 
     Args:
         path, device, dtype: see `load_pretrained`.
@@ -89,12 +91,12 @@ class Engine(LitAPI):
         self.path, self.torch_device, self.dtype, self.max_batch = path, device, dtype, max_batch
 
     def setup(self, device: str) -> None:
-        be_a_child()
+        die_with_parent()
         self.model = load_pretrained(self.path, self.torch_device, self.dtype).model
 
 
-def be_a_child() -> None:
-    """What each process does first: leave Ctrl-C to the one that started it, and (on Linux) die when that dies."""
+def die_with_parent() -> None:
+    """Ignore Ctrl-C, which the starting process handles, and (on Linux) be killed when that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1

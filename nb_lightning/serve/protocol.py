@@ -1,17 +1,17 @@
-"""What a request may say: the fields of OpenAI's API that are done here, with their types and ranges.
+"""Requests: the fields of OpenAI's API that are supported, with their types and ranges.
 
-A field that would change the text and is not done is refused; one that would not is ignored.
+An unsupported field is refused if it would change the text, and ignored if not.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 TOP_LOGPROBS = 20
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-# What is not done, and the one value of it that asks for nothing.
+# Unsupported fields with the only value that is accepted, because it has no effect.
 NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
@@ -28,13 +28,15 @@ Tokens = Annotated[list[Token], Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = None
 
 
 class GenerationRequest(BaseModel):
-    """What chat completions and completions share. None stands for the default."""
+    """The fields that chat completions and completions share; None means the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -42,7 +44,7 @@ class GenerationRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)  # not OpenAI's; 0 keeps all
+    top_k: int | None = Field(None, ge=0, lt=2**31)  # not in OpenAI's API; 0 keeps all tokens
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
@@ -51,7 +53,7 @@ class GenerationRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_what_asks_for_nothing(cls, data: Any) -> Any:
+    def _leave_out_fields_without_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         for name, neutral in NEUTRAL.items():
@@ -65,7 +67,7 @@ class GenerationRequest(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """Messages and tools are passed to the chat template, which checks messages (nb_lightning/text/messages.py)."""
+    """A request for a chat completion; the chat template checks its messages (nb_lightning/text/messages.py)."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -77,16 +79,17 @@ class ChatRequest(GenerationRequest):
     @field_validator("messages")
     @classmethod
     def _one_string_of_content(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        out = []
+        checked = []
         for number, message in enumerate(messages):
             content = message.get("content")
             if isinstance(content, list):
-                texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-                if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+                parts = (part for part in content if isinstance(part, dict) and part.get("type") == "text")
+                texts = [text for part in parts if isinstance(text := part.get("text"), str)]
+                if len(texts) < len(content):
                     raise ValueError(f"message {number}: content may have parts of type text only")
                 message = {**message, "content": "".join(texts)}
-            out.append({**message, "role": "system"} if message.get("role") == "developer" else message)
-        return out
+            checked.append({**message, "role": "system"} if message.get("role") == "developer" else message)
+        return checked
 
     @field_validator("tools")
     @classmethod
@@ -109,6 +112,8 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
+    """A request for completions of one or several prompts, as text or as token ids."""
+
     prompt: str | Annotated[list[str] | list[Token] | list[Tokens], Field(min_length=1)]
     logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
 
@@ -116,6 +121,6 @@ class CompletionRequest(GenerationRequest):
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        if isinstance(self.prompt[0], int):  # one prompt of token ids
+            return [cast(list[int], self.prompt)]
+        return cast(list[str | list[int]], self.prompt)

@@ -1,4 +1,4 @@
-"""What is sent back: a job's choices, whole or in pieces, in the shapes of OpenAI's API."""
+"""Responses: a job's choices, complete or as deltas, in the shapes of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -11,49 +11,56 @@ from typing import Any
 
 from nb_lightning.generation.decoder import NewToken
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.serve.text_stream import END, TOOL_CALL, Parts, TextStream, TokenBytes
+from nb_lightning.serve.text_stream import END, TOOL_CALL, TagSplitter, TextStream, TokenBytes
 
 CHAT, TEXT = "chat.completion", "text_completion"
-LEAST_LOGPROB = -9999.0  # JSON has neither infinity nor NaN
+LEAST_LOGPROB = -9999.0  # nats; JSON has no infinity
 
 
 @dataclass
-class Piece:
-    """What is new of a choice: (field, value) of its message, the tokens that began in it, "" or why it ended."""
+class Delta:
+    """What is new in a choice.
+
+    Attributes:
+        index: of the choice.
+        fields: (field, value) of its message.
+        tokens: (offset in characters, token) of the tokens that begin in it.
+        finish_reason: "" while the choice goes on.
+    """
 
     index: int
-    parts: list[tuple[str, Any]] = field(default_factory=list)
+    fields: list[tuple[str, Any]] = field(default_factory=list)
     tokens: list[tuple[int, NewToken]] = field(default_factory=list)
     finish_reason: str = ""
 
-    def extend(self, other: Piece) -> None:
-        self.parts += other.parts
+    def extend(self, other: Delta) -> None:
+        self.fields += other.fields
         self.tokens += other.tokens
         self.finish_reason = other.finish_reason
 
 
 class Choice:
-    """One completion while it is written."""
+    """One completion while it is decoded."""
 
-    def __init__(self, index: int, text: TextStream, parts: Parts) -> None:
+    def __init__(self, index: int, text: TextStream, splitter: TagSplitter) -> None:
         self.index, self.text = index, text
-        self._parts, self._calls = parts, 0
+        self._splitter, self._tool_calls = splitter, 0
 
-    def add(self, tokens: Sequence[NewToken]) -> Piece:
-        piece = Piece(self.index)
+    def add(self, tokens: Sequence[NewToken]) -> Delta:
+        delta = Delta(self.index)
         for token in tokens:
             text, begun = self.text.add(token)
-            piece.tokens += begun
-            for name, value in self._parts.add(text, bool(self.text.finish_reason)):
-                piece.parts.append(self._call(value) if name == "tool_calls" else (name, value))
+            delta.tokens += begun
+            for name, value in self._splitter.add(text, bool(self.text.finish_reason)):
+                delta.fields.append(self._tool_call(value) if name == "tool_calls" else (name, value))
             if self.text.finish_reason:
-                called = self._calls and self.text.finish_reason == "stop"
-                piece.finish_reason = "tool_calls" if called else self.text.finish_reason
+                has_called = self._tool_calls and self.text.finish_reason == "stop"
+                delta.finish_reason = "tool_calls" if has_called else self.text.finish_reason
                 break
-        return piece
+        return delta
 
-    def _call(self, text: str) -> tuple[str, Any]:
-        """A tool call; text that is none stays content."""
+    def _tool_call(self, text: str) -> tuple[str, Any]:
+        """Parse a tool call; text that is not one stays content."""
         try:
             call = json.loads(text)
             function = {"name": call["name"], "arguments": json.dumps(call.get("arguments", {}))}
@@ -61,7 +68,7 @@ class Choice:
                 raise TypeError("a tool's name is a string")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return "content", f"{TOOL_CALL}{text}{END[TOOL_CALL]}"
-        index, self._calls = self._calls, self._calls + 1
+        index, self._tool_calls = self._tool_calls, self._tool_calls + 1
         return "tool_calls", {
             "index": index,
             "id": f"call_{secrets.token_hex(12)}",
@@ -72,7 +79,7 @@ class Choice:
 
 @dataclass
 class Job:
-    """A request that was found good. Choice i continues prompt i // n."""
+    """A checked request. Choice i continues prompt i // n."""
 
     kind: str
     model: str
@@ -90,14 +97,14 @@ class Job:
         self.id = ("chatcmpl-" if self.kind == CHAT else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         self.choices = [
-            Choice(i, TextStream(self.token_bytes, self.stops), Parts(self.tags, self.inside))
+            Choice(i, TextStream(self.token_bytes, self.stops), TagSplitter(self.tags, self.inside))
             for i in range(len(self.prompts) * self.n)
         ]
 
-    def body(self, pieces: Sequence[Piece], chunk: bool, **more: Any) -> dict[str, Any]:
-        """The answer, or a chunk of it, with these choices."""
-        choices = [self._choice(piece, chunk) for piece in pieces]
-        kind = f"{CHAT}.chunk" if chunk and self.kind == CHAT else self.kind
+    def body(self, deltas: Sequence[Delta], is_chunk: bool, **more: Any) -> dict[str, Any]:
+        """Return the JSON of a response, or of a chunk of a stream."""
+        choices = [self._choice(delta, is_chunk) for delta in deltas]
+        kind = f"{CHAT}.chunk" if is_chunk and self.kind == CHAT else self.kind
         return {
             "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more
         }  # fmt: skip
@@ -107,16 +114,16 @@ class Job:
         completion = sum(choice.text.tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _choice(self, piece: Piece, chunk: bool) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": piece.index, "finish_reason": piece.finish_reason or None, "logprobs": None}
+    def _choice(self, delta: Delta, is_chunk: bool) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": delta.index, "finish_reason": delta.finish_reason or None, "logprobs": None}
         if self.kind == CHAT:
-            choice["delta" if chunk else "message"] = _message(piece.parts, chunk)
+            choice["delta" if is_chunk else "message"] = _message(delta.fields, is_chunk)
             if self.logprobs:
-                choice["logprobs"] = {"content": [self._chat_logprob(token) for _, token in piece.tokens]}
+                choice["logprobs"] = {"content": [self._chat_logprob(token) for _, token in delta.tokens]}
         else:
-            choice["text"] = "".join(value for _, value in piece.parts)
+            choice["text"] = "".join(value for _, value in delta.fields)
             if self.logprobs:
-                choice["logprobs"] = self._text_logprobs(piece.tokens)
+                choice["logprobs"] = self._text_logprobs(delta.tokens)
         return choice
 
     def _chat_logprob(self, token: NewToken) -> dict[str, Any]:
@@ -126,7 +133,7 @@ class Job:
         return {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
 
     def _text_logprobs(self, tokens: Sequence[tuple[int, NewToken]]) -> dict[str, Any]:
-        """As OpenAI's: the token that was drawn is among the most likely ones, or after them."""
+        """Return OpenAI's older format, in which the drawn token is among the most likely ones or after them."""
         return {
             "tokens": [self._name(token.id) for _, token in tokens],
             "token_logprobs": [_finite(token.logprob) for _, token in tokens],
@@ -140,7 +147,7 @@ class Job:
         }
 
     def _name(self, id: int) -> str:
-        """A token as a string; one that is no whole characters as OpenAI writes it: bytes:\\xe4."""
+        """Return a token as a string; incomplete characters as OpenAI writes them: bytes:\\xe4."""
         data = self.token_bytes(id)
         try:
             return data.decode()
@@ -148,14 +155,14 @@ class Job:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _message(parts: Sequence[tuple[str, Any]], chunk: bool) -> dict[str, Any]:
-    """A message of the assistant, or what is new of it."""
+def _message(fields: Sequence[tuple[str, Any]], is_chunk: bool) -> dict[str, Any]:
+    """Return a message of the assistant, or for a chunk what is new in it."""
     message: dict[str, Any] = {}
-    for name, value in parts:
+    for name, value in fields:
         message[name] = message.get(name, [] if name == "tool_calls" else "") + (
             [value] if name == "tool_calls" else value
         )
-    if not chunk:
+    if not is_chunk:
         message = {"role": "assistant", "refusal": None, "content": None if "tool_calls" in message else "", **message}
     return message
 

@@ -21,7 +21,7 @@ import psutil
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generation.decoder import Completion, generate
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.serve.text_stream import REASONING, Parts
+from nb_lightning.serve.text_stream import REASONING, TagSplitter
 from tests.harness import ROOT, environment
 
 CONTEXT = 100_000
@@ -109,7 +109,7 @@ def expected(
 def text(loaded: Pretrained, completion: Completion, chat: bool = True) -> str:
     """What is shown of it; in chat without the reasoning, which is returned apart."""
     text = loaded.tokenizer.decode(completion.ids[: -1 if completion.finish_reason == "stop" else None])
-    parts = Parts([REASONING] if chat else []).add(text, final=True)
+    parts = TagSplitter([REASONING] if chat else []).add(text, final=True)
     return "".join(value for name, value in parts if name == "content")
 
 

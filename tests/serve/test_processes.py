@@ -23,7 +23,7 @@ from nb_lightning.generation.decoder import Decoder, NewToken, generate
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.engine import FAILED, DecodeLoop
 from nb_lightning.serve.replies import Job
-from nb_lightning.serve.routes import OpenAI, Served, _events
+from nb_lightning.serve.routes import OpenAI, ServedModel, _events
 from tests.serve.harness import CHAT, CONTEXT, ask, start, stop
 
 pytestmark = pytest.mark.runs
@@ -102,7 +102,7 @@ def test_a_step_that_fails(loaded: Pretrained, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_failed_row_is_answered(loaded: Pretrained) -> None:
     """Before anything was sent with a status of 500, in the middle of a stream with an error event."""
-    served = Served("tiny", loaded.tokenizer, None, (), 260, 100, {}, 8)
+    served = ServedModel("tiny", loaded.tokenizer, None, (), 260, 100, {}, 8)
 
     async def run(tokens: list[NewToken]) -> list[str]:
         spec = OpenAI(served)
@@ -110,15 +110,15 @@ def test_a_failed_row_is_answered(loaded: Pretrained) -> None:
         spec.request_queue = SimpleNamespace(put=lambda item: told.append(item[-1]))
         spec._listener = asyncio.create_task(asyncio.sleep(0))
         job = Job("text_completion", "tiny", [[65]], 1, Sampling(9), 0, spec.token_bytes)
-        pieces = spec._pieces(job)
-        first = asyncio.create_task(anext(pieces))
+        deltas = spec._deltas(job)
+        first = asyncio.create_task(anext(deltas))
         while not spec._rows:
             await asyncio.sleep(0)
         spec._rows[0].put_nowait(tokens[0])
         await asyncio.wait([first])
         if len(tokens) > 1:
             spec._rows[0].put_nowait(tokens[1])
-        out = [event async for event in _events(job, first.result(), pieces, usage=False)]
+        out = [event async for event in _events(job, first.result(), deltas, usage=False)]
         assert not spec._rows and told[-1] == ("cancel", [0])
         return out
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from nb_lightning.serve.__main__ import arguments as arguments_of
-from nb_lightning.serve.__main__ import decoding, serve
+from nb_lightning.serve.__main__ import default_sampling, serve
 from tests.serve.harness import CHAT, CONTEXT, PLACE, REPLIES, ROWS, TOOLS, Running, ask
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -146,18 +146,18 @@ def test_fuzz(server: Running) -> None:
 
 def test_decoding_defaults(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
-    assert decoding(tmp_path) == {"temperature": 0.6, "top_p": 0.95}  # the paper's
+    assert default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95}  # the paper's
     for content, how in (
         ('{"eos_token_id": 1}', {"temperature": 0.6, "top_p": 0.95}),
         ('{"temperature": 0.3, "top_k": 5, "top_p": null}', {"temperature": 0.3, "top_k": 5}),
         ('{"do_sample": false, "temperature": 0.3}', {"temperature": 0.0}),
     ):
         file.write_text(content)
-        assert decoding(tmp_path) == how
+        assert default_sampling(tmp_path) == how
     for bad in ('{"temperature": "hot"}', '{"top_p": 2}', "[]", "{"):
         file.write_text(bad)
         with pytest.raises(ValueError, match=r"generation_config\.json"):
-            decoding(tmp_path)
+            default_sampling(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nb_lightning.generation.decoder import NewToken
-from nb_lightning.serve.replies import Choice, Piece
-from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, Parts, TextStream, TokenBytes, unfinished
+from nb_lightning.serve.replies import Choice, Delta
+from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, TagSplitter, TextStream, TokenBytes, partial_match
 from nb_lightning.text.tokenizer import byte_tokenizer
 
 SAMPLE = "Zürich, 東京 and 🏔🏔: <think>naïve</think> résumé -- ééé. " * 3
@@ -106,11 +106,11 @@ def test_a_stop_token_is_no_text() -> None:
     assert stream.finish_reason == "stop" and stream.tokens == 3
 
 
-def test_unfinished() -> None:
-    assert unfinished("abc<thi", ["<think>", "<tool_call>"]) == 4
-    assert unfinished("abab", ["abac"]) == 2
-    assert unfinished("aaa", ["aab"]) == 2
-    assert unfinished("abc", ["x"]) == unfinished("", ["x"]) == unfinished("ab", ["ab"[:1]]) == 0
+def test_partial_match() -> None:
+    assert partial_match("abc<thi", ["<think>", "<tool_call>"]) == 4
+    assert partial_match("abab", ["abac"]) == 2
+    assert partial_match("aaa", ["aab"]) == 2
+    assert partial_match("abc", ["x"]) == partial_match("", ["x"]) == partial_match("ab", ["ab"[:1]]) == 0
 
 
 REPLIES = [
@@ -131,7 +131,7 @@ def test_parts(text: str, expected: list[tuple[str, str]]) -> None:
     for _ in range(100):
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(8)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-        parts = Parts([REASONING, TOOL_CALL])
+        parts = TagSplitter([REASONING, TOOL_CALL])
         found: list[tuple[str, str]] = []
         for i, piece in enumerate(pieces):
             found += parts.add(piece, final=i == len(pieces) - 1)
@@ -141,11 +141,14 @@ def test_parts(text: str, expected: list[tuple[str, str]]) -> None:
                 merged[name] = merged.get(name, "") + value
         calls = [part for part in found if part[0] == "tool_calls"]
         assert sorted([*merged.items(), *calls]) == sorted(expected)
-    assert "".join(value for _, value in Parts().add(text, True)) == text  # nobody asked for parts
+    assert "".join(value for _, value in TagSplitter().add(text, True)) == text  # nobody asked for parts
 
 
 def test_parts_of_a_reply_that_begins_inside() -> None:
-    assert Parts([REASONING], REASONING).add("\na</think>\n\nb", True) == [("reasoning_content", "a"), ("content", "b")]
+    assert TagSplitter([REASONING], REASONING).add("\na</think>\n\nb", True) == [
+        ("reasoning_content", "a"),
+        ("content", "b"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,13 +166,13 @@ def test_parts_of_a_reply_that_begins_inside() -> None:
 def test_tool_calls(call: str, name: str | None, arguments: str | None) -> None:
     """A call becomes OpenAI's object; what is none stays text."""
     tokenizer = byte_tokenizer()
-    choice, whole = Choice(0, TextStream(TokenBytes(tokenizer)), Parts([TOOL_CALL])), Piece(0)
+    choice, whole = Choice(0, TextStream(TokenBytes(tokenizer)), TagSplitter([TOOL_CALL])), Delta(0)
     text = f"<tool_call>{call}</tool_call>"
     for token in tokens(tokenizer.encode(text + "<|im_end|>").ids, "stop"):
         whole.extend(choice.add([token]))
     if name is None:
-        assert whole.parts == [("content", text)] and whole.finish_reason == "stop"
+        assert whole.fields == [("content", text)] and whole.finish_reason == "stop"
     else:
-        ((field, value),) = whole.parts
+        ((field, value),) = whole.fields
         assert field == "tool_calls" and whole.finish_reason == "tool_calls"
         assert value["function"] == {"name": name, "arguments": arguments} and value["id"].startswith("call_")
