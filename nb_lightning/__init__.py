@@ -7,17 +7,18 @@ __version__ = "0.1.0"
 
 
 def _hide_mismatched_torchvision() -> None:
-    """Make a torchvision wheel built for another torch invisible.
+    """Hide a torchvision wheel that was built for another torch.
 
-    litdata asks for torchvision although nothing here uses it. Its PyPI wheel is a CUDA build; beside a CPU build of
-    torch its import raises `operator torchvision::nms does not exist` out of `import lightning`. A `None` entry in
-    `sys.modules` turns that into the ImportError that torchmetrics and lightning already handle.
+    litdata depends on torchvision, which nothing here uses. Its PyPI wheel is a CUDA build: with a CPU build of torch,
+    `import lightning` raises `operator torchvision::nms does not exist`. A `None` entry in `sys.modules` makes that the
+    ImportError that torchmetrics and lightning handle.
     """
     try:
-        vision, core = version("torchvision"), version("torch")
+        torchvision_version, torch_version = version("torchvision"), version("torch")
     except PackageNotFoundError:
         return
-    if vision.partition("+")[2] != core.partition("+")[2] and "torchvision" not in sys.modules:
+    is_mismatched = torchvision_version.partition("+")[2] != torch_version.partition("+")[2]  # cpu, cu128 ...
+    if is_mismatched and "torchvision" not in sys.modules:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 

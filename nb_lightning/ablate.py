@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.ablate", description="Run an ablation.")
+    description = "Train and compare the arms of an ablation."
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.ablate", description=description)
     p.add_argument("name", help=f"one of {', '.join(shipped_ablations())}, or the path of a .yaml file")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K", help="(default: 0 1 2)")
     p.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one thread each (default: 2)")

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.export", description="Export a model.")
+    description = "Export a model for transformers, llama.cpp or peft."
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.export", description=description)
     p.add_argument("--from", dest="origin", required=True, metavar="PATH",
                    help="a run, a checkpoint, a Hugging Face folder or a .gguf file")  # fmt: skip
     p.add_argument("--to", metavar="FOLDER", help="the Hugging Face folder to write")

@@ -119,7 +119,7 @@ def test_an_unknown_name_lists_those_that_exist() -> None:
         ablate.read_ablation("dqd")
 
 
-def test_what_a_run_measured(tmp_path: Path) -> None:
+def test_a_run_is_read_before_its_first_step_and_at_its_end(tmp_path: Path) -> None:
     phases = {when: {"sources": {"sort": {"each": each}}} for when, each in (("before", [0, 0]), ("end", [0.5, 1]))}
     (tmp_path / "accuracy.json").write_text(json.dumps(phases))
     before, after = ablate.read_accuracy(tmp_path, "sort")

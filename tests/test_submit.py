@@ -39,7 +39,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, st
     return {key: value for key, value in (line.split(maxsplit=1) for line in lines)}
 
 
-def test_one_machine(no_sdk: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_machine_resumes_on_its_gpus(no_sdk: None, capsys: pytest.CaptureFixture[str]) -> None:
     job = printed(capsys, "--dry-run", "--machine", "H100", "--studio", "mine", "stage=sft", "data.template='a b'")
     assert job["machine"] == "H100" and job["num_machines"] == "1" and job["studio"] == "mine"
     overrides = shlex.split(job["command"].removeprefix("exec python train.py "))
@@ -55,7 +55,7 @@ def test_the_job_has_the_root_that_was_checked(
     assert "/teamspace/mine" in job["env"]
 
 
-def test_several_machines(no_sdk: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_machines_start_torchrun(no_sdk: None, capsys: pytest.CaptureFixture[str]) -> None:
     job = printed(capsys, "--dry-run", "--machine", "H100_X_8", "--machines", "4", "--checkout", "/my code", *CLUSTER)
     assert job["command"].startswith("cd '/my code' && exec python -m torch.distributed.run --nnodes=4 ")
     assert "--nproc-per-node=8" in job["command"] and '--node-rank="$NODE_RANK"' in job["command"]
@@ -135,7 +135,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_the_sdk_takes_it(sent: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sdk_accepts_the_job(sent: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_sdk import Machine
 
     where = ["--image", "an/image", "--path-mapping", "/teamspace/shared=bucket:runs", "--teamspace", "me/mine"]

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.recipe", description="Run the whole recipe.")
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.recipe", description="Run all steps of a recipe.")
     p.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="model=NAME: which recipe (default: demo); "
                    "key=value: for every train.py; STEP:argument: for one step's command (sft:seed=1)")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="print every command, and each stage's plan; run nothing")

@@ -29,7 +29,7 @@ TEMPLATES = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m nb_lightning.report", description="Write the report.")
+    p = argparse.ArgumentParser(prog="python -m nb_lightning.report", description="Report on the runs of a recipe.")
     p.add_argument("--root", type=Path, default=Path("outputs"), help="where the runs are (default: %(default)s)")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="(default: report in --root)")
     a = p.parse_args(arguments)

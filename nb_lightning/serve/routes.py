@@ -8,7 +8,7 @@ import json
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from nb_lightning.generation.decoder import NewToken
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.engine import FAILED, STEPS
 from nb_lightning.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from nb_lightning.serve.replies import CHAT, TEXT, Delta, Job
+from nb_lightning.serve.replies import CHAT, TEXT, Choice, Delta, Job
 from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, TokenBytes
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
@@ -74,7 +74,7 @@ class OpenAI(LitSpec):
         self.token_bytes = TokenBytes(served.tokenizer.tokenizer)
         self._threads = ThreadPoolExecutor(2)
         self._keys = itertools.count()
-        self._rows: dict[int, asyncio.Queue[NewToken]] = {}
+        self._rows: dict[Hashable, asyncio.Queue[NewToken]] = {}
         self._listener: asyncio.Task[None] | None = None
 
     @property
@@ -207,13 +207,13 @@ class OpenAI(LitSpec):
         if self._listener is None:
             self._listener = asyncio.create_task(self._listen())
         queue: asyncio.Queue[NewToken] = asyncio.Queue()
-        running = {next(self._keys): choice for choice in job.choices}
+        running: dict[Hashable, Choice] = {next(self._keys): choice for choice in job.choices}
         self._rows |= dict.fromkeys(running, queue)
         try:
             rows = ((key, job.prompts[choice.index // job.n], choice.index) for key, choice in running.items())
             self._send("add", [(key, prompt, job.sampling, [job.seed, index]) for key, prompt, index in rows])
             while running:
-                new: defaultdict[int, list[NewToken]] = defaultdict(list)
+                new: defaultdict[Hashable, list[NewToken]] = defaultdict(list)
                 token = await queue.get()
                 new[token.key].append(token)
                 while not queue.empty():  # several, if the client reads slowly

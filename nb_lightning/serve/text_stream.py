@@ -75,7 +75,7 @@ class TextStream:
         self._waiting: deque[tuple[int, NewToken]] = deque()  # (characters before it, token)
 
     def add(self, token: NewToken) -> tuple[str, list[tuple[int, NewToken]]]:
-        """Add a token; return the text that is final now, and (offset in characters, token) of those that begin in it."""
+        """Add a token; return the text that is final now, and (offset in characters, token) of the tokens in it."""
         self.tokens += 1
         data = b""
         if token.finish_reason != "stop":  # a stop token has no text

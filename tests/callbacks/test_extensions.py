@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_through_the_search_path(corpus: Path, tmp_path: Path, installed: Path) -> None:
+def test_a_callback_of_another_package_is_chosen_in_the_config(corpus: Path, tmp_path: Path, installed: Path) -> None:
     done = run_train(corpus, tmp_path, *TRACE, PYTHONPATH=str(installed))
     assert sorted(read_trace(tmp_path / "runs/pretrain")) == list(range(20))
     assert "trace: decay from 8192 tokens" in done.stdout
@@ -31,7 +31,7 @@ def test_through_the_search_path(corpus: Path, tmp_path: Path, installed: Path) 
     assert "nb_trace.StepTrace" in manifest["callbacks"]
 
 
-def test_through_the_entry_point(corpus: Path, tmp_path: Path, installed: Path) -> None:
+def test_a_callback_of_an_entry_point_always_runs(corpus: Path, tmp_path: Path, installed: Path) -> None:
     announced = tmp_path / "announced.txt"
     run_train(corpus, tmp_path, PYTHONPATH=str(installed), NB_TRACE_ANNOUNCE=str(announced))
     assert announced.read_text().splitlines() == [

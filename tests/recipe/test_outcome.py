@@ -20,11 +20,11 @@ from nb_lightning.recipe.outcome import HINT, describe_exit, last_line
         ("sh -c 'kill -SEGV $$'; exit $?", "killed by SIGSEGV (exit status 139)"),  # told by a shell
     ],
 )
-def test_how_it_ended(script: str, expected: str) -> None:
+def test_an_exit_status_is_told_in_words(script: str, expected: str) -> None:
     assert describe_exit(subprocess.run(["sh", "-c", script]).returncode) == expected
 
 
-def test_the_last_line(tmp_path: Path) -> None:
+def test_the_last_line_is_the_last_one_that_informs(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(f"Could not override 'a.b'.\nKey 'b' is not in struct\n    full_key: a.b\n\n{HINT}=1 for ...\n")
     assert last_line(log) == "Key 'b' is not in struct"

@@ -24,7 +24,7 @@ def dry_run(root: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_whole_recipe_of_the_3b(tmp_path: Path) -> None:
+def test_the_dry_run_of_the_3b_plans_each_stage_and_names_what_is_missing(tmp_path: Path) -> None:
     said = dry_run(tmp_path, "model=nanbeige4_3b", "trainer=fsdp")
     steps = read_recipe("nanbeige4_3b")
     assert re.findall(r"^# (\d+)/16 (\w+)$", said, re.M) == [(str(i), step.name) for i, step in enumerate(steps, 1)]
@@ -46,12 +46,12 @@ def test_the_whole_recipe_of_the_3b(tmp_path: Path) -> None:
     assert not any("runs/" in path or "/dpd/" in path for path in to_bring)  # steps make these
 
 
-def test_the_demo_brings_all_with_it(tmp_path: Path) -> None:
+def test_the_demo_lacks_no_input(tmp_path: Path) -> None:
     said = dry_run(tmp_path)
     assert said.count("memory per device") == 6 and "no step makes it" not in said
 
 
-def test_without_the_steps_before_their_results_are_missing(
+def test_results_of_steps_that_were_not_chosen_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -75,7 +75,7 @@ def test_a_mistake_in_the_last_stage_is_named_before_the_first_runs(monkeypatch:
             check_configs(read_recipe("demo", [word])[-6:])
 
 
-def test_a_model_that_a_step_before_has_to_make_first(
+def test_a_stage_whose_model_is_not_there_yet_has_no_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NB_ROOT", str(tmp_path))

@@ -160,7 +160,7 @@ def interrupt(place: Path, root: Path, step: str, lines: int, number: Signals) -
         (3, None, SIGKILL, 0.0),
     ],
 )
-def test_killed_twice_and_the_same_in_the_end(
+def test_killed_twice_the_weights_and_numbers_are_the_same(
     place: Path, unbroken: Path, seed: int, places: tuple[str, ...] | None, number: Signals, earliest: float
 ) -> None:
     """At random steps of random stages, or those named, after the share `earliest` of their lines."""

@@ -110,31 +110,31 @@ def wait_for(place: Path, step: str, lines: int, process: subprocess.Popen[bytes
         time.sleep(0.002)
 
 
-def test_runs_all_once(place: Path) -> None:
-    said = recipe(place)
+def test_each_step_runs_once(place: Path) -> None:
+    output = recipe(place)
     assert list(results(place)) == ["first", "second", "third"]
-    assert "[2/3] second: python work.py second 15 first" in said
+    assert "[2/3] second: python work.py second 15 first" in output
     assert log(place, "first")[0].startswith("$ python work.py first 20 -")
     assert log(place, "first")[1:] == ["begins at 0", "done"]  # the bar is written over
     before = results(place)
-    said = recipe(place)
-    assert said.count("finished before") == 3 and results(place) == before
+    output = recipe(place)
+    assert output.count("finished before") == 3 and results(place) == before
     assert begun(place, "first") == begun(place, "third") == [0]
 
 
-def test_another_command_runs_again_and_all_after_it(place: Path) -> None:
+def test_a_step_with_another_command_runs_again_and_so_do_all_after_it(place: Path) -> None:
     recipe(place)
     before = results(place)
-    said = recipe(place, "second:other")
+    output = recipe(place, "second:other")
     after = results(place)
     assert after["first"] == before["first"] and begun(place, "first") == [0]
     assert after["second"] != before["second"] and after["third"] != before["third"]
     assert begun(place, "second") == begun(place, "third") == [0, 0]
     assert (place / "recipe/replaced/second.1/lines").read_text() == before["second"]  # nothing is lost
-    assert "moved to" in said
+    assert "moved to" in output
 
 
-def test_what_was_made_of_a_changed_step_does_not_stay(place: Path) -> None:
+def test_results_made_from_a_changed_step_are_moved_away(place: Path) -> None:
     recipe(place)
     before = results(place)
     recipe(place, "second:other", "--only", "second")
@@ -142,7 +142,7 @@ def test_what_was_made_of_a_changed_step_does_not_stay(place: Path) -> None:
     assert (place / "recipe/replaced/third.1/lines").read_text() == before["third"]
 
 
-def test_a_result_that_is_gone_is_made_again(place: Path) -> None:
+def test_a_missing_result_is_made_again(place: Path) -> None:
     recipe(place)
     before = results(place)
     shutil.rmtree(place / "out/third")
@@ -150,13 +150,13 @@ def test_a_result_that_is_gone_is_made_again(place: Path) -> None:
     assert results(place) == before and begun(place, "third") == [0, 0] and begun(place, "second") == [0]
 
 
-def test_a_launcher_that_is_not_there_is_one_line(place: Path) -> None:
+def test_a_missing_launcher_is_one_line(place: Path) -> None:
     (place / "conf/recipe/fake.yaml").write_text("steps: {first: {run: [no-such-program]}}")
-    said = recipe(place, code=1)
-    assert "error: " in said and "no-such-program" in said and "Traceback" not in said
+    output = recipe(place, code=1)
+    assert "error: " in output and "no-such-program" in output and "Traceback" not in output
 
 
-def test_what_follows_a_changed_step_is_not_taken_for_finished_after_a_kill(place: Path) -> None:
+def test_after_a_kill_no_step_below_a_changed_one_counts_as_finished(place: Path) -> None:
     """Killed right after the changed step: the later ones had been finished with the same commands."""
     recipe(place)
     recipe(place, "--only", "second", "second:other")
@@ -167,9 +167,9 @@ def test_what_follows_a_changed_step_is_not_taken_for_finished_after_a_kill(plac
     assert results(place) == unbroken and begun(place, "first") == [0, 0]
 
 
-def test_a_failing_step_is_one_line_and_goes_on(place: Path) -> None:
-    said = recipe(place, "second:fail", code=1)
-    assert said.splitlines()[-1] == (
+def test_a_failing_step_is_one_line_and_resumes(place: Path) -> None:
+    output = recipe(place, "second:fail", code=1)
+    assert output.splitlines()[-1] == (
         f"error: step second failed: exit status 1; the end of {place}/recipe/second.log: error: as it was told"
     )
     assert begun(place, "second") == [0] and not (place / "out/third").exists()
@@ -177,15 +177,15 @@ def test_a_failing_step_is_one_line_and_goes_on(place: Path) -> None:
     assert begun(place, "second") == [0, 15]
 
 
-def test_a_step_that_is_killed_says_so_and_not_what_it_said_before(place: Path) -> None:
+def test_a_killed_step_is_reported_with_the_last_line_of_this_start(place: Path) -> None:
     recipe(place, "second:fail", code=1)
-    said = recipe(place, "second:killed", code=1).splitlines()[-1]
-    assert "step second failed: killed by SIGKILL, perhaps for want of memory (exit status 137); the end of" in said
-    assert said.endswith("second.log: unit 14")
+    output = recipe(place, "second:killed", code=1).splitlines()[-1]
+    assert "step second failed: killed by SIGKILL, perhaps for want of memory (exit status 137); the end of" in output
+    assert output.endswith("second.log: unit 14")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on(place: Path, number: signal.Signals) -> None:
+def test_a_signal_is_passed_on_and_the_same_command_resumes(place: Path, number: signal.Signals) -> None:
     process = started(place)
     wait_for(place, "second", 3, process)
     process.send_signal(number)
@@ -197,7 +197,7 @@ def test_a_signal_is_handed_on(place: Path, number: signal.Signals) -> None:
     assert results(place) == broken
 
 
-def test_asked_to_stop_no_other_step_is_begun(place: Path) -> None:
+def test_after_a_signal_no_other_step_starts(place: Path) -> None:
     """The signal may come when the step has nothing left to stop."""
     process = started(place, "second:deaf")
     wait_for(place, "second", 3, process)
@@ -209,7 +209,7 @@ def test_asked_to_stop_no_other_step_is_begun(place: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_twice_at_random(place: Path, seed: int) -> None:
+def test_killed_twice_at_random_the_results_are_the_same(place: Path, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(2):
         process = started(place)
@@ -242,7 +242,7 @@ def test_a_killed_recipe_leaves_no_command_behind(place: Path, launcher: list[st
     assert (place / "out/first/lines").read_text() == lines and lines.count("\n") < 20
 
 
-def test_only_and_from(place: Path) -> None:
+def test_only_runs_one_step_and_from_leaves_out_the_earlier_ones(place: Path) -> None:
     recipe(place, "--only", "first")
     assert list(results(place)) == ["first"]
     recipe(place, "--from", "second")
@@ -251,12 +251,14 @@ def test_only_and_from(place: Path) -> None:
 
 
 def test_dry_run_runs_nothing(place: Path) -> None:
-    said = recipe(place, "--dry-run", "third:other")
-    assert "# 3/3 third\npython work.py third 15 second other" in said
+    output = recipe(place, "--dry-run", "third:other")
+    assert "# 3/3 third\npython work.py third 15 second other" in output
     assert not (place / "out").exists() and not (place / "recipe").exists()
 
 
-def test_words_and_launcher(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_reach_their_steps_and_the_launcher_starts_train(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place / "conf/recipe/two.yaml").write_text(
         "steps: {a: {run: [python, train.py, stage=sft]}, b: {run: [python, -m, x, [1, [2]]]}}"
     )
@@ -277,7 +279,7 @@ def test_words_and_launcher(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         read_recipe("none")
 
 
-def test_the_log_has_what_a_bar_ended_with() -> None:
+def test_the_log_has_the_last_state_of_a_bar() -> None:
     written: list[str] = []
     screen = Screen(written.append)
     for piece in ("\x1b[1mstart\x1b[0m\r", "\n 10%|", "█".encode()[:1], "█".encode()[1:] + b" |\r 20%|", " x |\r"):
@@ -289,7 +291,9 @@ def test_the_log_has_what_a_bar_ended_with() -> None:
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "conf/recipe").glob("*.yaml")))
-def test_shipped_recipes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_recipe_composes_and_reads_only_what_an_earlier_step_made(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every stage composes and passes its checks; what a step reads, one before it made."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("NB_ROOT", raising=False)

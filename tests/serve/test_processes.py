@@ -29,7 +29,7 @@ from tests.serve.harness import CHAT, CONTEXT, ask, start, stop
 pytestmark = pytest.mark.runs
 
 
-def test_full_cancelled_and_stopped(endless: Path, tmp_path: Path) -> None:
+def test_a_full_server_refuses_until_a_client_leaves(endless: Path, tmp_path: Path) -> None:
     """A full server says so. A client that goes makes room, for the next rows to run at once. Ctrl-C ends it all."""
     server = start(endless, tmp_path / "log", "--max-batch", "2", "--max-queue", "1")
     endless_rows = {"n": 3, "max_tokens": CONTEXT - 100}  # hours
@@ -60,7 +60,7 @@ def test_full_cancelled_and_stopped(endless: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["all of it", "decoder", "HTTP", "queue"])
-def test_killed(folder: Path, tmp_path: Path, whom: str) -> None:
+def test_if_one_process_is_killed_all_end(folder: Path, tmp_path: Path, whom: str) -> None:
     """Whichever process is killed, none is left."""
     server = start(folder, tmp_path / "log")
     children = server.children()
@@ -74,7 +74,9 @@ def test_killed(folder: Path, tmp_path: Path, whom: str) -> None:
     assert not alive, [child.cmdline() for child in alive]
 
 
-def test_a_step_that_fails(loaded: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_failed_step_end_as_failed_and_later_ones_run(
+    loaded: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its rows end as failed; those that come later run."""
     step, failures = Decoder.step, [RuntimeError("out of memory")]
 
@@ -100,7 +102,7 @@ def test_a_step_that_fails(loaded: Pretrained, monkeypatch: pytest.MonkeyPatch) 
     assert ids == generate(loaded.model, [[65]], Sampling(3), [0])[0].ids
 
 
-def test_a_failed_row_is_answered(loaded: Pretrained) -> None:
+def test_a_failed_row_is_an_error_to_the_client(loaded: Pretrained) -> None:
     """Before anything was sent with a status of 500, in the middle of a stream with an error event."""
     served = ServedModel("tiny", loaded.tokenizer, None, (), 260, 100, {}, 8)
 

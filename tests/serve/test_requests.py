@@ -51,14 +51,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("change, says", BAD, ids=[f"{i}-{'-'.join(change)}" for i, (change, _) in enumerate(BAD)])
-def test_bad_requests(server: Running, change: dict[str, Any], says: str) -> None:
+def test_a_bad_request_is_an_error_in_openais_shape(server: Running, change: dict[str, Any], says: str) -> None:
     status, answer = server.request("/v1/chat/completions", json.dumps({**CHAT, **change}).encode())
     assert status == 400 and says in answer["error"]["message"], answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-def test_bad_requests_as_the_client_sees_them(server: Running) -> None:
+def test_openais_client_raises_its_classes_of_errors(server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'; this server has 'tiny'") as unknown:
         server.client.completions.create(model="gpt", prompt="x")
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
@@ -70,7 +70,7 @@ def test_bad_requests_as_the_client_sees_them(server: Running) -> None:
             server.client.completions.create(model="tiny", prompt=bad)
 
 
-def test_requests_that_are_no_requests(server: Running) -> None:
+def test_malformed_http_bodies_are_refused(server: Running) -> None:
     chat = "/v1/chat/completions"
     for body in (b"", b"{", b"null", b"[]", b"\xff", b'"x"', b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"):
         status, answer = server.request(chat, body)
@@ -88,13 +88,13 @@ def test_requests_that_are_no_requests(server: Running) -> None:
     assert ask(server, temperature=0).choices[0].message.content == REPLIES[PLACE]
 
 
-def test_a_template_that_hangs(server: Running) -> None:
+def test_a_template_that_hangs_is_ended(server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="the template takes longer"):
         ask(server, "hang")
     assert ask(server, temperature=0).choices[0].message.content == REPLIES[PLACE]
 
 
-def test_fuzz(server: Running) -> None:
+def test_spoilt_requests_never_break_the_server(server: Running) -> None:
     """Bodies that are wrong somewhere: an answer below 500 to each, and a server that goes on."""
     rng = random.Random(0)
     full: dict[str, Any] = {
@@ -144,7 +144,7 @@ def test_fuzz(server: Running) -> None:
     assert ask(server, temperature=0).choices[0].message.content == REPLIES[PLACE]
 
 
-def test_decoding_defaults(tmp_path: Path) -> None:
+def test_default_sampling_is_the_models_else_the_papers(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     assert default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95}  # the paper's
     for content, how in (
@@ -167,6 +167,6 @@ def test_decoding_defaults(tmp_path: Path) -> None:
         (["--max-batch", "0"], "--max-batch is 0; it must be at least 1"),
     ],
 )
-def test_bad_arguments(folder: Path, arguments: list[str], says: str) -> None:
+def test_a_bad_argument_is_named(folder: Path, arguments: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
         serve(arguments_of(["--model", str(folder), *arguments]))

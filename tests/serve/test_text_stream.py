@@ -44,7 +44,7 @@ def tokens(ids: list[int], end: str = "length") -> list[NewToken]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_pieces_are_the_decoded_text(name: str) -> None:
+def test_the_pieces_add_up_to_the_decoded_text(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     token_bytes = TokenBytes(tokenizer)
     sample = tokenizer.encode(SAMPLE).ids
@@ -56,7 +56,7 @@ def test_the_pieces_are_the_decoded_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_bytes_that_are_no_text(name: str) -> None:
+def test_invalid_bytes_become_what_the_tokenizer_makes_of_them(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     rng = random.Random(0)
     for _ in range(300):
@@ -68,7 +68,7 @@ def test_bytes_that_are_no_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_stop_strings(name: str) -> None:
+def test_a_row_ends_at_the_token_that_completes_a_stop_string(name: str) -> None:
     """The row ends at the token that completes the first stop string; nothing of it is shown, all before it is."""
     tokenizer = TOKENIZERS[name]()
     token_bytes = TokenBytes(tokenizer)
@@ -99,14 +99,14 @@ def test_stop_strings(name: str) -> None:
     assert 100 < stopped < 400
 
 
-def test_a_stop_token_is_no_text() -> None:
+def test_a_stop_token_has_no_text() -> None:
     stream = TextStream(TokenBytes(byte_tokenizer()))
     ids = byte_tokenizer().encode("ab<|im_end|>").ids
     assert [stream.add(token)[0] for token in tokens(ids, "stop")] == ["a", "b", ""]
     assert stream.finish_reason == "stop" and stream.tokens == 3
 
 
-def test_partial_match() -> None:
+def test_the_longest_beginning_of_a_marker_counts() -> None:
     assert partial_match("abc<thi", ["<think>", "<tool_call>"]) == 4
     assert partial_match("abab", ["abac"]) == 2
     assert partial_match("aaa", ["aab"]) == 2
@@ -126,7 +126,7 @@ REPLIES = [
 
 
 @pytest.mark.parametrize("text, expected", REPLIES)
-def test_parts(text: str, expected: list[tuple[str, str]]) -> None:
+def test_a_reply_is_split_at_its_tags_however_it_is_cut(text: str, expected: list[tuple[str, str]]) -> None:
     rng = random.Random(0)
     for _ in range(100):
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(8)))
@@ -144,7 +144,7 @@ def test_parts(text: str, expected: list[tuple[str, str]]) -> None:
     assert "".join(value for _, value in TagSplitter().add(text, True)) == text  # nobody asked for parts
 
 
-def test_parts_of_a_reply_that_begins_inside() -> None:
+def test_a_reply_may_begin_inside_reasoning() -> None:
     assert TagSplitter([REASONING], REASONING).add("\na</think>\n\nb", True) == [
         ("reasoning_content", "a"),
         ("content", "b"),
@@ -163,7 +163,7 @@ def test_parts_of_a_reply_that_begins_inside() -> None:
         ("[" * 5_000, None, None),
     ],
 )
-def test_tool_calls(call: str, name: str | None, arguments: str | None) -> None:
+def test_text_that_is_no_tool_call_stays_content(call: str, name: str | None, arguments: str | None) -> None:
     """A call becomes OpenAI's object; what is none stays text."""
     tokenizer = byte_tokenizer()
     choice, whole = Choice(0, TextStream(TokenBytes(tokenizer)), TagSplitter([TOOL_CALL])), Delta(0)
