@@ -69,6 +69,7 @@ class RLStage(BaseStage[RLConfig], PolicyModule):
         super().configure_model()
         self.sampler = self._sampler()
         if self.settings.kl_weight:
+            assert self.cfg.init_from is not None  # config/checks.py requires it
             self.reference = self.frozen(find_origin(self.cfg.init_from))
 
     def _sampler(self) -> RolloutSampler:

@@ -49,7 +49,9 @@ def solved(monkeypatch: pytest.MonkeyPatch, right: Any) -> list[tuple[float, flo
     return calls
 
 
-def test_strictly_between_a_tenth_and_nine_tenths(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_strictly_between_a_tenth_and_nine_tenths_are_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 16: 1 is 6 % and goes, 2 stays; 14 is 87.5 % and stays, 15 goes."""
     right = {0: 0, 1: 1, 2: 2, 3: 8, 4: 14, 5: 15, 6: 16}
     calls = solved(monkeypatch, lambda task: right[int(task.id.split("/")[1]) % 7])
@@ -67,7 +69,7 @@ def test_strictly_between_a_tenth_and_nine_tenths(made: Path, tmp_path: Path, mo
         assert (run / f"on_policy_filter_{phase}.png").stat().st_size > 5000
 
 
-def test_candidates_limit_what_is_asked(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_candidates_are_answered(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = solved(monkeypatch, lambda task: 8)
     run_here(made, tmp_path, *SAMPLES, "callbacks.on_policy_filter.candidates=5")
     assert [len(tasks) for *_, tasks in calls] == [10, 5]
@@ -82,7 +84,7 @@ def test_too_few_stop_the_run(made: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "digits" in (tmp_path / "runs/rl/on_policy_filter.json").read_text()  # to see why
 
 
-def test_the_real_thing_is_what_evaluation_gives(made: Path, tmp_path: Path) -> None:
+def test_the_filter_counts_what_evaluation_counts(made: Path, tmp_path: Path) -> None:
     """The counts are those of `evaluate_tasks` on the starting weights, with the run's seed."""
     run = run_here(made, tmp_path, *SAMPLES, "stage.phases.stem.steps=1", "stage.phases.code.steps=1")
     loaded = load_pretrained(str(made / "policy"))
@@ -95,6 +97,6 @@ def test_the_real_thing_is_what_evaluation_gives(made: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"low": 0.9, "high": 0.1}, {"high": 1.5}], ids=str)
-def test_bad_settings(bad: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"callbacks\.on_policy_filter: samples"):
         OnPolicyFilter(**bad)

@@ -14,7 +14,7 @@ from tests.sft_harness import make_sources, run_sft
 pytestmark = pytest.mark.runs
 
 
-def test_measured_kept_logged_and_shown(tmp_path: Path) -> None:
+def test_accuracy_is_measured_written_logged_and_shown(tmp_path: Path) -> None:
     chats = make_sources(tmp_path)
     asked = [{"role": "user", "content": "abc"}]
     tasks = [Task(f"{source}/{i}", source, asked, "exact", "never") for source in ("one", "two") for i in range(3)]

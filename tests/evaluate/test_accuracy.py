@@ -62,7 +62,7 @@ def test_a_chain_has_the_probabilities_that_were_asked_for() -> None:
     assert p[id_of("7")].item() == pytest.approx(0.25, abs=1e-3)
 
 
-def test_summary() -> None:
+def test_the_summary_shows_the_models_probabilities() -> None:
     """ "42" with probability 0.75; else sevens up to the limit."""
     tasks = tasks_of(["42"] * 60) + tasks_of(["77"] * 20, source="never")
     found = evaluate_tasks(pretrained_of(chain(COIN)), tasks, SAMPLING, k=4, max_batch=32)
@@ -84,7 +84,7 @@ def test_summary() -> None:
     assert {text for attempts in found.attempts for text in attempts.texts} == {"42", "7" * 12}
 
 
-def test_greedy() -> None:
+def test_greedy_takes_the_most_likely_completion() -> None:
     found = evaluate_tasks(pretrained_of(chain(COIN)), tasks_of(["42", "43"]), replace(SAMPLING, temperature=0))
     assert [attempts.mean_reward for attempts in found.attempts] == [1, 0]
     assert found.summary()["all"]["pass"] == {1: 0.5}

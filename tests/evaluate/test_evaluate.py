@@ -55,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_everything(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_prints_and_writes_everything(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--model", f"{folder}/model", "--tasks", f"{folder}/tasks.jsonl", "--source", f"web={folder}/web"]
     given += ["--text", f"plain={folder}/text.jsonl", "--out", f"{tmp_path}/r.json", "--samples", f"{tmp_path}/s.jsonl"]
     evaluate.main([*given, *QUICK])
@@ -80,14 +82,14 @@ def test_everything(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sum(s["reward"] for s in sampled) == pytest.approx(56 * want.summary()["all"]["mean"])
 
 
-def test_greedy_only_and_sampled_only(folder: Path) -> None:
+def test_greedy_only_and_sampled_only_are_possible(folder: Path) -> None:
     given = ["--model", f"{folder}/model", "--tasks", f"{folder}/tasks.jsonl", *QUICK, "--limit", "2"]
     for extra, ways in ((["--k", "0"], ["greedy"]), (["--no-greedy"], ["sampled"])):
         result = evaluate.run(evaluate.parser().parse_args([*given, *extra]))
         assert list(result["tasks"]) == ways and result["tasks"][ways[0]]["all"]["tasks"] == 2
 
 
-def test_another_chat_template(folder: Path, tmp_path: Path) -> None:
+def test_another_chat_template_is_used(folder: Path, tmp_path: Path) -> None:
     """What the model sees ends in "7" now: it never answers."""
     (tmp_path / "seven.jinja").write_text("{{ messages[0].content }} 7")
     given = ["--model", f"{folder}/model", "--tasks", f"{folder}/tasks.jsonl", *QUICK, "--k", "0"]

@@ -45,7 +45,9 @@ def naive(model: Pretrained, ids: list[int], seq_len: int) -> float:
 
 @pytest.mark.parametrize("seq_len", [1024, 32, 7])
 @pytest.mark.parametrize("packed", [8192, 40, 1])
-def test_every_token_once(model: Pretrained, monkeypatch: pytest.MonkeyPatch, seq_len: int, packed: int) -> None:
+def test_every_token_is_predicted_once(
+    model: Pretrained, monkeypatch: pytest.MonkeyPatch, seq_len: int, packed: int
+) -> None:
     monkeypatch.setattr(module, "PACKED_TOKENS", packed)
     seen: list[int] = []
     found = perplexity(model, documents(), seq_len, on_tokens=seen.append)
@@ -60,7 +62,7 @@ def test_every_token_once(model: Pretrained, monkeypatch: pytest.MonkeyPatch, se
     assert low < found["nats_per_token"] < high
 
 
-def test_known_probabilities() -> None:
+def test_known_probabilities_give_known_numbers() -> None:
     """ "abab": after the end token a (1), b follows a (0.5), a follows b (0.25), the end follows b (0.75)."""
     end = "<|endoftext|>"
     known = pretrained_of(chain({end: {"a": 1.0}, "a": {"b": 0.5, "a": 0.5}, "b": {"a": 0.25, end: 0.75}}))
@@ -71,7 +73,7 @@ def test_known_probabilities() -> None:
     assert found["interval"] is None
 
 
-def test_no_more_than_asked(model: Pretrained) -> None:
+def test_no_document_is_begun_after_max_tokens(model: Pretrained) -> None:
     found = perplexity(model, iter(documents()), 99, max_tokens=10)
     assert found["documents"] == 3  # of 8 and 1 tokens, and the one with the tenth
     assert perplexity(model, documents(), 99, max_tokens=9)["documents"] == 2
@@ -81,7 +83,9 @@ def test_no_more_than_asked(model: Pretrained) -> None:
         perplexity(model, [], 99)
 
 
-def test_documents_of_a_source(model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_of_a_source_are_its_texts(
+    model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Across chunks and reads, with the bytes of the text."""
     rng = np.random.RandomState(0)
     texts = ["".join(chr(c) for c in rng.randint(65, 400, size=n)) for n in rng.randint(0, 900, size=40)]
@@ -95,7 +99,7 @@ def test_documents_of_a_source(model: Pretrained, tmp_path: Path, monkeypatch: p
     assert list(source_documents(str(tmp_path), model)) == documents(texts)
 
 
-def test_a_source_of_another_tokenizer(model: Pretrained, tmp_path: Path) -> None:
+def test_a_source_of_another_tokenizer_is_refused(model: Pretrained, tmp_path: Path) -> None:
     writer = SourceWriter(tmp_path / "val", SourceManifest("another", 300, 0))
     writer.add([1, 0])
     writer.close()
@@ -105,7 +109,7 @@ def test_a_source_of_another_tokenizer(model: Pretrained, tmp_path: Path) -> Non
         list(source_documents(str(tmp_path / "none"), model))
 
 
-def test_texts(model: Pretrained, tmp_path: Path) -> None:
+def test_texts_are_lines_or_a_whole_file(model: Pretrained, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps({"text": text, "n": 1}) for text in TEXTS))
     assert list(text_documents(str(tmp_path / "a.jsonl"), model)) == documents()
     (tmp_path / "a.md").write_text(TEXTS[2])
@@ -119,7 +123,7 @@ def test_a_bad_line_is_named(model: Pretrained, tmp_path: Path, line: str) -> No
         list(text_documents(str(tmp_path / "a.jsonl"), model))
 
 
-def test_a_file_that_is_no_text(model: Pretrained, tmp_path: Path) -> None:
+def test_a_file_that_is_no_text_is_refused(model: Pretrained, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
     for name in ("a.txt", "none.txt"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as UTF-8 text"):

@@ -106,7 +106,7 @@ def attacked(sandbox: Sandbox, place: Place, attack: Attack, limits: Limits = LI
 
 
 @pytest.mark.parametrize("attack", FILES + PROCESSES + NETWORK + KERNEL, ids=lambda attack: attack.name)
-def test_it_is_refused(sandbox: Sandbox, place: Place, attack: Attack) -> None:
+def test_an_attack_is_refused(sandbox: Sandbox, place: Place, attack: Attack) -> None:
     outcome = attacked(sandbox, place, attack)
     assert outcome.status in ("ok", "crash"), outcome
     assert "NameError" not in str(outcome.report) and "SyntaxError" not in str(outcome.report)
@@ -123,7 +123,7 @@ def test_time_has_a_limit(sandbox: Sandbox, place: Place, attack: Attack) -> Non
 
 
 @pytest.mark.parametrize("attack", HARNESS, ids=lambda attack: attack.name)
-def test_the_harness_stands(sandbox: Sandbox, place: Place, attack: Attack) -> None:
+def test_an_attack_on_the_harness_leaves_it_standing(sandbox: Sandbox, place: Place, attack: Attack) -> None:
     outcome = attacked(sandbox, place, attack)
     assert outcome.status in ("ok", "crash", "flood")
     assert len(outcome.stdout) <= LIMITS.output_bytes + 2**16
@@ -132,13 +132,13 @@ def test_the_harness_stands(sandbox: Sandbox, place: Place, attack: Attack) -> N
 ALL = FILES + PROCESSES + NETWORK + KERNEL + MEMORY + TIME + HARNESS
 
 
-def test_there_are_enough_and_each_has_a_name() -> None:
+def test_there_are_enough_attacks_and_each_has_a_name() -> None:
     assert len(ALL) >= 40 and len({attack.name for attack in ALL}) == len(ALL)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="what root may do")
 @pytest.mark.parametrize("attack", [attack for attack in ALL if attack.control], ids=lambda attack: attack.name)
-def test_outside_the_sandbox_it_succeeds(place: Place, attack: Attack) -> None:
+def test_an_attack_succeeds_outside_the_sandbox(place: Place, attack: Attack) -> None:
     """The control: an attack that fails everywhere would show nothing."""
     place.reset()
     limits = [(resource.RLIMIT_CPU, 10), (resource.RLIMIT_AS, 4 << 30), (resource.RLIMIT_FSIZE, 1 << 24)]

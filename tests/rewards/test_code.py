@@ -53,7 +53,9 @@ def fenced(code: str) -> str:
         ("def add(a, b): return object()", "crash", 0, "tests[0]", "TypeError: a value of type object"),
     ],
 )
-def test_functions(code: Guarded, source: str, status: str, passed: int, failed: str | None, why: str | None) -> None:
+def test_a_function_is_judged_by_its_results(
+    code: Guarded, source: str, status: str, passed: int, failed: str | None, why: str | None
+) -> None:
     [score] = code.score("", [fenced(source)], ADD)
     assert (score.reward, score.info["status"]) == (float(status == "correct"), status), score
     assert (score.info["passed"], score.info["total"], score.info.get("failed")) == (passed, 2, failed)
@@ -73,7 +75,9 @@ def test_functions(code: Guarded, source: str, status: str, passed: int, failed:
         ("import sys\nprint(input())\nsys.exit(4)", "crash", 0, "tests[0]", "exit code 4"),
     ],
 )
-def test_programs(code: Guarded, source: str, status: str, passed: int, failed: str | None, why: str | None) -> None:
+def test_a_program_is_judged_by_its_output(
+    code: Guarded, source: str, status: str, passed: int, failed: str | None, why: str | None
+) -> None:
     [score] = code.score("", [fenced(source)], ECHO)
     assert (score.reward, score.info["status"], score.info["passed"], score.info.get("failed")) == (
         float(status == "correct"), status, passed, failed,
@@ -81,7 +85,7 @@ def test_programs(code: Guarded, source: str, status: str, passed: int, failed: 
     assert score.info.get("why", "").startswith(why or "")
 
 
-def test_several_completions_in_order(code: Guarded) -> None:
+def test_scores_are_in_the_order_of_the_completions(code: Guarded) -> None:
     completions = [
         fenced("def add(a, b): return a + b"),
         "no code",
@@ -148,7 +152,9 @@ def test_all_tests_of_a_program_have_one_limit_of_time(code: Guarded) -> None:
         ("1", "1" * 1000, 0.1, False), ("1", "1_0", 0.1, False),
     ],
 )  # fmt: skip
-def test_outputs(wanted: str, said: str, tolerance: float | None, same: bool) -> None:
+def test_outputs_agree_up_to_white_space_and_tolerance(
+    wanted: str, said: str, tolerance: float | None, same: bool
+) -> None:
     assert same_output(wanted, said, tolerance) is same
 
 
@@ -169,6 +175,6 @@ def test_outputs(wanted: str, said: str, tolerance: float | None, same: bool) ->
         ({"entry": 3, "tests": [{"args": [], "expect": 1}]}, "'entry' .* name of a function"),
     ],
 )  # fmt: skip
-def test_bad_references(code: Guarded, reference: Any, words: str) -> None:
+def test_a_bad_reference_is_refused(code: Guarded, reference: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         code.check(reference)

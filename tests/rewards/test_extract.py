@@ -15,7 +15,7 @@ from nb_lightning.rewards.extract import after_thinking, answer_line, boxed, cod
         ("about <think> tags", "about <think> tags"),
     ],
 )  # fmt: skip
-def test_after_thinking(text: str, said: str) -> None:
+def test_the_response_begins_after_the_reasoning(text: str, said: str) -> None:
     assert after_thinking(text) == said
 
 
@@ -29,7 +29,7 @@ def test_after_thinking(text: str, said: str) -> None:
         ("Answer: __x__", "__x__"),
     ],
 )  # fmt: skip
-def test_answer_line(text: str, answer: str | None) -> None:
+def test_the_answer_is_the_line_of_the_last_mark(text: str, answer: str | None) -> None:
     assert answer_line(text) == answer
 
 
@@ -43,7 +43,7 @@ def test_answer_line(text: str, answer: str | None) -> None:
         (r"\boxed{}", ""), (r"\boxed 5 {6}", None), (r"\boxed{a}}", "a"), (r"$\boxed{x^{2}}$.", "x^{2}"), ("", None),
     ],
 )  # fmt: skip
-def test_boxed(text: str, answer: str | None) -> None:
+def test_the_last_closed_box_is_found(text: str, answer: str | None) -> None:
     assert boxed(text) == answer
 
 
@@ -61,7 +61,7 @@ def test_boxed(text: str, answer: str | None) -> None:
         ("```python\nx = '''\n``` not the end\n'''\n```", "x = '''\n``` not the end\n'''\n"),
     ],
 )  # fmt: skip
-def test_code_block(text: str, code: str | None) -> None:
+def test_the_last_closed_python_block_is_found(text: str, code: str | None) -> None:
     assert code_block(text) == code
 
 

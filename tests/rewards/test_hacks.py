@@ -41,7 +41,7 @@ def test_a_hack_is_not_paid(code: Guarded, hack: Attack, reference: dict[str, An
     assert score.reward == 0 and score.info["status"] not in ("correct", "no_answer", "verifier_error"), score
 
 
-def test_there_are_enough() -> None:
+def test_there_are_enough_hacks() -> None:
     assert len(HACKS) >= 15
 
 

@@ -39,7 +39,9 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize("name, arguments, followed, not_followed", CASES, ids=[row[0] for row in CASES])
-def test_check(name: str, arguments: dict[str, Any], followed: list[str], not_followed: list[str]) -> None:
+def test_a_check_decides_by_the_text(
+    name: str, arguments: dict[str, Any], followed: list[str], not_followed: list[str]
+) -> None:
     verifier = get_verifier("ifeval")
     reference = {"instructions": [{"name": name, **arguments}]}
     verifier.check(reference)
@@ -94,6 +96,6 @@ def test_hostile_text_costs_little() -> None:
         ({"instructions": [{"name": "one_of", "options": []}]}, "'options' of 'one_of'"),
     ],
 )  # fmt: skip
-def test_bad_references(reference: Any, words: str) -> None:
+def test_a_bad_reference_is_refused(reference: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         get_verifier("ifeval").check(reference)

@@ -83,7 +83,7 @@ def hostile(site: Path) -> Iterator[Guarded]:
         sys.path.remove(str(site))
 
 
-def test_in_a_process_of_its_own_made_once(hostile: Guarded) -> None:
+def test_the_verifier_is_made_once_in_another_process(hostile: Guarded) -> None:
     first = hostile.score("the prompt", ["a", "b"], None)
     again = hostile.score("the prompt", ["a"], None)
     assert [score.info["prompt"] for score in first] == ["the prompt"] * 2
@@ -104,12 +104,12 @@ def test_a_failure_costs_one_reward(hostile: Guarded, completion: str, status: s
     assert statuses(scores) == {"correct": 2, status: 1}
 
 
-def test_its_children_end_with_the_call(hostile: Guarded) -> None:
+def test_the_verifiers_children_end_with_the_call(hostile: Guarded) -> None:
     assert hostile.score("", ["child"], None)[0].reward == 1
     assert all(not psutil.Process(worker.pid).children() for worker in hostile.verifier.sandbox._running)
 
 
-def test_its_check_is_asked(hostile: Guarded) -> None:
+def test_the_verifiers_check_is_called(hostile: Guarded) -> None:
     hostile.check("good")
     with pytest.raises(ValueError, match="this reference is bad"):
         hostile.check("bad")
@@ -118,7 +118,7 @@ def test_its_check_is_asked(hostile: Guarded) -> None:
     hostile.check("good")
 
 
-def test_in_this_process_where_it_asks_for_that(hostile: Guarded) -> None:
+def test_a_verifier_may_ask_for_this_process(hostile: Guarded) -> None:
     inside = get_verifier("inside")
     assert inside.score("", ["a"], None)[0].info["pid"] == os.getpid()
     assert statuses(inside.score("", ["a", "raise"], None)) == {"verifier_error": 2}
@@ -126,14 +126,16 @@ def test_in_this_process_where_it_asks_for_that(hostile: Guarded) -> None:
     assert [score.reward for score in inside.score("", ["a", "nan"], None)] == [1, 0]
 
 
-def test_all_names_are_listed(hostile: Guarded) -> None:
+def test_an_unknown_name_lists_installed_verifiers_too(hostile: Guarded) -> None:
     with pytest.raises(ValueError, match="there are: code, exact, gone, hostile, ifeval, inside, math, preference, "):
         get_verifier("no_such_verifier")
     with pytest.raises(ValueError, match=r"verifier 'gone' \(nb_hostile:Gone\) cannot be loaded: .*Gone"):
         get_verifier("gone")
 
 
-def test_one_that_cannot_be_made(hostile: Guarded, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_that_cannot_be_made_is_an_error(
+    hostile: Guarded, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its class loads, but making one fails: said when the verifier is asked for, not in the middle of a run."""
     monkeypatch.setattr(pool, "_shared", {})
     (site / "nb_hostile.py").write_text(HOSTILE.replace("self.calls = 0", "raise OSError('no model here')"))
@@ -144,7 +146,7 @@ def test_one_that_cannot_be_made(hostile: Guarded, site: Path, monkeypatch: pyte
         (site / "nb_hostile.py").write_text(HOSTILE)
 
 
-def test_the_example_package_as_pip_installs_it(tmp_path: Path) -> None:
+def test_the_example_package_works_as_pip_installs_it(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, f"--target={tmp_path}", str(ROOT / "docs/examples/nb_palindrome")], check=True)
     program = """

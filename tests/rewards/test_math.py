@@ -49,7 +49,9 @@ def answered(maths: Guarded, reference: Any, *answers: str) -> list[Score]:
         (10**50, [str(10**50), "10^{50}"], [str(10**50 + 1)]),
     ],
 )  # fmt: skip
-def test_equal_in_other_forms(maths: Guarded, reference: Any, right: list[str], wrong: list[str]) -> None:
+def test_an_equal_answer_in_another_form_is_correct(
+    maths: Guarded, reference: Any, right: list[str], wrong: list[str]
+) -> None:
     scores = dict(zip(right + wrong, answered(maths, reference, *right, *wrong)))
     assert [answer for answer, score in scores.items() if score.reward == 1] == right
     assert {score.info["status"] for answer, score in scores.items() if answer in wrong} == {"wrong"}
@@ -80,7 +82,7 @@ def test_hedges_are_not_paid(maths: Guarded, reference: Any, answers: list[str])
         (None, "\\boxed{1} or \\boxed{2}", "2"),
     ],
 )  # fmt: skip
-def test_formats(maths: Guarded, formats: Any, text: str, answer: str) -> None:
+def test_the_answer_is_found_by_the_formats_in_order(maths: Guarded, formats: Any, text: str, answer: str) -> None:
     reference = {"answer": answer or "1"} | ({"format": formats} if formats else {})
     [score] = maths.score("", [text], reference)
     assert score.info["answer"] == answer
@@ -104,7 +106,7 @@ DEEP = [
 ]  # fmt: skip
 
 
-def test_each_hostile_string_within_its_limit() -> None:
+def test_a_hostile_answer_stays_within_its_limit() -> None:
     """All at once, good answers among them: every one is judged, and the good ones are paid."""
     maths = Guarded("math", Math(item_seconds=0.25))
     good = ["2/4", "0.50"]
@@ -117,14 +119,14 @@ def test_each_hostile_string_within_its_limit() -> None:
     assert counted["timeout"] >= 3  # they do hang
 
 
-def test_hostile_references_too() -> None:
+def test_a_hostile_reference_stays_within_its_limit() -> None:
     maths = Guarded("math", Math(item_seconds=0.4))
     for reference in TOWERS[:2]:
         [score] = answered(maths, reference, "7^{7^7}")
         assert score.reward == 0 and score.info["status"] in ("timeout", "memory", "wrong")
 
 
-def test_from_any_thread(maths: Guarded) -> None:
+def test_scores_are_the_same_from_any_thread(maths: Guarded) -> None:
     """math-verify's own limits are alarms, which work in the main thread only (elsewhere all would score 0)."""
     results: dict[int, list[Score]] = {}
 
@@ -160,20 +162,20 @@ def test_memory_is_limited_and_one_hog_does_not_starve_the_others() -> None:
         ("print('55')", "wrong"),
     ],
 )  # fmt: skip
-def test_computed_answers(expression: str, status: str) -> None:
+def test_a_computed_answer_is_compared_by_its_value(expression: str, status: str) -> None:
     maths = Guarded("math", Math(item_seconds=0.5))
     [score] = maths.score("", [f"Answer: {expression}"], {"answer": 55, "compute": True})
     assert score.info["status"] == status and score.reward == float(status == "correct"), score
 
 
-def test_tolerance_of_computed_answers(maths: Guarded) -> None:
+def test_the_tolerance_holds_for_computed_answers(maths: Guarded) -> None:
     for tolerance, right in ((0, [1, 0, 0]), (1e-3, [1, 1, 0])):
         reference = {"answer": 0.5, "compute": True, "tolerance": tolerance}
         scores = maths.score("", ["Answer: 1/2", "Answer: 0.5001", "Answer: 0.6"], reference)
         assert [score.reward for score in scores] == right
 
 
-def test_a_check_of_ones_own(maths: Guarded) -> None:
+def test_the_references_check_decides(maths: Guarded) -> None:
     source = """
 def check(answer):
     n = int(answer)
@@ -199,7 +201,7 @@ def check(answer):
         ({"answer": 1, "compute": True, "tolerance": "x"}, "'tolerance'"),
     ],
 )  # fmt: skip
-def test_bad_references(maths: Guarded, reference: Any, words: str) -> None:
+def test_a_bad_reference_is_refused(maths: Guarded, reference: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         maths.check(reference)
 
@@ -213,7 +215,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         get_verifier("math")
 
 
-def test_items_are_told_apart(maths: Guarded) -> None:
+def test_an_item_that_ends_its_job_costs_only_itself(maths: Guarded) -> None:
     """The one that ends its job is the one that is blamed, wherever it stands."""
     maths = Guarded("math", Math(item_seconds=0.4))
     bad = "10^{10^{10^{10}}}+((100!)!)!"

@@ -92,7 +92,7 @@ def contained(found: dict[str, Any]) -> None:
     assert {name: found[name] for name in NOTHING} == dict.fromkeys(NOTHING, "")
 
 
-def test_here() -> None:
+def test_this_machine_contains_its_jobs() -> None:
     found = place("")
     contained(found)
     assert found["hello"]["other_user"] == (os.getuid() == 0)
@@ -111,7 +111,7 @@ def test_without_seccomp_it_is_refused() -> None:
     assert "NO SECCOMP" in found["refused"] and "forks" in found["refused"]
 
 
-def test_without_seccomp_at_ones_own_risk() -> None:
+def test_without_seccomp_it_runs_if_unsafe_is_set() -> None:
     found = place("without_filters()", NB_UNSAFE_SANDBOX="1")
     assert "forks" in found["hello"]["escapes"]
     assert found["honest"] == "42" and found["read"] == ""  # Landlock is still there
@@ -121,13 +121,13 @@ def test_without_both_it_is_refused() -> None:
     assert "refused" in place("without(444, 445, 446); without_filters()")
 
 
-def test_an_ordinary_user() -> None:
+def test_jobs_of_an_ordinary_user_are_contained() -> None:
     found = place("as_user(1000)")
     contained(found)
     assert not found["hello"]["other_user"] and found["user"] == "1000" and found["lazy"] == "42"
 
 
-def test_root_of_a_container_with_no_other_user() -> None:
+def test_jobs_of_root_in_a_container_without_other_users_are_contained() -> None:
     found = place("as_user(0)")
     contained(found)
     assert not found["hello"]["other_user"] and found["lazy"] == "42"
@@ -135,7 +135,7 @@ def test_root_of_a_container_with_no_other_user() -> None:
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap here")
 @pytest.mark.parametrize("setting", ["", "as_user(1000)"], ids=["as it is", "an ordinary user"])
-def test_inside_bubblewrap(setting: str) -> None:
+def test_jobs_inside_bubblewrap_are_contained(setting: str) -> None:
     contained(place(setting))
 
 

@@ -20,7 +20,7 @@ VALUES: list[Any] = [
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:30] if value != 10**5000 else "large")
-def test_there_and_back(value: Any) -> None:
+def test_a_value_survives_encoding(value: Any) -> None:
     wire = json.loads(json.dumps(encode(value)))
     back = decode(wire)
     assert type(back) is type(value) and back == value
@@ -28,7 +28,7 @@ def test_there_and_back(value: Any) -> None:
 
 
 @pytest.mark.parametrize("i", range(len(VALUES)))
-def test_equal_to_nothing_else(i: int) -> None:
+def test_a_value_equals_no_other(i: int) -> None:
     equal = [j for j in range(len(VALUES)) if same(encode(VALUES[i]), encode(VALUES[j]))]
     assert equal in ([i], [7, 8])  # 0.0 and -0.0 are one number
 
@@ -41,12 +41,12 @@ class Sub(int):
     "value", [Sub(1), type("T", (str,), {})("a"), Counter("a"), OrderedDict(), object(), int, iter([]), [Sub(1)],
               {Sub(1): 1}, {1: Sub(1)}, range(3), len, ..., bytearray(b"a")]
 )  # fmt: skip
-def test_only_exact_built_in_types(value: Any) -> None:
+def test_only_exact_built_in_types_are_encoded(value: Any) -> None:
     with pytest.raises(TypeError, match="a value of type"):
         encode(value)
 
 
-def test_depth() -> None:
+def test_deep_nesting_is_refused() -> None:
     value: Any = []
     for _ in range(DEPTH - 1):
         value = [value]
@@ -72,7 +72,7 @@ def test_depth() -> None:
         ({frozenset({1, 2}): 1}, {frozenset({2, 1}): 1}, None, True), ([1, 2], [1], None, False), ([], {}, None, False),
     ],
 )  # fmt: skip
-def test_same(a: Any, b: Any, tolerance: float | None, equal: bool) -> None:
+def test_same_compares_types_and_values(a: Any, b: Any, tolerance: float | None, equal: bool) -> None:
     assert same(encode(a), encode(b), tolerance) is equal
     assert same(encode(b), encode(a), tolerance) is equal
 
@@ -123,11 +123,11 @@ def test_hostile_data_costs_little() -> None:
         ([None], [None]),
     ],
 )  # fmt: skip
-def test_json_with_words_for_what_it_lacks(written: Any, value: Any) -> None:
+def test_json_can_write_types_that_it_lacks(written: Any, value: Any) -> None:
     assert from_json(written) == value and type(from_json(written)) is type(value)
 
 
 @pytest.mark.parametrize("written", [{"$what": 1}, {"$set": [[]]}, {"$bytes": "x"}, {"$tuple": 1}, {"$dict": [1]}])
-def test_json_with_wrong_words(written: Any) -> None:
+def test_json_with_a_wrong_type_is_refused(written: Any) -> None:
     with pytest.raises(ValueError, match="is no value"):
         from_json(written)

@@ -49,7 +49,7 @@ def model(run: Path) -> RewardModel:
 # What it says -------------------------------------------------------------------------------------------------------
 
 
-def test_equal_to_one_comparison_after_the_other(model: RewardModel) -> None:
+def test_packed_comparisons_equal_single_ones_in_float64(model: RewardModel) -> None:
     """Nothing packed, float64, the probability of "A" against "B" after both orders."""
     a, b = (model.chat.tokenizer.tokenizer.token_to_id(answer) for answer in "AB")
     double = deepcopy(model.model).double()
@@ -65,7 +65,7 @@ def test_equal_to_one_comparison_after_the_other(model: RewardModel) -> None:
     assert max(found) - min(found) > 0.01  # it does not say the same of all
 
 
-def test_both_ways_round_is_one_minus_it_and_equals_are_undecided(model: RewardModel) -> None:
+def test_the_other_order_is_one_minus_it_and_equal_texts_are_undecided(model: RewardModel) -> None:
     found = dict(zip(PAIRS, model.compare(ASKED, PAIRS)))
     for one, other in PAIRS:
         assert found[one, other] + found[other, one] == pytest.approx(1, abs=1e-12)
@@ -76,7 +76,7 @@ def test_both_ways_round_is_one_minus_it_and_equals_are_undecided(model: RewardM
 
 
 @pytest.mark.parametrize("tokens", [1, 200, 10_000])
-def test_however_they_are_packed(model: RewardModel, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def test_the_packing_changes_nothing(model: RewardModel, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     expected, forwards = model.compare(ASKED, PAIRS), []
     monkeypatch.setattr(preference, "FORWARD_TOKENS", tokens)
     monkeypatch.setattr(model, "_forward", lambda rows: forwards.append(rows) or RewardModel._forward(model, rows))
@@ -106,7 +106,7 @@ def test_a_response_cannot_write_another_part_of_the_comparison(model: RewardMod
     assert forged.count(end) == plain.count(end) and forged[-1] == end
 
 
-def test_from_many_threads(model: RewardModel) -> None:
+def test_many_threads_get_the_same_answers(model: RewardModel) -> None:
     prompts = [[{"role": "user", "content": f"t {n}"}] for n in range(12)]
     expected = [model.compare(prompt, PAIRS[:8]) for prompt in prompts]
     with ThreadPoolExecutor(6) as pool:
@@ -146,23 +146,23 @@ def rewards_of(scores: Sequence[Score]) -> list[float]:
     return [s.reward for s in scores]
 
 
-def test_without_a_reference_each_meets_every_other() -> None:
+def test_without_a_reference_each_is_compared_with_every_other() -> None:
     scores = score(["a", "bbb", "cccc"])
     assert rewards_of(scores) == pytest.approx([(1 / 4 + 1 / 5) / 2, (3 / 4 + 3 / 7) / 2, (4 / 5 + 4 / 7) / 2])
     assert sum(rewards_of(scores)) == pytest.approx(1.5)  # a win is another's loss
     assert {tuple(s.info.items()) for s in scores} == {(("status", "compared"), ("rivals", 2))}
 
 
-def test_with_a_reference_each_meets_it() -> None:
+def test_with_a_reference_each_is_compared_with_it() -> None:
     assert rewards_of(score(["a", "bbb", "bbb"], "bbb")) == pytest.approx([1 / 4, 1 / 2, 1 / 2])
     assert score([], "bbb") == score([]) == []
 
 
-def test_the_only_one_is_worth_a_half() -> None:
+def test_a_completion_without_rivals_is_worth_a_half() -> None:
     assert score(["a"]) == [Score(0.5, {"status": "alone"})]
 
 
-def test_what_is_too_long_is_worth_nothing_and_nobodys_rival() -> None:
+def test_a_completion_that_is_too_long_is_worth_nothing_and_is_no_rival() -> None:
     """Without a reference two of a kind must fit: 30 tokens each, 20 letters."""
     scores = score(["a" * 20, "b" * 21, "c" * 10])
     assert [s.info["status"] for s in scores] == ["compared", "too_long", "compared"]
@@ -174,7 +174,9 @@ def test_what_is_too_long_is_worth_nothing_and_nobodys_rival() -> None:
     assert [s.info["status"] for s in score(["a", "unreadable", "b"])] == ["compared", "unreadable", "compared"]
 
 
-def test_by_name_and_guarded(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_alone_is_refused_and_failures_are_guarded(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(
         ValueError, match="'preference' needs a reward model: name a run of stage=reward_model with stage"
     ):
@@ -264,7 +266,7 @@ def test_an_answer_must_be_one_token(tmp_path: Path) -> None:
 # As a judge of pairs ------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_of_pairs(run: Path, model: RewardModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reward_model_judges_pairs(run: Path, model: RewardModel, capsys: pytest.CaptureFixture[str]) -> None:
     judge = RewardModelJudge(str(run))
     asked = [Comparison(ASKED, one, other) for one, other in PAIRS[:5]]
     assert judge.compare([*asked, Comparison(ASKED, "x" * 200, "y")]) == [*model.compare(ASKED, PAIRS[:5]), 0.5]

@@ -75,7 +75,7 @@ def test_unsound_and_unknown_tasks_are_refused(verifier: Guarded, name: Any) -> 
     ({"task": "chain_sum", "entry": {"answer": 3}}, "'entry'"),
      ({"task": "chain_sum", "entry": {"answer": "3"}, "x": 1}, "must be an object")],
 )  # fmt: skip
-def test_bad_references(verifier: Guarded, reference: Any, words: str) -> None:
+def test_a_bad_reference_is_refused(verifier: Guarded, reference: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         verifier.check(reference)
 
@@ -94,7 +94,7 @@ def test_settings_of_a_task_reach_it(verifier: Guarded) -> None:
         list(tasks("chain_sum", 1, seed=0, terms=7))
 
 
-def test_as_a_command(tmp_path: Path) -> None:
+def test_the_command_writes_tasks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nb_lightning.rewards.reasoning_gym"]
     options = ["--size", "2", "--seed", "5", "--set", "max_word_len=4"]
     with open(tmp_path / "tasks.jsonl", "w") as file:

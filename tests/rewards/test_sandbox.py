@@ -58,20 +58,20 @@ def works(sandbox: Sandbox) -> bool:
         ("import os\nfor _ in range(99): os.write(3, b'1' * 999)", "flood", "too much output"),
     ],
 )
-def test_how_a_job_ends(sandbox: Sandbox, code: str, status: str, words: str) -> None:
+def test_the_outcome_says_how_a_job_ended(sandbox: Sandbox, code: str, status: str, words: str) -> None:
     outcome = sandbox.run({"code": code}, b"", SHORT)
     assert outcome.status == status and outcome.reason.startswith(words), outcome
     assert len(outcome.stdout) <= 2 * SHORT.output_bytes + 2**16
 
 
-def test_the_limit_of_memory_is_the_limit(sandbox: Sandbox) -> None:
+def test_memory_is_limited(sandbox: Sandbox) -> None:
     for megabytes, status in ((90, "ok"), (150, "crash")):
         outcome = sandbox.run({"code": f"x = bytearray({megabytes} << 20)"}, b"", Limits(memory_mb=128))
         assert outcome.status == status
     assert outcome.report == [{"error": "MemoryError:  (line 1)"}]
 
 
-def test_the_limit_of_threads(sandbox: Sandbox) -> None:
+def test_threads_are_limited(sandbox: Sandbox) -> None:
     """More than the limit is refused or ends the job; up to it, they run."""
     code = (
         "import threading, time\nthreading.stack_size(65536)\nfor _ in range({}):\n"
@@ -238,12 +238,12 @@ def measure(process: psutil.Process) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_soak() -> None:
+def test_five_hundred_jobs_leave_nothing_behind() -> None:
     soak(500)
 
 
 @pytest.mark.slow
-def test_long_soak() -> None:
+def test_five_thousand_jobs_leave_nothing_behind() -> None:
     soak(5000)
 
 
@@ -311,7 +311,7 @@ def test_a_restart_that_fails_costs_jobs_and_not_the_run(monkeypatch: pytest.Mon
     made.close()
 
 
-def test_what_protects_is_said_in_words() -> None:
+def test_the_protections_are_described_in_words() -> None:
     assert describe({}) == "no jail: time and memory limits only"
     hello = {"landlock": 4, "seccomp": True, "other_user": True, "escapes": []}
     assert describe(hello).startswith("Landlock 4 + seccomp + limits + another user")

@@ -46,7 +46,7 @@ both = pytest.mark.parametrize("machine", ARCHITECTURES)
 
 
 @both
-def test_listed_calls_and_no_others(machine: str) -> None:
+def test_only_listed_calls_are_allowed(machine: str) -> None:
     column = list(ARCHITECTURES).index(machine)
     listed = {numbers[column]: name for name, numbers in NUMBERS.items() if numbers[column] is not None}
     filter_ = seccomp.program(machine)
@@ -61,13 +61,13 @@ def test_listed_calls_and_no_others(machine: str) -> None:
 
 @both
 @pytest.mark.parametrize("other", [*ARCHITECTURES.values(), 0x40000003, 0x40000028])
-def test_another_architecture_is_the_end(machine: str, other: int) -> None:
+def test_a_call_of_another_architecture_ends_the_process(machine: str, other: int) -> None:
     verdict = decide(seccomp.program(machine), machine, 0, arch=other)
     assert (verdict == KILL_PROCESS) == (other != ARCHITECTURES[machine])
 
 
 @both
-def test_open_is_for_reading(machine: str) -> None:
+def test_files_open_for_reading_only(machine: str) -> None:
     for flags in (0, 0o2000000, 0o100000, 0o4000):  # O_CLOEXEC, O_LARGEFILE, O_NONBLOCK
         assert call("openat", machine, 0, 0, flags) == ALLOW
     for flags in (1, 2, 3, 0o100, 0o1000, 0o2001, 0o20200002):  # ..., O_CREAT, O_TRUNC, O_APPEND, O_TMPFILE
@@ -77,7 +77,7 @@ def test_open_is_for_reading(machine: str) -> None:
 
 
 @both
-def test_clone_is_for_threads(machine: str) -> None:
+def test_clone_makes_threads_only(machine: str) -> None:
     assert call("clone", machine, THREAD) == ALLOW
     assert call("clone", machine, THREAD | 1 << 40) == ALLOW  # the kernel reads 32 bits of it
     for flags in (0, 17, 0x4111, 0x10000000, THREAD | 0x10000000, THREAD | 0x00020000, THREAD | 0x40000000):
@@ -86,7 +86,7 @@ def test_clone_is_for_threads(machine: str) -> None:
 
 
 @both
-def test_the_other_conditions(machine: str) -> None:
+def test_conditions_on_arguments_hold(machine: str) -> None:
     assert call("prlimit64", machine, 0, 7, 0) == ALLOW
     assert call("prlimit64", machine, 0, 7, 1) == call("prlimit64", machine, 0, 7, 1 << 32) == ERRNO | errno.EPERM
     assert call("prctl", machine, 15) == ALLOW
@@ -98,7 +98,7 @@ def test_the_other_conditions(machine: str) -> None:
 
 
 @both
-def test_what_must_never_be_listed(machine: str) -> None:
+def test_dangerous_calls_are_never_listed(machine: str) -> None:
     never = (
         "fork vfork execve execveat kill tkill tgkill ptrace process_vm_readv process_vm_writev pidfd_open "
         "socket socketpair connect bind memfd_create io_uring_setup bpf perf_event_open userfaultfd keyctl add_key "

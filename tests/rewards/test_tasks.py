@@ -24,7 +24,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_tasks(tmp_path / "t.jsonl") == tasks
 
 
-def test_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line()}\r\n\n{line(id='b')}".encode())
     assert [task.id for task in read_tasks(tmp_path / "t.jsonl")] == ["a", "b"]
 
@@ -52,7 +52,7 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: str, reason: str) -> None:
     assert str(error.value).startswith(f"{path}:3: not a task: ") and reason in str(error.value)
 
 
-def test_no_file_no_task_and_no_utf8(tmp_path: Path) -> None:
+def test_no_file_no_task_and_no_utf8_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_tasks(tmp_path / "none.jsonl")
     (tmp_path / "t.jsonl").write_text("\n")

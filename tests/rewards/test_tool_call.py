@@ -46,11 +46,11 @@ def status(completion: str, reference: Any = ROME) -> str:
         ("", "no_answer"),
     ],
 )
-def test_one_call(completion: str, expected: str) -> None:
+def test_one_call_is_compared(completion: str, expected: str) -> None:
     assert status(completion) == expected
 
 
-def test_several_calls_in_order() -> None:
+def test_several_calls_are_compared_in_order() -> None:
     assert status(block(ROME) + "\n" + block(ADD), [ROME, ADD]) == "correct"
     assert status(block(ADD) + block(ROME), [ROME, ADD]) == "wrong"
     assert status(block(ROME), [ROME, ADD]) == "wrong"
@@ -71,6 +71,6 @@ def test_what_our_template_writes_is_read() -> None:
 
 
 @pytest.mark.parametrize("reference", [None, "weather", [], [ROME, 3], {"name": "x"}, {**ROME, "arguments": "{}"}])
-def test_a_bad_reference(reference: Any) -> None:
+def test_a_bad_reference_is_refused(reference: Any) -> None:
     with pytest.raises(ValueError, match="the reference of 'tool_call' is"):
         get_verifier("tool_call").check(reference)

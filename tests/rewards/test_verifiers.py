@@ -26,7 +26,7 @@ from nb_lightning.rewards import Guarded, Score, get_verifier, registry, statuse
         ("", 0, "no_answer"),
     ],
 )
-def test_exact(completion: str, reward: float, status: str) -> None:
+def test_exact_compares_the_text_after_the_last_mark(completion: str, reward: float, status: str) -> None:
     [score] = get_verifier("exact").score("", [completion], "a  b")
     assert (score.reward, score.info["status"]) == (reward, status)
 
@@ -45,7 +45,7 @@ def test_statuses_are_counted() -> None:
     assert statuses(scores) == {"correct": 2, "wrong": 1, "no_answer": 1}
 
 
-def test_no_completions() -> None:
+def test_no_completions_are_no_scores() -> None:
     assert get_verifier("exact").score("", [], "a") == []
 
 
@@ -92,20 +92,20 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> Guarded:
         ("-0.1", "a reward of -0.1 is not in [0, 1]"),
     ],
 )
-def test_a_failing_verifier_costs_zeros(bad: Guarded, reference: str, words: str) -> None:
+def test_a_failing_verifier_gives_zeros(bad: Guarded, reference: str, words: str) -> None:
     scores = bad.score("", ["a", "b"], reference)
     assert [score.reward for score in scores] == [0, 0]
     assert statuses(scores) == {"verifier_error": 2}
     assert words in scores[0].info["why"]
 
 
-def test_a_verifier_from_outside(bad: Guarded) -> None:
+def test_a_verifier_of_another_package_is_found(bad: Guarded) -> None:
     half, whole = bad.score("", ["a"], "0.5") + bad.score("", ["a"], "1")
     assert (half.reward, half.info) == (0.5, {"status": "wrong", "note": 1})
     assert (whole.reward, whole.info) == (1, {"status": "correct", "note": 1})
 
 
-def test_a_verifier_from_outside_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_of_another_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("gone", "no_such_package:Gone", registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     with pytest.raises(ValueError, match=r"verifier 'gone' \(no_such_package:Gone\) cannot be loaded: No module"):

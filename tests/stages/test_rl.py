@@ -159,7 +159,7 @@ def test_several_updates_use_the_ratios_of_the_rollout(made: Path, tmp_path: Pat
     assert (moved - ours).norm() < 0.02 * moved.norm()  # Adam takes the sign of gradients that are next to nothing
 
 
-def test_kl_to_the_starting_weights(made: Path, tmp_path: Path) -> None:
+def test_the_kl_term_starts_at_zero_and_grows(made: Path, tmp_path: Path) -> None:
     run = run_here(made, tmp_path, "stage.kl_weight=0.5", *ALL_PROMPTS)
     kl = curve(run, "train/ref_kl")
     assert kl[0] == pytest.approx(0, abs=1e-6) and all(value > 1e-4 for value in kl[1:4])
@@ -199,7 +199,7 @@ def test_accumulation_changes_nothing(made: Path, tmp_path: Path, unbroken: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes(made: Path, tmp_path: Path, unbroken: Path, strategy: str) -> None:
+def test_two_processes_train_like_one(made: Path, tmp_path: Path, unbroken: Path, strategy: str) -> None:
     run_rl(made, tmp_path, f"trainer.strategy={strategy}", "stage.micro_batch_size=2", ranks=2)
     run = tmp_path / "runs/rl"
     same(run, unbroken)
@@ -279,7 +279,7 @@ def test_a_failing_verifier_costs_rewards_and_a_counter(
     assert all(row["rl/pass_rate"] < 0.6 for row in steps_logged(run))
 
 
-def test_what_is_written(unbroken: Path) -> None:
+def test_a_run_writes_rollouts_manifest_and_times(unbroken: Path) -> None:
     lines = [json.loads(line) for line in (unbroken / "rollouts.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == set(range(7)) and len(lines) == 7 * 2 * 4
     assert {line["source"] for line in lines} == {"words", "digits"}
