@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from nb_lightning.checkout import composed
 from tests.docs_harness import CODE_SPAN, PACKAGES, PAGES, code_spans, each_page, text_of
 from tests.harness import ROOT
@@ -212,6 +214,7 @@ def training_commands() -> list[tuple[str, ...]]:
     return sorted(distinct)
 
 
+@pytest.mark.runs  # composing takes seconds in all
 def test_every_training_command_composes() -> None:
     assert len(training_commands()) > 10
     for overrides in training_commands():
