@@ -46,7 +46,8 @@ class RunManifest(pl.Callback):
         chat = getattr(data, "chat", None)  # where a stage trains on conversations
         data.tokenizer.save(run / TOKENIZER, chat.source if chat else None)
         earlier = read_json(run / MANIFEST, {}).get("starts", []) if module.tokens_seen else []
-        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # as datamodule
+        # Lightning sets this attribute without declaring it.
+        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         start = {
             "tokens_seen": module.tokens_seen,
             "command": sys.argv,

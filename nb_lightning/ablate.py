@@ -36,7 +36,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nb_lightning import run_folder
-from nb_lightning.checkout import CHECKOUT, require_checkout
+from nb_lightning.checkout import CHECKOUT, default_root, require_checkout
 from nb_lightning.errors import one_line_errors
 from nb_lightning.evaluate.comparison import compare, comparison_table
 from nb_lightning.files import read_json, write_json, write_text
@@ -136,7 +136,7 @@ def ablate(name: str, seeds: Sequence[int], jobs: int, extra: Sequence[str], dry
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed is there twice, and would count as two")
     roots = [override.partition("=")[2] for override in extra if override.startswith("paths.root=")]
-    root = roots[-1] if roots else os.environ.get("NB_ROOT", "outputs")
+    root = roots[-1] if roots else default_root()
     runs = plan_runs(name, ablation, seeds, extra, root)
     if dry_run:
         print("\n".join(shlex.join(run.command) for run in runs))

@@ -5,6 +5,7 @@ The wheel holds the library alone. Commands that compose a config or start train
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,11 @@ from nb_lightning.config.schema import Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CONF = "conf"
+
+
+def default_root() -> str:
+    """Return `paths.root` where no override sets it, as conf/paths/default.yaml has it."""
+    return os.environ.get("NB_ROOT", "outputs")
 
 
 def require_checkout(folder: Path | None = None) -> None:

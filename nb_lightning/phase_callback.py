@@ -34,7 +34,8 @@ class StageModule(pl.LightningModule):
     @property
     def data(self) -> Any:
         """The run's data, a class of `data/`, which the library does not import."""
-        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # set, but not declared, by Lightning
+        # Lightning sets this attribute without declaring it.
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says about the run, as plain values."""

@@ -21,6 +21,7 @@ from nb_lightning.rewards.registry import get_verifier, get_verifiers
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.rollouts.sampler import RolloutSampler
+from nb_lightning.run_folder import CHECKPOINTS
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
 
@@ -110,7 +111,7 @@ class LocalSampler:
     def about(self) -> dict[str, Any]:
         origin = find_origin(self.path)
         parts = origin.path.resolve().parts
-        name = f"{parts[-3]}/{parts[-1]}" if parts[-2] == "checkpoints" else parts[-1]  # run and checkpoint
+        name = f"{parts[-3]}/{parts[-1]}" if parts[-2] == CHECKPOINTS else parts[-1]  # run and checkpoint
         return {"name": name, "digest": origin.digest()}
 
     def chat_tokenizer(self) -> ChatTokenizer:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nb_lightning.checkout import default_root
 from nb_lightning.errors import RunStopped, one_line_errors
 from nb_lightning.recipe.outcome import last_line
 from nb_lightning.recipe.plans import check_configs, show_plans
@@ -64,17 +65,12 @@ def run(a: argparse.Namespace) -> None:
     if a.dry_run:
         show_plans(steps, chosen)
         return
-    folder = root() / "recipe"
+    folder = Path(default_root()) / "recipe"
     print(f"recipe {model}: {len(steps)} steps; state and logs are in {folder}", flush=True)
     check_configs(chosen)
     status = Status()
     Runner(folder, status.tell, status.show).run(steps, chosen, a.again)
     print(f"all done. {chosen[-1].name}: {last_line(folder / f'{chosen[-1].name}.log')}")
-
-
-def root() -> Path:
-    """Return `paths.root` as conf/paths/default.yaml has it."""
-    return Path(os.environ.get("NB_ROOT", "outputs"))
 
 
 def _choose(steps: list[Step], a: argparse.Namespace) -> list[Step]:

@@ -110,7 +110,7 @@ class TagSplitter:
 
     def __init__(self, tags: Sequence[str] = (), inside: str = "") -> None:
         self._tags, self._inside = tags, inside
-        self._pending = ""
+        self._pending = ""  # may be the beginning of a tag
         self._strip = bool(inside)  # line breaks around tags belong to neither side
 
     def add(self, text: str, final: bool) -> list[tuple[str, str]]:
