@@ -63,6 +63,15 @@ def pairs_of(step: int, vocab: int) -> list[Pair]:
     return [(draw(64), draw(rng.randint(32, 192)), draw(rng.randint(32, 192))) for _ in range(PAIRS)]
 
 
+def batch_of(pairs: list[Pair]) -> Any:
+    """One packed row, the two responses of a pair side by side."""
+    from nb_lightning.batch import PreferenceBatch, pack_responses
+
+    prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+    packed, index = pack_responses(prompts, [response for pair in pairs for response in pair[1:]])
+    return PreferenceBatch(**packed, pairs=len(pairs), response_index=index)
+
+
 # One optimizer step -------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +106,6 @@ def ours(a: argparse.Namespace, cached: bool) -> Callable[[int], Any]:
     """`loss(step)`, and the policy's parameters."""
     import torch
 
-    from nb_lightning.batch import PreferenceBatch
     from nb_lightning.losses.divergence import TeacherOutputs
     from nb_lightning.losses.dpd import dpd_loss, response_logprobs
 
@@ -110,7 +118,7 @@ def ours(a: argparse.Namespace, cached: bool) -> Callable[[int], Any]:
     def of_reference(batch: Any) -> Any:
         return run(reference, batch, partial(response_logprobs, batch=batch))
 
-    batches = [PreferenceBatch.from_pairs(pairs_of(step, a.vocab)) for step in range(a.steps + WARMUP)]
+    batches = [batch_of(pairs_of(step, a.vocab)) for step in range(a.steps + WARMUP)]
     if cached:
         for batch in batches:
             batch.ref_logprobs = of_reference(batch)
@@ -274,13 +282,13 @@ def steps(a: argparse.Namespace) -> None:
 def case(a: argparse.Namespace) -> None:
     import torch
 
-    from nb_lightning.batch import PreferenceBatch
     from nb_lightning.losses.divergence import TeacherOutputs
     from nb_lightning.losses.dpd import dpd_loss
 
     torch.set_num_threads(1)
     tokens, response = a.case, [5] * (a.case // 4)
-    batch = PreferenceBatch.from_pairs([([1], response, response)] * 2, ref_logprobs=torch.zeros(2, 2))
+    batch = batch_of([([1], response, response)] * 2)
+    batch.ref_logprobs = torch.zeros(2, 2)
     assert int(batch.counts["chosen_tokens"] + batch.counts["rejected_tokens"]) == tokens == batch.labels.numel()
     torch.manual_seed(0)
     hidden = torch.randn(1, tokens, a.dim).requires_grad_()

@@ -141,15 +141,6 @@ class PreferenceBatch(PackedBatch):
     teacher_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
 
-    @classmethod
-    def from_pairs(
-        cls, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], **fields: Any
-    ) -> PreferenceBatch:
-        """Pack (prompt, chosen, rejected) token ids into one row; `fields` are the optional ones."""
-        prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
-        packed, index = pack_responses(prompts, [response for pair in pairs for response in pair[1:]])
-        return cls(**packed, pairs=len(pairs), response_index=index, **fields)
-
     @property
     def counts(self) -> dict[str, Tensor]:
         """`pairs`, and `chosen_tokens` and `rejected_tokens` that are trained; 0-d int64 tensors."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nb_lightning.batch import IGNORE, PackedBatch, PreferenceBatch, StepBatch, pack_responses
+from nb_lightning.batch import IGNORE, PackedBatch, StepBatch, pack_responses
+from tests.losses.pairs_harness import pack_pairs
 
 EOS = 9
 
@@ -173,7 +174,7 @@ def test_pack_by_hand() -> None:
 
 
 def test_pairs_are_packed_side_by_side_and_counted() -> None:
-    batch = PreferenceBatch.from_pairs([([1], [2, 3], [4]), ([5], [], [6, 7])], ref_logprobs=torch.zeros(2, 2))
+    batch = pack_pairs([([1], [2, 3], [4]), ([5], [], [6, 7])], ref_logprobs=torch.zeros(2, 2))
     assert batch.response_index.tolist() == [[0, 0, 1, -1, 3, 3]]
     assert batch.labels.tolist() == [[2, 3, 4, IGNORE, 6, 7]]
     assert batch.counts == {"pairs": 2, "chosen_tokens": 2, "rejected_tokens": 3}

@@ -1,6 +1,8 @@
-"""The way over the tokens under `head.py`: chunks of logits, and tiles of a few rows inside each.
+"""The walk over the tokens under `head.py`: chunks of tokens, and tiles of a few rows inside each chunk.
 
-A chunk [n, V] is as large as a matrix product wants it. The softmax and what follows it run over tiles of rows that
+Shapes: N tokens, D width, V vocabulary, n tokens of a chunk, R tokens of a tile. See `head.py` for the picture.
+
+A chunk's logits [n, V] are as large as a matrix product wants. The softmax and what follows run over tiles [R, V] that
 stay in the processor's cache, and write the gradient over the logits.
 """
 
@@ -9,188 +11,278 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nb_lightning.batch import IGNORE
-from nb_lightning.losses.divergence import Divergence, Part, Scratch, TeacherOutputs, TopKTeacherOutputs, exp
+from nb_lightning.losses.divergence import Chunk, Divergence, Scratch, TeacherOutputs, TopKTeacherOutputs, exp
 
-Weigh = Callable[[Part, Tensor], Tensor]  # of a part and its log p(label) [n]: the weights [n] of these
-# The gradient of a loss with respect to each statistic, in the order of `TokenStatistics`, [N] each; None is 0.
-Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Called with log p(label) [n] of a chunk's tokens, and which tokens these are; returns their weights [n] in the loss.
+TokenWeigher = Callable[[Tensor, Chunk], Tensor]
 
 CPU_TILE = 2**18  # elements of a tile for each thread: 1 MiB of float32 stays in cache
 GPU_TILE = 2**25  # 128 MiB: enough to fill a GPU, which has no such cache and would wait for many small kernels
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What statistics of products in `dtype` are in: at least float32."""
+class TokenStatistics(NamedTuple):
+    """Statistics of each token, [N] in nats, float32 (float64 for float64 input); 0 where the label is `IGNORE`.
+
+    Attributes:
+        logprobs: log p(label).
+        entropy: of the model's distribution; None where it was not asked for.
+        divergence: from the teacher; None without one.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+
+
+class StatisticsGradient(NamedTuple):
+    """d loss / d statistic of each token, [N]; None is 0."""
+
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+
+    def rows(self, tokens: Chunk) -> StatisticsGradient:
+        """Return the gradients of some tokens."""
+        return StatisticsGradient(*(None if x is None else x[tokens] for x in self))
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics and sums where the products are in `dtype`: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def parts_of(labels: Tensor, chunk_size: int) -> list[Part]:
-    """The trained tokens in chunks of nearly equal size: slices where all tokens are trained, positions otherwise."""
-    kept = (labels != IGNORE).nonzero().squeeze(1)
-    pieces = -(-kept.numel() // chunk_size)
-    return _cut(kept, labels.numel(), [i * kept.numel() // pieces for i in range(pieces + 1)] if pieces else [])
+# Chunks -------------------------------------------------------------------------------------------------------------
 
 
-def whole_groups(labels: Tensor, groups: Tensor, chunk_size: int) -> list[Part] | None:
-    """The same, but no chunk ends inside a group. None where a group is longer than a chunk or lies in several places.
+def split_tokens(labels: Tensor, chunk_size: int) -> list[Chunk]:
+    """Split the trained tokens into chunks of nearly equal size.
 
     Args:
-        groups: [N] integer, which group each token belongs to.
+        labels: [N] int64; tokens with `IGNORE` are in no chunk.
+        chunk_size: most tokens of a chunk.
+
+    Returns:
+        Slices where all tokens are trained, positions otherwise.
     """
-    kept = (labels != IGNORE).nonzero().squeeze(1)
-    if not kept.numel():
+    trained = (labels != IGNORE).nonzero().squeeze(1)  # positions
+    n_chunks = -(-trained.numel() // chunk_size)
+    cuts = [i * trained.numel() // n_chunks for i in range(n_chunks + 1)] if n_chunks else []
+    return _cut(trained, labels.numel(), cuts)
+
+
+def split_between_groups(labels: Tensor, groups: Tensor, chunk_size: int) -> list[Chunk] | None:
+    """Split the trained tokens into chunks of which none ends inside a group.
+
+    Args:
+        labels, chunk_size: see `split_tokens`.
+        groups: [N] integer, which group each token belongs to.
+
+    Returns:
+        As `split_tokens`; None where a group is longer than a chunk or lies in several places.
+    """
+    trained = (labels != IGNORE).nonzero().squeeze(1)
+    if not trained.numel():
         return []
-    own = groups[kept]
-    ends = [0, *((own.diff() != 0).nonzero().squeeze(1) + 1).tolist(), kept.numel()]
-    if max(b - a for a, b in pairwise(ends)) > chunk_size or len(ends) - 1 > own.unique().numel():
+    trained_groups = groups[trained]
+    starts = (trained_groups.diff() != 0).nonzero().squeeze(1) + 1
+    edges = [0, *starts.tolist(), trained.numel()]
+    n_groups = len(edges) - 1
+    if max(b - a for a, b in pairwise(edges)) > chunk_size or n_groups > trained_groups.unique().numel():
         return None
     cuts = [0]
-    for end, after in pairwise(ends[1:]):
-        if after - cuts[-1] > chunk_size:
+    for end, next_end in pairwise(edges[1:]):
+        if next_end - cuts[-1] > chunk_size:
             cuts.append(end)
-    return _cut(kept, labels.numel(), [*cuts, kept.numel()])
+    return _cut(trained, labels.numel(), [*cuts, trained.numel()])
 
 
-def _cut(kept: Tensor, n: int, cuts: list[int]) -> list[Part]:
-    return [slice(a, b) if kept.numel() == n else kept[a:b] for a, b in pairwise(cuts)]
+def _cut(trained: Tensor, n_tokens: int, cuts: list[int]) -> list[Chunk]:
+    """Cut the positions of the trained tokens; slices if these are all tokens."""
+    return [slice(a, b) if trained.numel() == n_tokens else trained[a:b] for a, b in pairwise(cuts)]
+
+
+def _length(chunk: Chunk) -> int:
+    return chunk.stop - chunk.start if isinstance(chunk, slice) else chunk.numel()
+
+
+# The walk -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The way over the tokens: chunks, and tiles of a few rows inside each."""
+    """One pass over the trained tokens, chunk by chunk: their statistics and, on demand, the gradients.
+
+    Attributes:
+        labels: [N] int64.
+        teacher: of the same N tokens.
+        divergence: of the teacher and the model.
+        chunks: of the trained tokens.
+        with_entropy: whether to compute the entropy.
+    """
 
     labels: Tensor
     teacher: TeacherOutputs | TopKTeacherOutputs | None
     divergence: Divergence
-    parts: Sequence[Part]
-    entropy: bool
+    chunks: Sequence[Chunk]
+    with_entropy: bool
 
     def run(
         self,
         hidden: Tensor,
         head_weight: Tensor,
-        upstream: Upstream | None = None,
-        needed: tuple[bool, bool] = (True, True),
-        weigh: Weigh | None = None,
-    ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-        """The statistics; and with `upstream` the gradients of `hidden` and `head_weight`, as far as `needed`.
+        upstream: StatisticsGradient | None = None,
+        needs_gradient: tuple[bool, bool] = (True, True),
+        weigh_tokens: TokenWeigher | None = None,
+    ) -> tuple[TokenStatistics, Tensor | None, Tensor | None]:
+        """Compute the statistics and, with `upstream`, the gradients.
 
-        `weigh` fills in the first of `upstream`, part by part.
+        Args:
+            hidden: [N, D], in the dtype of the products.
+            head_weight: [V, D], in the same dtype.
+            upstream: the gradients of the loss with respect to the statistics.
+            needs_gradient: of `hidden` and of `head_weight`.
+            weigh_tokens: its weights are written into `upstream.logprobs`, chunk by chunk.
+
+        Returns:
+            The statistics; the gradient of `hidden` [N, D] in its dtype; that of `head_weight` [V, D], summed over
+            the chunks in the dtype of the statistics. A gradient that is not needed is None.
         """
-        (N, _), V, dtype, device, sums = (
-            hidden.shape,
-            head_weight.shape[0],
-            hidden.dtype,
-            hidden.device,
-            wide(hidden.dtype),
-        )
-        lengths = [part.stop - part.start if isinstance(part, slice) else part.numel() for part in self.parts]
-        size = max(lengths, default=0)
-        teacher = self.teacher and self.teacher.prepare(N, V, dtype)
-        buffer = torch.empty(size, V, dtype=dtype, device=device)
-        teacher_buffer = torch.empty_like(buffer) if isinstance(teacher, TeacherOutputs) else buffer
-        tile = CPU_TILE * torch.get_num_threads() if device.type == "cpu" else GPU_TILE
-        rows = max(1, min(size, tile // V))
-        scratch = Scratch(rows, V, sums, device)
-        present = (True, self.entropy, teacher is not None)
-        found = [torch.zeros(N, dtype=sums, device=device) if x else None for x in present]
-        grad_hidden = torch.zeros_like(hidden) if upstream and needed[0] else None
-        grad_weight = torch.zeros_like(head_weight, dtype=sums) if upstream and needed[1] else None
-        factors = [x if x is None else x.to(sums).unsqueeze(1) for x in upstream or ()]  # what `weigh` fills: a view
-        with torch.autocast(device.type, enabled=False):
-            for part, n in zip(self.parts, lengths):
-                h, label = hidden[part], self.labels[part].unsqueeze(1)
-                logits = torch.mm(h, head_weight.T, out=buffer[:n])
-                tiles = [slice(start, start + rows) for start in range(0, n, rows)]
-                if weigh is not None:
-                    logprobs = torch.cat([_logprobs(logits[tile], label[tile], scratch)[1] for tile in tiles])
-                    upstream[0][part] = weigh(part, logprobs)
-                opened = teacher.open(part, teacher_buffer[:n]) if teacher else ()
-                of_part = (logits, label, opened, _at(part, factors))
-                values = [self._tile(*_at(tile, of_part), scratch) for tile in tiles]
-                for whole, pieces in zip(found, zip(*values)):
-                    if whole is not None:
-                        whole[part] = torch.cat(pieces)
-                if grad_hidden is not None:
-                    grad_hidden[part] = logits @ head_weight
-                if grad_weight is not None:
-                    _accumulate(grad_weight, logits.T, h)
-        return found, grad_hidden, grad_weight
+        N, V, device, dtype = hidden.shape[0], head_weight.shape[0], hidden.device, statistics_dtype(hidden.dtype)
+        longest = max(map(_length, self.chunks), default=0)
+        teacher = None if self.teacher is None else self.teacher.prepare(N, V, hidden.dtype)
+        logits_buffer = torch.empty(longest, V, dtype=hidden.dtype, device=device)
+        teacher_buffer = torch.empty_like(logits_buffer) if isinstance(teacher, TeacherOutputs) else logits_buffer
+        tile_rows = _tile_rows(longest, V, device)
+        scratch = Scratch(tile_rows, V, dtype, device)
 
-    def _tile(
-        self, logits: Tensor, label: Tensor, opened: list[Tensor], factors: list[Tensor | None], scratch: Scratch
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Statistics [R] of a few rows. With `factors` [R, 1] the gradient is written over their `logits` [R, V]."""
-        s, logprobs = _logprobs(logits, label, scratch)
-        entropy, divergence, towards = None, None, None
-        if not (self.entropy or self.teacher or factors):
-            return logprobs, None, None
-        p = exp(s, out=logits if factors and logits.dtype == s.dtype else scratch("p"))
+        is_present = (True, self.with_entropy, teacher is not None)
+        statistics = [torch.zeros(N, dtype=dtype, device=device) if present else None for present in is_present]
+        grad_hidden = torch.zeros_like(hidden) if upstream and needs_gradient[0] else None
+        grad_head_weight = torch.zeros_like(head_weight, dtype=dtype) if upstream and needs_gradient[1] else None
+        token_weights = upstream.logprobs if upstream else None  # [N]
+        if upstream:  # [N, 1] each; views where the dtype fits: what `weigh_tokens` writes is seen here
+            upstream = StatisticsGradient(*(None if x is None else x.to(dtype).unsqueeze(1) for x in upstream))
+
+        with torch.autocast(device.type, enabled=False):
+            for chunk in self.chunks:
+                n = _length(chunk)
+                chunk_hidden, label = hidden[chunk], self.labels[chunk].unsqueeze(1)  # [n, D], [n, 1]
+                logits = torch.mm(chunk_hidden, head_weight.T, out=logits_buffer[:n])  # [n, V], later their gradient
+                tiles = [slice(start, start + tile_rows) for start in range(0, n, tile_rows)]
+                if weigh_tokens is not None:
+                    assert token_weights is not None
+                    logprobs = torch.cat([_log_softmax(logits[tile], label[tile], scratch)[1] for tile in tiles])
+                    token_weights[chunk] = weigh_tokens(logprobs, chunk)
+                teacher_chunk = teacher.read_chunk(chunk, teacher_buffer[:n]) if teacher else ()
+                chunk_upstream = upstream.rows(chunk) if upstream else None  # [n, 1] each
+
+                tile_statistics = [
+                    self._process_tile(
+                        logits[tile],
+                        label[tile],
+                        [x[tile] for x in teacher_chunk],
+                        chunk_upstream.rows(tile) if chunk_upstream else None,
+                        scratch,
+                    )
+                    for tile in tiles
+                ]
+                for statistic, of_tiles in zip(statistics, zip(*tile_statistics)):
+                    if statistic is not None:
+                        statistic[chunk] = torch.cat(of_tiles)
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = logits @ head_weight
+                if grad_head_weight is not None:
+                    _accumulate(grad_head_weight, logits.T, chunk_hidden)
+        logprobs, entropy, divergence = statistics
+        assert logprobs is not None
+        return TokenStatistics(logprobs, entropy, divergence), grad_hidden, grad_head_weight
+
+    def _process_tile(
+        self,
+        logits: Tensor,
+        label: Tensor,
+        teacher_tile: list[Tensor],
+        upstream: StatisticsGradient | None,
+        scratch: Scratch,
+    ) -> TokenStatistics:
+        """Compute statistics [R] of a tile; with `upstream` [R, 1] write the gradient over its `logits` [R, V]."""
+        s, logprobs = _log_softmax(logits, label, scratch)  # [R, V], [R]
+        if not (self.with_entropy or self.teacher or upstream):
+            return TokenStatistics(logprobs)
+        entropy, divergence, divergence_gradient = None, None, None
+        p = exp(s, out=logits if upstream and logits.dtype == s.dtype else scratch("p"))  # [R, V]
         if self.teacher is not None:
-            temperature, tempered = self.divergence.temperature, (s, p)
-            if temperature != 1:
-                s_t = torch.div(s, temperature, out=scratch("s_t"))
-                torch.log_softmax(s_t, -1, out=s_t)
-                tempered = s_t, exp(s_t, out=scratch("p_t"))
-            divergence, towards = self.teacher.tile(self.divergence, *tempered, scratch, *opened)
-        if self.entropy:
-            entropy = s.mul_(p).sum(1).neg_()
-        if factors:
-            of_logprob, of_entropy, of_divergence = factors
-            # d log p(y) = onehot(y) - p;  d entropy = -p (log p + entropy);  d divergence = towards / temperature
-            scale = torch.zeros_like(logprobs).unsqueeze(1) if of_logprob is None else -of_logprob
-            if of_entropy is not None:
-                scale = scale - of_entropy * entropy.unsqueeze(1)
-            gradient = p.mul_(scale)
-            if of_entropy is not None:
-                gradient.addcmul_(s, of_entropy, value=-1)  # s is p log p by now
-            if of_divergence is not None:
-                gradient.addcmul_(towards, of_divergence / temperature)
-            if of_logprob is not None:
-                gradient.scatter_add_(1, label, of_logprob)
+            s_tempered, p_tempered = s, p
+            if self.divergence.temperature != 1:
+                s_tempered = torch.div(s, self.divergence.temperature, out=scratch("s_tempered"))
+                torch.log_softmax(s_tempered, -1, out=s_tempered)
+                p_tempered = exp(s_tempered, out=scratch("p_tempered"))
+            divergence, divergence_gradient = self.teacher.compare_tile(
+                self.divergence, s_tempered, p_tempered, scratch, *teacher_tile
+            )
+        if self.with_entropy:
+            entropy = s.mul_(p).sum(1).neg_()  # s is p log p from here on
+        statistics = TokenStatistics(logprobs, entropy, divergence)
+        if upstream:
+            gradient = self._logits_gradient(p, s, label, statistics, divergence_gradient, upstream)
             if gradient.dtype != logits.dtype:
                 logits.copy_(gradient)
-        return logprobs, entropy, divergence
+        return statistics
+
+    def _logits_gradient(
+        self,
+        p: Tensor,
+        p_log_p: Tensor,
+        label: Tensor,
+        statistics: TokenStatistics,
+        divergence_gradient: Tensor | None,
+        upstream: StatisticsGradient,
+    ) -> Tensor:
+        """Write d loss / d logits [R, V] over `p`.
+
+        Of one token's logits: d log p(y) = onehot(y) - p; d entropy = -p (log p + entropy);
+        d divergence = divergence_gradient / temperature.
+        """
+        if upstream.logprobs is None:
+            scale = torch.zeros_like(statistics.logprobs).unsqueeze(1)  # [R, 1], the factor of p
+        else:
+            scale = -upstream.logprobs
+        if upstream.entropy is not None:
+            assert statistics.entropy is not None
+            scale = scale - upstream.entropy * statistics.entropy.unsqueeze(1)
+        gradient = p.mul_(scale)
+        if upstream.entropy is not None:
+            gradient.addcmul_(p_log_p, upstream.entropy, value=-1)
+        if upstream.divergence is not None:
+            assert divergence_gradient is not None
+            gradient.addcmul_(divergence_gradient, upstream.divergence / self.divergence.temperature)
+        if upstream.logprobs is not None:
+            gradient.scatter_add_(1, label, upstream.logprobs)
+        return gradient
 
 
-def _logprobs(logits: Tensor, label: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Log-softmax of a tile [R, V], and of that the labels' [R]."""
+def _tile_rows(longest: int, vocab_size: int, device: torch.device) -> int:
+    """Return the rows of a tile: as many as the cache holds, at least 1, at most a chunk's."""
+    elements = CPU_TILE * torch.get_num_threads() if device.type == "cpu" else GPU_TILE
+    return max(1, min(longest, elements // vocab_size))
+
+
+def _log_softmax(logits: Tensor, label: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of a tile [R, V], and of its labels [R]."""
     scratch.rows = logits.shape[0]
     s = torch.log_softmax(logits, -1, dtype=scratch.dtype, out=scratch("s"))
     return s, s.gather(1, label).squeeze(1)
 
 
-def _at(part: Part, tensors: Any) -> Any:
-    """`part` of each tensor in a nested list; None stays None."""
-    if isinstance(tensors, list | tuple):
-        return [_at(part, x) for x in tensors]
-    return None if tensors is None else tensors[part]
-
-
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in one fused call where the dtypes allow it."""
+    """Add a @ b to `total`, in one fused call where the dtypes allow it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
-
-
-# Sums over segments -------------------------------------------------------------------------------------------------
-
-
-def segment_sum(values: Tensor, index: Tensor, segments: int) -> Tensor:
-    """Sum of `values` [N] over each segment: [segments]. `index` [N] says which segment a token is of, -1 none."""
-    return values.new_zeros(segments + 1).index_add(0, index.long() + 1, values)[1:]
-
-
-def _gradient(loss: Callable[[Tensor], Tensor], logprobs: Tensor) -> Tensor:
-    """d loss / d logprobs, [N]."""
-    with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        return torch.autograd.grad(loss(leaf), leaf)[0]

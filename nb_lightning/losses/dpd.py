@@ -1,8 +1,11 @@
-"""Losses over packed rows, called as the model's `head`: `model(..., head=partial(dpd_loss, batch=batch, ...))`.
+"""DPO and dual-level preference distillation (report, section on DPD).
 
-All take the step's global counts (`BaseStage.loss`) and divide each of their sums by
-its own: what they return for all micro-batches and ranks adds up to the loss. They also return sums to be logged; the
-`..._PER` tables name them and say which of the counts each is a mean over.
+Like every loss over packed rows it is called as the model's `head`: `model(..., head=partial(dpd_loss, batch=batch,
+...))`. It takes the step's global counts (`BaseStage.loss`) and divides each of its sums by one of them: what it
+returns for all micro-batches and ranks adds up to the loss. It also returns sums to be logged; `DPD_PER` names them and
+which of the counts each is divided by.
+
+Shapes: N tokens (rows flattened), n of these, P pairs.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from torch import Tensor
 
 from nb_lightning.batch import PreferenceBatch
 from nb_lightning.losses import head
-from nb_lightning.losses.chunks import _gradient, segment_sum, whole_groups, wide
-from nb_lightning.losses.divergence import FORWARD_KL, Divergence, Part, TeacherOutputs, TopKTeacherOutputs
+from nb_lightning.losses.chunks import split_between_groups, statistics_dtype
+from nb_lightning.losses.divergence import FORWARD_KL, Chunk, Divergence, TeacherOutputs, TopKTeacherOutputs
+from nb_lightning.losses.segments import segment_sum
 
 DPO_VARIANTS = ("sigmoid", "hinge", "ipo")
 DPD_PER = {
@@ -25,20 +29,14 @@ DPD_PER = {
 }
 
 
-# Preference: DPO and distillation (report, section on DPD) ----------------------------------------------------------
-
-
 def dpo_loss(logratios: Tensor, beta: float, variant: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
-    """DPO of each pair.
+    """Return the DPO loss of each pair, [P].
 
     Args:
         logratios: [P, 2] nats, log pi(y) - log pi_ref(y) of the chosen and the rejected response: *sums* over tokens
             for "sigmoid" (Rafailov et al. 2023, eq. 7) and "hinge" (Zhao et al. 2023), *means* for "ipo" (Azar et al.
             2024, eq. 17, whose tau is beta).
         label_smoothing: of "sigmoid": the probability that a pair is the wrong way round.
-
-    Returns:
-        [P] losses.
     """
     margin = logratios[:, 0] - logratios[:, 1]
     if variant == "sigmoid":
@@ -53,16 +51,17 @@ def dpo_loss(logratios: Tensor, beta: float, variant: str = "sigmoid", label_smo
 def response_logprobs(
     hidden: Tensor, head_weight: Tensor, batch: PreferenceBatch, chunk_size: int = head.CHUNK_SIZE
 ) -> Tensor:
-    """log pi(y), summed over each response: [P, 2] nats (chosen, rejected). Arguments as `dpd_loss`.
+    """Return log pi(y) of each response, summed over its tokens: [P, 2] nats (chosen, rejected).
 
-    In the chunks of `dpd_loss`: of equal hidden states both compute the same to the last bit.
+    It works in the chunks of `dpd_loss`, so from equal hidden states both compute the same to the last bit. The
+    arguments are as there.
     """
-    labels, index = batch.labels.flatten(), batch.response_index.flatten()
-    parts = whole_groups(labels, index // 2, chunk_size)
-    found = head.token_statistics(
-        hidden.flatten(0, 1), head_weight, labels, chunk_size=chunk_size, parts=parts, entropy=False
+    labels, response = batch.labels.flatten(), batch.response_index.flatten()  # [N]
+    chunks = split_between_groups(labels, response // 2, chunk_size)
+    statistics = head.token_statistics(
+        hidden.flatten(0, 1), head_weight, labels, chunk_size=chunk_size, chunks=chunks, with_entropy=False
     )
-    return segment_sum(found.logprobs, index, 2 * batch.pairs).view(batch.pairs, 2)
+    return segment_sum(statistics.logprobs, response, 2 * batch.pairs).view(batch.pairs, 2)
 
 
 def dpd_loss(
@@ -92,70 +91,87 @@ def dpd_loss(
         counts: `batch.counts` of the whole optimizer step.
         teacher: of the same tokens, flattened to [B * T, ...]; None takes the batch's cached one, where it has one.
         beta, variant, label_smoothing: see `dpo_loss`. DPO needs `batch.ref_logprobs`.
-        dpo_weight, lambda_plus, lambda_minus: 0 leaves a term out; without a teacher the last two are not looked at.
+        dpo_weight, lambda_plus, lambda_minus: 0 leaves a term out; without a teacher the last two do not matter.
+        chunk_size: tokens of logits held at a time.
 
     Returns:
         This batch's part of the loss, 0-d; and the sums of `DPD_PER`, detached: the DPO loss, the rewards
         beta log(pi / pi_ref) of both sides, their difference (margin) and how often it is positive (accuracy),
-        divergence and entropy of both sides. What there is nothing for (no reference, no teacher) is 0.
+        divergence and entropy of both sides. Sums without a reference or a teacher are 0.
     """
-    labels, index, segments = batch.labels.flatten(), batch.response_index.flatten(), 2 * batch.pairs
-    if teacher is None and batch.teacher_ids is not None:
-        teacher = TopKTeacherOutputs(batch.teacher_ids.flatten(0, 1), batch.teacher_logprobs.flatten(0, 1))
+    labels, response = batch.labels.flatten(), batch.response_index.flatten()  # [N]
+    hidden = hidden.flatten(0, 1)  # [N, D]
+    zero = torch.zeros((), dtype=statistics_dtype(hidden.dtype), device=hidden.device)
+    names = ("pairs", "chosen_tokens", "rejected_tokens")
+    pairs, chosen_tokens, rejected_tokens = (counts[name].clamp(min=1).to(zero) for name in names)
+    if teacher is None:
+        teacher = _cached_teacher(batch)
     assert not dpo_weight or batch.ref_logprobs is not None
 
-    def logratios(logprobs: Tensor, index: Tensor) -> Tensor:
-        return segment_sum(logprobs, index, segments).view(batch.pairs, 2) - batch.ref_logprobs.to(logprobs.dtype)
+    # Of `tokens`, whole pairs or all of the N: logprobs are [n]. A pair that is not among them has log pi(y) = 0; its
+    # DPO loss means nothing then, and gives no gradient.
 
-    def dpo(ratios: Tensor, index: Tensor) -> Tensor:
+    def logratios(logprobs: Tensor, tokens: Chunk) -> Tensor:  # [P, 2]
+        assert batch.ref_logprobs is not None
+        policy_logprobs = segment_sum(logprobs, response[tokens], 2 * batch.pairs).view(batch.pairs, 2)
+        return policy_logprobs - batch.ref_logprobs.to(logprobs.dtype)
+
+    def pair_losses(logratios: Tensor) -> Tensor:  # [P]
         if variant == "ipo":
-            lengths = segment_sum((index >= 0).to(ratios.dtype), index, segments).view(batch.pairs, 2)
-            ratios = ratios / lengths.clamp(min=1)
-        return dpo_loss(ratios, beta, variant, label_smoothing)
+            logratios = logratios / _response_lengths(response, batch.pairs).to(logratios.dtype)
+        return dpo_loss(logratios, beta, variant, label_smoothing)
 
-    hidden = hidden.flatten(0, 1)
-    zero = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
-    names = ("pairs", "chosen_tokens", "rejected_tokens")
-    pairs, chosen, rejected = (counts[name].clamp(min=1).to(zero) for name in names)
+    def preference_loss(logprobs: Tensor, tokens: Chunk) -> Tensor:  # 0-d
+        return dpo_weight / pairs * pair_losses(logratios(logprobs, tokens)).sum()
 
-    def weigh(part: Part, logprobs: Tensor) -> Tensor:
-        """d DPO / d logprobs of tokens that are whole pairs; what the other pairs have does not matter to it."""
-        own = index[part]
-        return _gradient(lambda x: dpo_weight / pairs * dpo(logratios(x, own), own).sum(), logprobs)
-
-    weights, parts = zero.expand(labels.shape), whole_groups(labels, index // 2, chunk_size)
-    if dpo_weight and torch.is_grad_enabled():
-        weights = weigh
-        if parts is None:  # a pair is longer than a chunk
-            with torch.no_grad():
-                weights = weigh(slice(None), head.token_logprobs(hidden, head_weight, labels, chunk_size))
-    of_divergence = None
+    token_lambdas = None  # [N], the divergence's weight at each token
     if teacher is not None:
-        of_divergence = torch.stack([zero, lambda_plus / chosen, lambda_minus / rejected])[_side(index)]
-    total, found = head.weighted_sum(
-        hidden, head_weight, labels, weights, teacher, divergence, of_divergence, chunk_size, parts
+        token_lambdas = torch.stack([zero, lambda_plus / chosen_tokens, lambda_minus / rejected_tokens])
+        token_lambdas = token_lambdas[_side(response)]
+    loss, statistics = head.chunked_loss(
+        hidden,
+        head_weight,
+        labels,
+        preference_loss if dpo_weight else None,
+        groups=response // 2,
+        teacher=teacher,
+        divergence=divergence,
+        divergence_token_weights=token_lambdas,
+        chunk_size=chunk_size,
     )
 
-    sums = dict.fromkeys(DPD_PER, zero) | _by_side("entropy", found.entropy, index)
-    value = zero
-    if teacher is not None:
-        sums |= _by_side("divergence", found.divergence, index)
-        value = value + (of_divergence * found.divergence).sum()
+    sums = dict.fromkeys(DPD_PER, zero)
+    if statistics.entropy is not None:
+        sums |= _by_side("entropy", statistics.entropy, response)
+    if statistics.divergence is not None:
+        sums |= _by_side("divergence", statistics.divergence, response)
     if batch.ref_logprobs is not None:
-        ratios = logratios(found.logprobs, index)
-        losses, rewards = dpo(ratios, index), beta * ratios
-        margin = rewards[:, 0] - rewards[:, 1]
-        sums |= {"dpo": losses.sum(), "chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum()}
+        ratios = logratios(statistics.logprobs, head.ALL_TOKENS)
+        chosen_reward, rejected_reward = (beta * ratios).unbind(1)  # [P]
+        margin = chosen_reward - rejected_reward
+        sums |= {"chosen_reward": chosen_reward.sum(), "rejected_reward": rejected_reward.sum()}
         sums |= {"margin": margin.sum(), "accuracy": (margin > 0).to(margin.dtype).sum()}
-        value = value + dpo_weight / pairs * losses.sum()
-    return value + (total - total.detach()), sums
+        sums["dpo"] = pair_losses(ratios).sum()
+    return loss, sums
 
 
-def _side(index: Tensor) -> Tensor:
-    """0 for tokens of no response, 1 of a chosen, 2 of a rejected one."""
-    return torch.where(index < 0, 0, 1 + index % 2)
+def _cached_teacher(batch: PreferenceBatch) -> TopKTeacherOutputs | None:
+    if batch.teacher_ids is None or batch.teacher_logprobs is None:
+        return None
+    return TopKTeacherOutputs(batch.teacher_ids.flatten(0, 1), batch.teacher_logprobs.flatten(0, 1))
 
 
-def _by_side(name: str, values: Tensor, index: Tensor) -> dict[str, Tensor]:
-    _, chosen, rejected = segment_sum(values, _side(index), 3)
+def _response_lengths(response: Tensor, pairs: int) -> Tensor:
+    """Return the trained tokens of each response, at least 1: [P, 2] float64."""
+    return segment_sum((response >= 0).double(), response, 2 * pairs).view(pairs, 2).clamp(min=1)
+
+
+def _side(response: Tensor) -> Tensor:
+    """Return [N] 0 for tokens of no response, 1 of a chosen, 2 of a rejected one."""
+    return torch.where(response < 0, 0, 1 + response % 2)
+
+
+def _by_side(name: str, values: Tensor, response: Tensor) -> dict[str, Tensor]:
+    """Sum `values` [N] over the tokens of all chosen, and of all rejected responses."""
+    _, chosen, rejected = segment_sum(values, _side(response), 3)
     return {f"chosen_{name}": chosen, f"rejected_{name}": rejected}

@@ -1,4 +1,7 @@
-"""GRPO: advantages against the group, and the clipped policy gradient (report, section on RL)."""
+"""GRPO: advantages against the group, and the clipped policy gradient (report, section on RL).
+
+Shapes: P prompts, G completions per prompt, C completions of a batch, N tokens (rows flattened), n of these.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,17 @@ from torch import Tensor
 
 from nb_lightning.batch import RolloutBatch
 from nb_lightning.losses import head
-from nb_lightning.losses.chunks import _gradient, segment_sum, wide
-from nb_lightning.losses.divergence import Part
+from nb_lightning.losses.chunks import statistics_dtype
+from nb_lightning.losses.divergence import Chunk
+from nb_lightning.losses.segments import segment_sum
 
 NORMALISATIONS = ("token", "sequence", "constant")
-GRPO_PER = dict.fromkeys(("entropy", "clipped_low", "clipped_high", "ref_kl", "rollout_gap"), "tokens")
-
-
-# Policy gradient: GRPO (report, section on RL) ----------------------------------------------------------------------
+# The logged sums, and which count of the step each is divided by.
+GRPO_PER: dict[str, str] = dict.fromkeys(("entropy", "clipped_low", "clipped_high", "ref_kl", "rollout_gap"), "tokens")
 
 
 def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> tuple[Tensor, int]:
-    """Rewards against their group (Shao et al. 2024).
+    """Compare rewards with those of their group (Shao et al. 2024).
 
     Args:
         rewards: [P, G], the G completions of each prompt.
@@ -30,11 +32,11 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> 
         [P, G] advantages, exactly 0 in a group whose rewards are all equal; and the number of such groups.
     """
     rewards = rewards.to(torch.float64)
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    centred = rewards - rewards.mean(1, keepdim=True)
+    is_constant = (rewards == rewards[:, :1]).all(1, keepdim=True)  # [P, 1]
+    advantages = rewards - rewards.mean(1, keepdim=True)
     if scale and rewards.shape[1] > 1:
-        centred = centred / (rewards.std(1, keepdim=True) + eps)
-    return centred.masked_fill(constant, 0).float(), int(constant.sum())
+        advantages = advantages / (rewards.std(1, keepdim=True) + eps)
+    return advantages.masked_fill(is_constant, 0).float(), int(is_constant.sum())
 
 
 def grpo_loss(
@@ -57,64 +59,78 @@ def grpo_loss(
 
     Args:
         hidden: [B, T, D] last hidden states.
-        head_weight: [V, D] of the head.
+        head_weight: [V, D].
         counts: `batch.counts` of the whole optimizer step.
         normalisation: "token" is the mean over tokens (DAPO), "sequence" the mean over completions of the mean over
             their tokens (GRPO), "constant" the mean over completions of the sum over `max_tokens` (Dr.GRPO).
         kl_weight: needs `batch.ref_logprobs`.
+        chunk_size: tokens of logits held at a time.
 
     Returns:
         This batch's part of the loss, 0-d; and the sums of `GRPO_PER`, detached: entropy, how often the ratio was
-        clipped on each side, k3, and |log pi - log pi_rollout|. What there is nothing to compare with is 0.
+        clipped on each side, k3, and |log pi - log pi_rollout|. Sums that lack their log-probabilities are 0.
     """
     assert normalisation in NORMALISATIONS
-    labels, index = batch.labels.flatten(), batch.completion_index.flatten()
-    trained, completions, hidden = index >= 0, len(batch.advantages), hidden.flatten(0, 1)
-    advantages = batch.advantages[index.clamp(min=0).long()]
-    old, ref = (x if x is None else x.flatten() for x in (batch.old_logprobs, batch.ref_logprobs))
-    assert not kl_weight or ref is not None
+    labels, completion = batch.labels.flatten(), batch.completion_index.flatten()  # [N]
+    is_masked = completion < 0  # [N]
+    advantages = batch.advantages[completion.clamp(min=0).long()]  # [N]
+    old_logprobs, ref_logprobs = _flat(batch.old_logprobs), _flat(batch.ref_logprobs)  # [N]
+    token_weights = _token_shares(completion, len(batch.advantages), normalisation, max_tokens)  # [N]
+    token_weights = token_weights.to(statistics_dtype(hidden.dtype))
+    token_weights = token_weights / counts["tokens" if normalisation == "token" else "completions"].clamp(min=1)
+    assert not kl_weight or ref_logprobs is not None
 
-    per_token = _share_of_tokens(index, completions, normalisation, max_tokens).to(wide(hidden.dtype))
-    per_token = per_token / counts["tokens" if normalisation == "token" else "completions"].clamp(min=1)
+    # Of `tokens`, some or all of the N: logprobs are [n], and so is what the first two return.
 
-    def ratio(logprobs: Tensor, part: Part) -> Tensor:
-        return (logprobs - (logprobs.detach() if old is None else old[part])).masked_fill(~trained[part], 0).exp()
+    def policy_ratio(logprobs: Tensor, tokens: Chunk) -> Tensor:
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[tokens]
+        return (logprobs - old).masked_fill(is_masked[tokens], 0).exp()
 
-    def ref_kl(logprobs: Tensor, part: Part) -> Tensor:
-        d = (ref[part] - logprobs).masked_fill(~trained[part], 0)
-        return d.exp() - d - 1
+    def reference_kl(logprobs: Tensor, tokens: Chunk) -> Tensor:
+        assert ref_logprobs is not None
+        difference = (ref_logprobs[tokens] - logprobs).masked_fill(is_masked[tokens], 0)
+        return difference.exp() - difference - 1
 
-    def objective(logprobs: Tensor, part: Part) -> Tensor:
-        r, a = ratio(logprobs, part), advantages[part]
-        loss = -torch.minimum(r * a, r.clamp(1 - clip_low, 1 + clip_high) * a)
+    def policy_loss(logprobs: Tensor, tokens: Chunk) -> Tensor:
+        ratio, advantage = policy_ratio(logprobs, tokens), advantages[tokens]
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        token_loss = -torch.minimum(ratio * advantage, clipped * advantage)
         if kl_weight:
-            loss = loss + kl_weight * ref_kl(logprobs, part)
-        return (per_token[part] * loss).sum()
+            token_loss = token_loss + kl_weight * reference_kl(logprobs, tokens)
+        return (token_weights[tokens] * token_loss).sum()
 
-    def weigh(part: Part, logprobs: Tensor) -> Tensor:
-        return _gradient(lambda x: objective(x, part), logprobs)
+    loss, statistics = head.chunked_loss(hidden.flatten(0, 1), head_weight, labels, policy_loss, chunk_size=chunk_size)
 
-    total, found = head.weighted_sum(hidden, head_weight, labels, weigh, chunk_size=chunk_size)
-
-    everything = slice(None)
-    r, sums = ratio(found.logprobs, everything), dict.fromkeys(GRPO_PER, total.new_zeros(()))
-    sums["entropy"] = found.entropy.sum()
-    sums["clipped_low"] = ((r < 1 - clip_low) & (advantages < 0)).to(r.dtype).sum()
-    sums["clipped_high"] = ((r > 1 + clip_high) & (advantages > 0)).to(r.dtype).sum()
-    if ref is not None:
-        sums["ref_kl"] = ref_kl(found.logprobs, everything).sum()
+    sums = dict.fromkeys(GRPO_PER, loss.new_zeros(()))
+    ratio = policy_ratio(statistics.logprobs, head.ALL_TOKENS)
+    sums["clipped_low"] = ((ratio < 1 - clip_low) & (advantages < 0)).to(ratio.dtype).sum()
+    sums["clipped_high"] = ((ratio > 1 + clip_high) & (advantages > 0)).to(ratio.dtype).sum()
+    if statistics.entropy is not None:
+        sums["entropy"] = statistics.entropy.sum()
+    if ref_logprobs is not None:
+        sums["ref_kl"] = reference_kl(statistics.logprobs, head.ALL_TOKENS).sum()
     if batch.rollout_logprobs is not None:
-        gap = found.logprobs - batch.rollout_logprobs.flatten()
-        sums["rollout_gap"] = gap.masked_fill(~trained, 0).abs().sum()
-    return objective(found.logprobs, everything) + (total - total.detach()), sums
+        gap = statistics.logprobs - batch.rollout_logprobs.flatten()
+        sums["rollout_gap"] = gap.masked_fill(is_masked, 0).abs().sum()
+    return loss, sums
 
 
-def _share_of_tokens(index: Tensor, completions: int, normalisation: str, max_tokens: int | None) -> Tensor:
-    """What a token counts in its sum, [N]; 0 where it is masked."""
-    trained = (index >= 0).double()
+def _flat(logprobs: Tensor | None) -> Tensor | None:
+    return None if logprobs is None else logprobs.flatten()
+
+
+def _token_shares(completion: Tensor, completions: int, normalisation: str, max_tokens: int | None) -> Tensor:
+    """Return how much each token counts in the loss's numerator, [N] float64; 0 where it is masked.
+
+    Args:
+        completion: [N], the completion of each token, -1 where it is masked.
+        completions: their number C.
+    """
+    is_trained = (completion >= 0).double()
     if normalisation == "token":
-        return trained
+        return is_trained
     if normalisation == "constant":
-        return trained / max_tokens
-    lengths = segment_sum(trained, index, completions)
-    return trained / lengths[index.clamp(min=0).long()].clamp(min=1)
+        assert max_tokens is not None
+        return is_trained / max_tokens
+    lengths = segment_sum(is_trained, completion, completions)  # [C]
+    return is_trained / lengths[completion.clamp(min=0).long()].clamp(min=1)

@@ -1,12 +1,10 @@
-"""Inputs of the chunked head, and naive statistics to compare it with."""
+"""Inputs of the chunked head, and naive float64 statistics to compare it with."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nb_lightning.batch import IGNORE
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs, TopKTeacherOutputs
@@ -16,7 +14,10 @@ CHUNKS = [1, 7, 23, 512]
 
 
 def inputs(dtype: torch.dtype = torch.float64, n: int = N, d: int = D, v: int = V) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, head_weight, labels; about a third of the labels is ignored, so are the first and the last."""
+    """Draw hidden states, head weight and labels.
+
+    About a third of the labels is ignored, the first and the last among them.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     head_weight = torch.randn(v, d, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
@@ -27,7 +28,7 @@ def inputs(dtype: torch.dtype = torch.float64, n: int = N, d: int = D, v: int = 
 
 
 def naive_logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
-    """float64, all logits at once, 0 where ignored."""
+    """Return log p(label) [N] in float64 from all logits at once, 0 where ignored."""
     logprobs = torch.log_softmax(hidden.double() @ head_weight.double().T, dim=-1)
     return torch.stack([row[y] if y != IGNORE else row.new_zeros(()) for row, y in zip(logprobs, labels.tolist())])
 
@@ -36,37 +37,14 @@ def per_token_weights(n: int = N) -> Tensor:
     return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-# Memory -------------------------------------------------------------------------------------------------------------
-
-
-class Allocations(TorchDispatchMode):
-    """Elements of the largest tensor made, and the most elements alive at once, among those made under this mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.peak = 0
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.numel())
-                reference = StorageWeakRef(x.untyped_storage())
-                self.alive[reference.cdata] = (reference, x.untyped_storage().nbytes() // x.element_size())
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
-
-
-def top_k(teacher: TeacherOutputs, k: int, temperature: float = 1.0) -> TopKTeacherOutputs:
+def most_likely(teacher: TeacherOutputs, k: int, temperature: float = 1.0) -> TopKTeacherOutputs:
     logprobs = torch.log_softmax(teacher.hidden.double() @ teacher.head_weight.double().T / temperature, -1)
-    values, ids = logprobs.topk(k)
-    return TopKTeacherOutputs(ids.int(), values)
+    top_logprobs, ids = logprobs.topk(k)
+    return TopKTeacherOutputs(ids.int(), top_logprobs)
 
 
-def naive_of(divergence: Divergence, s: Tensor, t: Tensor) -> Tensor:
-    """[N] of logits [N, V], written with torch's own kl_div."""
+def naive_divergence(divergence: Divergence, s: Tensor, t: Tensor) -> Tensor:
+    """Return the divergence [N] of logits [N, V] with torch's own kl_div."""
     s, t = (torch.log_softmax(x.double() / divergence.temperature, -1) for x in (s, t))
 
     def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nb_lightning.batch import IGNORE, PreferenceBatch, RolloutBatch, pack_responses
 from nb_lightning.losses import dpd, grpo
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs
-from tests.losses.loss_harness import random_pairs
+from tests.losses.pairs_harness import pack_pairs, random_pairs
 
 pytest.importorskip("trl")
 # transformers and TRL warn about themselves.
@@ -68,7 +68,7 @@ def test_distillation_equals_trls_gkd_loss(kind: str, beta: float, temperature: 
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher = llama(16, 0), llama(24, 1)
-    batch = PreferenceBatch.from_pairs(pairs())
+    batch = pack_pairs(pairs())
     with torch.no_grad():
         hidden, of_teacher = states(student, batch), states(teacher, batch)
     hidden.requires_grad_()
@@ -134,7 +134,7 @@ def test_dpo_equals_trls_dpo_trainer(trainer: Any, variant: str) -> None:
     expected = trainer._compute_loss(trainer.model, inputs, return_outputs=False)
     (of_head,) = torch.autograd.grad(expected, trainer.model.lm_head.weight)
 
-    batch = PreferenceBatch.from_pairs(pairs())
+    batch = pack_pairs(pairs())
     with torch.no_grad():
         batch.ref_logprobs = dpd.response_logprobs(states(reference, batch), reference.lm_head.weight, batch)
     loss, sums = dpd.dpd_loss(

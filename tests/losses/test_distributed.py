@@ -20,7 +20,7 @@ from nb_lightning.losses.dpd import dpd_loss, response_logprobs
 from nb_lightning.model.layout import shard
 from nb_lightning.model.transformer import ModelShape, Transformer
 from tests.harness import ROOT, environment
-from tests.losses.loss_harness import V, random_pairs
+from tests.losses.pairs_harness import V, pack_pairs, random_pairs
 
 pytestmark = pytest.mark.runs
 
@@ -58,7 +58,7 @@ def step(policy: Transformer, batches: list[PreferenceBatch], counts: dict[str, 
 
 
 def batches_of(cuts: list[int]) -> list[PreferenceBatch]:
-    return [PreferenceBatch.from_pairs(random_pairs(LENGTHS)[a:b]) for a, b in pairwise(cuts)]
+    return [pack_pairs(random_pairs(LENGTHS)[a:b]) for a, b in pairwise(cuts)]
 
 
 def rank_main(folder: Path) -> None:

@@ -12,17 +12,17 @@ from torch import Tensor
 from nb_lightning.batch import IGNORE
 from nb_lightning.losses import head
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs, TopKTeacherOutputs
+from tests.losses.counting_harness import Allocations
 from tests.losses.head_harness import (
     CHUNKS,
-    Allocations,
     D,
     N,
     V,
     inputs,
+    most_likely,
+    naive_divergence,
     naive_logprobs,
-    naive_of,
     per_token_weights,
-    top_k,
 )
 
 KINDS = [
@@ -64,7 +64,7 @@ def naive(
         ids = t.topk(k).indices
         s, t = naive_buckets(s, ids), naive_buckets(t, ids)
     plain = Divergence(divergence.kind, divergence.beta)
-    return naive_of(plain, s, t).where(labels != IGNORE, 0)
+    return naive_divergence(plain, s, t).where(labels != IGNORE, 0)
 
 
 def naive_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def naive_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor
 def test_every_statistic_and_every_gradient_equal_the_naive_head(divergence: Divergence, k: int, chunk: int) -> None:
     hidden, head_weight, labels = inputs()
     teacher = teacher_of()
-    given = top_k(teacher, k, divergence.temperature) if k else teacher
+    given = most_likely(teacher, k, divergence.temperature) if k else teacher
     found = head.token_statistics(hidden, head_weight, labels, given, divergence, chunk)
     expected = (
         naive_logprobs(hidden, head_weight, labels),
@@ -112,7 +112,7 @@ def test_weighted_sum_equals_the_sum_of_statistics(divergence: Divergence, k: in
     hidden, head_weight, labels = inputs()
     labels = labels.abs() % V if all_trained else labels
     teacher = teacher_of()
-    given = top_k(teacher, k, divergence.temperature) if k else teacher
+    given = most_likely(teacher, k, divergence.temperature) if k else teacher
     a, b = per_token_weights(), per_token_weights().flip(0)
     total, found = head.weighted_sum(hidden, head_weight, labels, a, given, divergence, b, chunk_size=7)
     logprobs, value = (
@@ -134,10 +134,10 @@ def test_weighted_sum_equals_the_sum_of_statistics(divergence: Divergence, k: in
 def test_gradcheck(divergence: Divergence, k: int) -> None:
     hidden, head_weight, labels = inputs(n=8, d=4, v=9)
     teacher = teacher_of(8, 9)
-    given = top_k(teacher, k, divergence.temperature) if k else teacher
+    given = most_likely(teacher, k, divergence.temperature) if k else teacher
 
     def statistics(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        return tuple(vars(head.token_statistics(h, w, labels, given, divergence, 3)).values())
+        return tuple(head.token_statistics(h, w, labels, given, divergence, 3))
 
     assert torch.autograd.gradcheck(statistics, (hidden, head_weight))
 
@@ -182,7 +182,7 @@ def test_merging_tokens_only_lowers_a_divergence_and_all_tokens_give_it_whole(di
     def value(given: TeacherOutputs | TopKTeacherOutputs) -> Tensor:
         return head.token_statistics(hidden, head_weight, labels, given, divergence).divergence.detach()
 
-    values = torch.stack([value(top_k(teacher, k)) for k in range(1, V + 1)])
+    values = torch.stack([value(most_likely(teacher, k)) for k in range(1, V + 1)])
     trained = labels != IGNORE
     assert (values.diff(dim=0)[:, trained] > -1e-12).all(), "a finer partition lowered it"
     assert (values[:-2, trained] < value(teacher)[trained]).all()
@@ -195,7 +195,7 @@ def test_the_bound_is_tight_where_the_student_spreads_the_rest_as_the_teacher_do
     student = logits.scatter_add(1, top, torch.randn(6, k, dtype=torch.float64))  # the rest keeps its proportions
     eye, labels = torch.eye(V, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
     for divergence in KINDS[:4]:
-        found = head.token_statistics(student, eye, labels, top_k(TeacherOutputs(logits, eye), k), divergence)
+        found = head.token_statistics(student, eye, labels, most_likely(TeacherOutputs(logits, eye), k), divergence)
         whole = head.token_statistics(student, eye, labels, TeacherOutputs(logits, eye), divergence)
         torch.testing.assert_close(found.divergence, whole.divergence, atol=1e-12, rtol=1e-12)
 
@@ -209,7 +209,7 @@ def test_a_rounded_cache_is_off_by_its_rounding(dtype: torch.dtype, tolerance: f
     """
     hidden, head_weight, labels = inputs(torch.float32)
     teacher = teacher_of(scale=4)
-    exact = top_k(teacher, k)
+    exact = most_likely(teacher, k)
     rounded = TopKTeacherOutputs(exact.ids, exact.logprobs.to(dtype))
     assert (rounded.logprobs.double().exp().sum(1) > 1).any() or k < V
     for divergence in KINDS[:3]:
@@ -231,7 +231,7 @@ def test_certain_and_opposite_models_give_no_nan(divergence: Divergence, cached:
     head_weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.5, 0.5]], requires_grad=True)
     teacher: TeacherOutputs | TopKTeacherOutputs = TeacherOutputs(-hidden.detach(), head_weight.detach())
     if cached:
-        teacher = top_k(teacher, 2, divergence.temperature)
+        teacher = most_likely(teacher, 2, divergence.temperature)
     if cached == "missing":  # fewer than k candidates: the others have no probability at all
         teacher = TopKTeacherOutputs(teacher.ids, torch.tensor([0.0, -math.inf]).expand(3, 2))
     found = head.token_statistics(hidden, head_weight, torch.tensor([2, 0, 1]), teacher, divergence)
@@ -246,7 +246,7 @@ def test_certain_and_opposite_models_give_no_nan(divergence: Divergence, cached:
 def test_float32_is_accurate(divergence: Divergence, k: int) -> None:
     hidden, head_weight, labels = inputs(torch.float32, n=300, v=500)
     teacher = teacher_of(300, 500, torch.float32)
-    given = teacher if k == 0 else top_k(teacher, k, divergence.temperature)
+    given = teacher if k == 0 else most_likely(teacher, k, divergence.temperature)
     found = head.token_statistics(hidden, head_weight, labels, given, divergence, chunk_size=64).divergence
     expected = naive(divergence, hidden, head_weight, labels, teacher, k)
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-6)
@@ -298,7 +298,7 @@ def test_no_tensor_is_as_large_as_tokens_times_vocabulary(divergence: Divergence
     def peak(n: int) -> Allocations:
         hidden, head_weight, labels = inputs(torch.float32, n, d, v)
         teacher, ones = teacher_of(n, v, torch.float32), torch.ones(n)
-        given = top_k(teacher, k, divergence.temperature) if k else teacher
+        given = most_likely(teacher, k, divergence.temperature) if k else teacher
         statistics = partial(head.token_statistics, hidden, head_weight, labels, given, divergence, chunk)
         with Allocations() as made:
             total, _ = head.weighted_sum(hidden, head_weight, labels, ones, given, divergence, ones, chunk)

@@ -1,4 +1,4 @@
-"""DPD's and the reward model's loss against naive float64 ones and hand calculations."""
+"""DPO and DPD against naive float64 ones and hand calculations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nb_lightning.batch import IGNORE, PreferenceBatch, pack_responses
 from nb_lightning.losses import dpd
-from nb_lightning.losses import pairwise as pairwise_loss
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs
-from tests.losses.head_harness import naive_of, top_k
-from tests.losses.loss_harness import LENGTHS, TEACHER_D, D, Products, V, random_pairs
+from tests.losses.counting_harness import HeadProducts
+from tests.losses.head_harness import most_likely, naive_divergence
+from tests.losses.pairs_harness import LENGTHS, TEACHER_D, D, V, pack_pairs, random_pairs
 
 
 def rows(batch: PreferenceBatch, width: int) -> PreferenceBatch:
@@ -61,7 +61,7 @@ def naive_dpd(
         total = sum((logprobs[t, labels[t]] for t in at), start=torch.zeros((), dtype=torch.float64))
         ratio = total - batch.ref_logprobs.double().flatten()[response]
         ratios.append(ratio / max(1, len(at)) if variant == "ipo" else ratio)
-        kl[response % 2].extend(naive_of(divergence, logits[at], of_teacher[at]))
+        kl[response % 2].extend(naive_divergence(divergence, logits[at], of_teacher[at]))
     terms = []
     for chosen, rejected in zip(ratios[::2], ratios[1::2]):
         x = chosen - rejected
@@ -85,7 +85,7 @@ def naive_dpd(
 def test_dpd_and_its_gradients_equal_the_naive_loss(
     variant: str, smoothing: float, divergence: Divergence, width: int | None, chunk: int
 ) -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch = pack_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     batch = rows(batch, width) if width else batch
     hidden, head_weight, teacher = states(batch)
@@ -105,7 +105,7 @@ def test_dpd_and_its_gradients_equal_the_naive_loss(
 def test_pairs_that_lie_apart_are_still_pairs() -> None:
     """All chosen responses, then all rejected ones: no chunk holds a whole pair."""
     pairs = random_pairs([(3, 5, 2), (1, 1, 7), (4, 3, 1)])
-    together = PreferenceBatch.from_pairs(pairs, ref_logprobs=torch.zeros(3, 2))
+    together = pack_pairs(pairs, ref_logprobs=torch.zeros(3, 2))
     prompts = [pair[0] for pair in pairs]
     packed, index = pack_responses([*prompts, *prompts], [*(pair[1] for pair in pairs), *(pair[2] for pair in pairs)])
     index = torch.where(index < 0, -1, 2 * (index % 3) + index // 3).int()
@@ -138,7 +138,7 @@ def test_pairs_that_lie_apart_are_still_pairs() -> None:
 @pytest.mark.parametrize("dpo_weight", [0.0, 1.0])
 def test_the_reference_is_computed_as_the_loss_computes_it(chunk: int, dpo_weight: float) -> None:
     """In float32 and to the last bit: where policy and reference are one model, every margin is exactly 0."""
-    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch = pack_pairs(random_pairs())
     hidden, head_weight, teacher = states(batch)
     hidden, head_weight = hidden.detach().float().requires_grad_(), head_weight.detach().float().requires_grad_()
     teacher = TeacherOutputs(teacher.hidden.float(), teacher.head_weight.float())
@@ -152,7 +152,7 @@ def test_the_reference_is_computed_as_the_loss_computes_it(chunk: int, dpo_weigh
 
 
 def test_a_batch_of_no_pairs_adds_nothing() -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch = pack_pairs(random_pairs())
     hidden, head_weight, teacher = states(batch)
     batch = replace(batch.silenced(), ref_logprobs=torch.zeros(0, 2))
     loss, sums = dpd.dpd_loss(hidden, head_weight, batch, batch.counts, teacher)
@@ -164,7 +164,7 @@ def test_a_batch_of_no_pairs_adds_nothing() -> None:
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
 def test_each_term_by_its_knob(weights: tuple[float, float, float]) -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch = pack_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     hidden, head_weight, teacher = states(batch)
     knobs = dict(zip(("dpo_weight", "lambda_plus", "lambda_minus"), weights))
@@ -180,13 +180,13 @@ def test_each_term_by_its_knob(weights: tuple[float, float, float]) -> None:
 def test_parts_of_a_step_add_up_to_the_whole() -> None:
     """Two micro-batches (or ranks) with the counts of both, against all pairs at once."""
     pairs = random_pairs()
-    whole = PreferenceBatch.from_pairs(pairs)
+    whole = pack_pairs(pairs)
     whole.ref_logprobs = reference(whole)
     hidden, head_weight, teacher = states(whole)
     loss, sums = dpd.dpd_loss(hidden, head_weight, whole, whole.counts, teacher)
     expected = torch.autograd.grad(loss, (hidden, head_weight))
 
-    parts = [PreferenceBatch.from_pairs(pairs[a:b], ref_logprobs=whole.ref_logprobs[a:b]) for a, b in ((0, 2), (2, 6))]
+    parts = [pack_pairs(pairs[a:b], ref_logprobs=whole.ref_logprobs[a:b]) for a, b in ((0, 2), (2, 6))]
     counts = {name: sum(part.counts[name] for part in parts) for name in whole.counts}
     assert counts == whole.counts
     total, gradients, logged, start = 0.0, [], {}, 0
@@ -209,7 +209,7 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
 @pytest.mark.parametrize("variant", dpd.DPO_VARIANTS)
 @pytest.mark.parametrize("chunk", [16, 70, 512])  # pairs longer than a chunk, one a chunk, all in one
 def test_at_step_0_the_margin_is_exactly_0(dtype: torch.dtype, variant: str, chunk: int) -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs([(3, 40, 25), (5, 9, 61), (2, 0, 1)]))
+    batch = pack_pairs(random_pairs([(3, 40, 25), (5, 9, 61), (2, 0, 1)]))
     hidden, head_weight, teacher = states(batch)
     hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     with torch.no_grad():
@@ -219,10 +219,10 @@ def test_at_step_0_the_margin_is_exactly_0(dtype: torch.dtype, variant: str, chu
 
 
 def test_the_batchs_own_cached_teacher_is_used() -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch = pack_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     hidden, head_weight, teacher = states(batch)
-    cached = top_k(teacher, 4)
+    cached = most_likely(teacher, 4)
     expected, _ = dpd.dpd_loss(hidden, head_weight, batch, batch.counts, cached)
     batch.teacher_ids, batch.teacher_logprobs = cached.ids.unsqueeze(0), cached.logprobs.unsqueeze(0)
     loss, _ = dpd.dpd_loss(hidden, head_weight, batch, batch.counts)
@@ -231,7 +231,7 @@ def test_the_batchs_own_cached_teacher_is_used() -> None:
 
 
 def test_what_is_logged() -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs())
+    batch = pack_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     hidden, head_weight, teacher = states(batch)
     loss, sums = dpd.dpd_loss(hidden, head_weight, batch, batch.counts, teacher, beta=0.3, lambda_minus=0.5)
@@ -254,7 +254,7 @@ def test_what_is_logged() -> None:
 
 
 def test_nothing_but_empty_responses_is_no_nan() -> None:
-    batch = PreferenceBatch.from_pairs(random_pairs([(1, 0, 0), (3, 0, 0)]), ref_logprobs=torch.zeros(2, 2))
+    batch = pack_pairs(random_pairs([(1, 0, 0), (3, 0, 0)]), ref_logprobs=torch.zeros(2, 2))
     hidden, head_weight, teacher = states(batch)
     for variant in dpd.DPO_VARIANTS:
         loss, sums = dpd.dpd_loss(hidden, head_weight, batch, batch.counts, teacher, variant=variant)
@@ -265,13 +265,13 @@ def test_nothing_but_empty_responses_is_no_nan() -> None:
 @pytest.mark.parametrize("chunk, products", [(64, 4), (9, 5)])
 def test_short_pairs_take_four_products_and_long_ones_five(chunk: int, products: int) -> None:
     """Logits, the teacher's, two gradients; and, where a pair of 10 tokens is longer than a chunk, logits once more."""
-    batch = PreferenceBatch.from_pairs(random_pairs([(3, 5, 5), (3, 4, 6)]), ref_logprobs=torch.zeros(2, 2))
+    batch = pack_pairs(random_pairs([(3, 5, 5), (3, 4, 6)]), ref_logprobs=torch.zeros(2, 2))
     hidden, head_weight, teacher = states(batch)
     teacher = TeacherOutputs(teacher.hidden[:, :D], teacher.head_weight[:, :D])  # of the same width, to count alike
-    with Products() as counted:
+    with HeadProducts(V) as counted:
         loss, _ = dpd.dpd_loss(hidden, head_weight, batch, batch.counts, teacher, chunk_size=chunk)
         loss.backward()
-    assert counted.total == products * 20 * V * D  # 20 tokens are trained; the prompts' are not projected
+    assert counted.multiplications == products * 20 * V * D  # 20 tokens are trained; the prompts' are not projected
 
 
 def test_dpo_by_hand() -> None:
@@ -281,26 +281,3 @@ def test_dpo_by_hand() -> None:
     assert dpd.dpo_loss(ratios, 0.5, "hinge").tolist() == pytest.approx([0.0, 2.25])
     assert dpd.dpo_loss(ratios, 0.5, "ipo").tolist() == pytest.approx([1.0, 12.25])
     assert dpd.dpo_loss(torch.tensor([[1e5, -1e5], [-1e5, 1e5]]), 1.0).isfinite().all()
-
-
-# Reward model -------------------------------------------------------------------------------------------------------
-
-
-def test_pairwise_reward_loss_by_hand() -> None:
-    logits = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 3.0], [1.0, 1.5, 0.0]], dtype=torch.float64)
-    hidden, head_weight = logits.unsqueeze(0).requires_grad_(), torch.eye(3, dtype=torch.float64).requires_grad_()
-    labels = torch.tensor([[0, IGNORE, 0]])  # answers are tokens 0 and 1; the second row says the wrong one
-    counts = {"tokens": torch.tensor(2)}
-    reward_loss = partial(pairwise_loss.pairwise_reward_loss, hidden, head_weight, counts=counts, answers=(0, 1))
-    loss, sums = reward_loss(labels)
-    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(0.5))) / 2)
-    assert sums == {"accuracy": 1} and sums.keys() == pairwise_loss.REWARD_PER.keys()
-    (gradient,) = torch.autograd.grad(loss, hidden)
-    a, b = 0.5 / (1 + math.exp(1.5)), 0.5 / (1 + math.exp(-0.5))
-    assert gradient[0].flatten().tolist() == pytest.approx([-a, a, 0, 0, 0, 0, -b, b, 0])
-    whole, _ = reward_loss(labels, kind="cross_entropy")
-    assert whole.item() == pytest.approx(-logits.log_softmax(-1)[[0, 2], [0, 0]].mean().item())
-    swapped, _ = reward_loss(torch.tensor([[1, IGNORE, 1]]))
-    assert swapped.item() == pytest.approx((math.log(1 + math.exp(1.5)) + math.log(1 + math.exp(-0.5))) / 2)
-    nothing, sums = reward_loss(torch.full((1, 3), IGNORE))
-    assert nothing == sums["accuracy"] == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()

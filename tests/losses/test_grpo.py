@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nb_lightning.batch import IGNORE, RolloutBatch, pack_responses
 from nb_lightning.losses import grpo
-from tests.losses.loss_harness import D, Products, V
+from tests.losses.counting_harness import HeadProducts
+from tests.losses.pairs_harness import D, V
 
 
 def rollout(logprobs: Sequence[Sequence[float]], trained: Sequence[Sequence[int]], **fields: Any) -> tuple[Any, ...]:
@@ -158,6 +159,6 @@ def test_group_advantages() -> None:
 
 def test_grpo_takes_three_products_on_policy_or_not() -> None:
     hidden, head_weight, batch = random_rollout([4, 7, 3], truncated=[1])
-    with Products() as counted:
+    with HeadProducts(V) as counted:
         grpo.grpo_loss(hidden, head_weight, batch, batch.counts, kl_weight=0.1, chunk_size=2)[0].backward()
-    assert counted.total == 3 * 7 * V * D
+    assert counted.multiplications == 3 * 7 * V * D

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from nb_lightning.batch import IGNORE
 from nb_lightning.losses import chunks, head
-from tests.losses.head_harness import CHUNKS, Allocations, D, N, V, inputs, naive_logprobs, per_token_weights
+from nb_lightning.losses.divergence import Chunk
+from tests.losses.counting_harness import Allocations
+from tests.losses.head_harness import CHUNKS, D, N, V, inputs, naive_logprobs, per_token_weights
 
 
 def naive_cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
@@ -103,38 +105,44 @@ def test_cross_entropy_flattens_rows() -> None:
 # Chunks -------------------------------------------------------------------------------------------------------------
 
 
-def positions(parts: list[slice | Tensor], n: int) -> list[list[int]]:
-    return [torch.arange(n)[part].tolist() for part in parts]
+def positions(chunks: list[Chunk], n: int) -> list[list[int]]:
+    return [torch.arange(n)[chunk].tolist() for chunk in chunks]
 
 
 def test_chunks_are_of_nearly_equal_size_and_leave_out_what_is_ignored() -> None:
-    assert chunks.parts_of(torch.arange(10), 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    assert chunks.split_tokens(torch.arange(10), 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
     labels = torch.arange(10).masked_fill(torch.arange(10) % 2 == 0, IGNORE)
-    assert positions(chunks.parts_of(labels, 4), 10) == [[1, 3], [5, 7, 9]]
-    assert chunks.parts_of(torch.full((3,), IGNORE), 4) == chunks.parts_of(torch.arange(0), 4) == []
+    assert positions(chunks.split_tokens(labels, 4), 10) == [[1, 3], [5, 7, 9]]
+    assert chunks.split_tokens(torch.full((3,), IGNORE), 4) == chunks.split_tokens(torch.arange(0), 4) == []
 
 
 def test_no_chunk_ends_inside_a_group() -> None:
     groups = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 4])
     labels = torch.zeros(9, dtype=torch.int64)
-    assert chunks.whole_groups(labels, groups, 5) == [slice(0, 5), slice(5, 9)]
-    assert chunks.whole_groups(labels, groups, 3) == [slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 9)]
-    assert chunks.whole_groups(labels, groups, 100) == [slice(0, 9)]
-    assert chunks.whole_groups(labels, groups, 2) is None, "a group of 3"
-    assert chunks.whole_groups(labels, torch.tensor([0, 0, 1, 1, 0, 2, 2, 2, 2]), 5) is None, "0 is in two places"
+    assert chunks.split_between_groups(labels, groups, 5) == [slice(0, 5), slice(5, 9)]
+    assert chunks.split_between_groups(labels, groups, 3) == [slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 9)]
+    assert chunks.split_between_groups(labels, groups, 100) == [slice(0, 9)]
+    assert chunks.split_between_groups(labels, groups, 2) is None, "a group of 3"
+    assert chunks.split_between_groups(labels, torch.tensor([0, 0, 1, 1, 0, 2, 2, 2, 2]), 5) is None, (
+        "0 is in two places"
+    )
     labels[[0, 4, 8]] = IGNORE
-    assert positions(chunks.whole_groups(labels, groups, 3), 9) == [[1, 2, 3], [5, 6, 7]]
-    assert chunks.whole_groups(torch.full((9,), IGNORE), groups, 3) == []
+    assert positions(chunks.split_between_groups(labels, groups, 3), 9) == [[1, 2, 3], [5, 6, 7]]
+    assert chunks.split_between_groups(torch.full((9,), IGNORE), groups, 3) == []
 
 
 def test_weights_may_depend_on_the_log_probabilities_of_their_chunk() -> None:
     hidden, head_weight, labels = inputs()
     factors = per_token_weights()
-    total, found = head.weighted_sum(hidden, head_weight, labels, lambda part, lp: factors[part] * lp, chunk_size=5)
+
+    def weigh_tokens(logprobs: Tensor, chunk: Chunk) -> Tensor:
+        return factors[chunk] * logprobs
+
+    total, statistics = head.weighted_sum(hidden, head_weight, labels, weigh_tokens, chunk_size=5)
     logprobs = naive_logprobs(hidden, head_weight, labels)
     expected = (factors * logprobs.detach() * logprobs).sum()
     torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(found.logprobs, logprobs.detach(), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(statistics.logprobs, logprobs.detach(), atol=1e-12, rtol=1e-12)
     ours = torch.autograd.grad(total, (hidden, head_weight))
     for a, b in zip(ours, torch.autograd.grad(expected, (hidden, head_weight))):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)

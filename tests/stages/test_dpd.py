@@ -24,7 +24,7 @@ from nb_lightning.batch import IGNORE, PreferenceBatch
 from nb_lightning.checkpoints.folders import CheckpointWeights
 from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.config.schema import DIVERGENCES, DPO_VARIANTS
-from nb_lightning.losses import chunks, dpd
+from nb_lightning.losses import dpd, segments
 from nb_lightning.losses.divergence import KINDS
 from nb_lightning.model.transformer import Transformer
 from nb_lightning.stages.dpd import REFERENCE, DPDStage
@@ -133,7 +133,7 @@ def test_before_the_first_step_every_margin_is_exactly_zero(
     """Of every pair when it is first drawn, to the last bit, when nothing is learnt meanwhile."""
     seen: set[int] = set()
     zero: list[float] = []
-    real = chunks.segment_sum
+    real = segments.segment_sum
 
     def watched(self: DPDStage, batch: PreferenceBatch, counts: Any) -> Any:
         new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair not in seen]
