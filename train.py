@@ -74,7 +74,7 @@ def run(cfg: Config) -> None:
     from nb_lightning import dry_run
     from nb_lightning.checkpoints import folders
     from nb_lightning.checkpoints.pretrained import find_origin
-    from nb_lightning.model.adapters import trained_parameters
+    from nb_lightning.model.adapters import count_trained_parameters
     from nb_lightning.stages.strategies import resolve_accelerator
 
     folder = run_dir(cfg)
@@ -103,7 +103,7 @@ def run(cfg: Config) -> None:
         if folders.read_info(checkpoint)["tokens_seen"] == plan.total_tokens:
             log.info("nothing left to do: %s is the end of the plan", checkpoint)
             return
-    require_room(cfg, trained_parameters(module.shape, cfg.stage.adapter), folder)
+    require_room(cfg, count_trained_parameters(module.shape, cfg.stage.adapter), folder)
     trainer = build_trainer(cfg, accelerator, folder)
     state = checkpoint / folders.STATE if checkpoint else None
     gc.freeze()

@@ -23,7 +23,7 @@ from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import Transformer
-from nb_lightning.model.weights import Stored, Weights, fill
+from nb_lightning.model.weights import StoredTensor, Weights, load_weights
 from nb_lightning.stages.optim import build_optimizer
 
 ROWS, LENGTH = 4, 256
@@ -34,7 +34,7 @@ class Trained(Weights):
 
     def __init__(self, model: Transformer) -> None:
         self.tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        stored = {name: Stored(name, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        stored = {name: StoredTensor(name, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
         super().__init__("training", stored, torch.float32)
 
     def read(self, name: str) -> torch.Tensor:
@@ -67,7 +67,7 @@ def plain(origin: Origin, weights: Weights, dtype: torch.dtype) -> Transformer:
     with torch.device("meta"):
         model = Transformer(origin.shape).to(dtype)
     model.to_empty(device="cpu").tie()
-    fill(model, weights)
+    load_weights(model, weights)
     return model
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     cfg = AdapterConfig("qlora", rank=a.rank, alpha=2.0 * a.rank)
     attach = partial(adapters.attach, cfg=cfg, precision="32-true")
     model = build_model(origin.shape, TrainerConfig(), "sdpa", torch.device("cpu"), None, None, attach)
-    digests = adapters.fill(model, base, seed=0)
+    digests = adapters.load_base(model, base, seed=0)
     full = plain(origin, base, torch.float32)
     print(f"base            {held_out(full, test):.4f}")
     del full
@@ -102,7 +102,7 @@ def main() -> None:
     print(f"after {a.steps} steps of {ROWS} x {LENGTH} tokens")
     print(f"4 bits and adapters  {held_out(model, test):.4f}")
     saved = {"alpha": cfg.alpha, "rank": cfg.rank, "base": {"path": path, "tensors": digests}}
-    merged = adapters.Merged(base, Trained(model), saved)
+    merged = adapters.MergedWeights(base, Trained(model), saved)
     del model, optimizer
     for dtype in (torch.float32, torch.bfloat16):
         print(f"merged, {str(dtype)[6:]:<12} {held_out(plain(origin, merged, dtype), test):.4f}")

@@ -61,7 +61,7 @@ class RunManifest(pl.Callback):
             starts=[*earlier, start],
             stage=module.cfg.stage.name,
             init_from=module.cfg.init_from,
-            parameters=module.shape.parameters(),
+            parameters=module.shape.count_parameters(),
             trained_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             plan=[asdict(phase) for phase in module.plan.phases],
             callbacks=[f"{type(c).__module__}.{type(c).__qualname__}" for c in callbacks],

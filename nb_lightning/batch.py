@@ -15,6 +15,7 @@ from torch import Tensor
 IGNORE = -100
 
 
+@dataclass
 class _Movable:
     """`.to` and `.pin_memory` over every tensor field, lists included: what Lightning and the DataLoader call."""
 
@@ -23,7 +24,7 @@ class _Movable:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         def move(x: Any) -> Any:
-            # Pinned memory goes to a GPU while the host works on; from a GPU it must have arrived before it is read.
+            # Copies from pinned memory to a GPU overlap with the host; copies from a GPU must end before they are read.
             extra = {"non_blocking": True} if isinstance(x, Tensor) and not x.is_cuda else {}
             return x.to(*args, **{**extra, **kwargs})
 
@@ -61,7 +62,7 @@ class PackedBatch(_Movable):
         return {"tokens": (self.labels != IGNORE).sum()}
 
     def silenced(self) -> Any:
-        """The same forward, of which nothing counts."""
+        """Return the same rows with nothing trained: a forward that counts nothing."""
         return replace(self, labels=torch.full_like(self.labels, IGNORE))
 
     @classmethod

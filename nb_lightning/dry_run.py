@@ -12,7 +12,7 @@ from nb_lightning.checkpoints.pretrained import Origin, find_origin
 from nb_lightning.config.compose import phases_of, plan_of
 from nb_lightning.config.schema import Config
 from nb_lightning.losses.chunks import CPU_TILE, GPU_TILE
-from nb_lightning.model.adapters import frozen_dtype, trained_parameters
+from nb_lightning.model.adapters import count_trained_parameters, frozen_dtype
 from nb_lightning.model.transformer import ModelShape, Transformer
 
 GIB = 2**30
@@ -26,7 +26,7 @@ def describe(cfg: Config) -> str:
         number = sum(p.numel() for p in Transformer(shape).parameters())
     embeddings = shape.vocab_size * shape.d_model * (1 if shape.tie_embeddings else 2)
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    adapted, trained = cfg.stage.adapter.name != "none", trained_parameters(shape, cfg.stage.adapter)
+    adapted, trained = cfg.stage.adapter.name != "none", count_trained_parameters(shape, cfg.stage.adapter)
     lines = [
         f"stage {cfg.stage.name}, {ranks} device(s), {cfg.trainer.strategy}, {cfg.trainer.precision}",
         f"model       {number:,} parameters ({number - embeddings:,} without embeddings)",
@@ -136,7 +136,7 @@ def memory_per_device(
     beside = beside or {}
     sizes = _Sizes(cfg, shape)
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes if sizes.sharded else 1
-    trained = trained_parameters(shape, cfg.stage.adapter)
+    trained = count_trained_parameters(shape, cfg.stage.adapter)
     wide = 2 if cfg.trainer.precision == "bf16-true" else 4  # what trains is stored in
     moment = {"adamw": wide, "adamw8bit": 1 + 4 / 256, "paged_adamw8bit": 0}[cfg.stage.optim.name]
     weights = {"adapters" if sizes.adapted else "weights": trained * wide / ranks}
@@ -173,16 +173,16 @@ class _Sizes:
         adapter = self.cfg.stage.adapter
         linears = self.shape.n_layers * self.linears
         trained = min(len(adapter.also_train) * self.shape.vocab_size * self.shape.d_model, self.embeddings)
-        rest = (self.shape.parameters() - linears - trained) * self.stored
+        rest = (self.shape.count_parameters() - linears - trained) * self.stored
         return rest + linears * (_nf4(adapter.double_quant) if self.quantised else self.stored)
 
     def beside(self, name: str, shape: ModelShape, ranks: int) -> float:
         """Of a frozen model (`stages.frozen.FrozenModel`, `rewards.preference.load_reward_model`)."""
         if name == "reward model":  # whole on every device
-            return shape.parameters() * (4 if self.cfg.trainer.accelerator == "cpu" else 2)
+            return shape.count_parameters() * (4 if self.cfg.trainer.accelerator == "cpu" else 2)
         linears = shape.n_layers * _linears(shape)
         nf4 = name == "teacher" and self.cfg.stage.teacher_nf4
-        size = (shape.parameters() - linears) * self.compute + linears * (_nf4(True) if nf4 else self.compute)
+        size = (shape.count_parameters() - linears) * self.compute + linears * (_nf4(True) if nf4 else self.compute)
         # FSDP2 leaves the root's weights gathered until a backward, and here none comes.
         return size / ranks + (_embeddings(shape) * self.compute if self.sharded else 0)
 
@@ -235,7 +235,7 @@ def _embeddings(shape: ModelShape) -> int:
 def _linears(shape: ModelShape) -> int:
     """Parameters of the linears of one layer."""
     D = shape.d_model
-    return (shape.parameters() - _embeddings(shape) - D) // shape.n_layers - 2 * D
+    return (shape.count_parameters() - _embeddings(shape) - D) // shape.n_layers - 2 * D
 
 
 def _nf4(double_quant: bool) -> float:

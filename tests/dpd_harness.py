@@ -21,7 +21,7 @@ from nb_lightning.config.checks import check
 from nb_lightning.config.compose import plan_of, run_dir
 from nb_lightning.config.schema import Config
 from nb_lightning.model.transformer import ModelShape, Transformer
-from nb_lightning.model.weights import Stored, Weights
+from nb_lightning.model.weights import StoredTensor, Weights
 from tests.config.harness import composed
 from tests.harness import ROOT, environment, read_trace
 
@@ -44,7 +44,7 @@ TRACE = ("callbacks=[dpd,trace]", "hydra.searchpath=[pkg://nb_trace.conf]")
 class _OfModel(Weights):
     def __init__(self, model: Transformer) -> None:
         self.tensors = dict(model.named_parameters())
-        stored = {name: Stored(name, tuple(p.shape)) for name, p in self.tensors.items()}
+        stored = {name: StoredTensor(name, tuple(p.shape)) for name, p in self.tensors.items()}
         super().__init__("a model", stored, torch.float32)
 
     def read(self, name: str) -> torch.Tensor:

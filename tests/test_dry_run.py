@@ -116,7 +116,7 @@ def test_qlora_of_the_3b_at_64k_fits_one_gpu() -> None:
     memory = memory_per_device(cfg, shape, micro_tokens=65536)
     assert memory["adapters"] == memory["gradients"] == adapters * 4
     # 4 bits, an 8-bit scale for each 64 weights, and a float32 scale for each 256 of those; the rest in bfloat16
-    frozen = linears * (1 / 2 + 1 / 64 + 4 / 64 / 256) + (shape.parameters() - linears) * 2
+    frozen = linears * (1 / 2 + 1 / 64 + 4 / 64 / 256) + (shape.count_parameters() - linears) * 2
     assert memory["frozen weights"] == pytest.approx(frozen)
     assert memory["optimizer"] == 0  # paged
     assert memory["layer inputs"] == 65536 * 32 * 2560 * 2

@@ -23,7 +23,7 @@ import torch
 
 from nb_lightning.files import sha256_of
 from nb_lightning.model.transformer import ModelShape
-from nb_lightning.model.weights import Stored, Weights
+from nb_lightning.model.weights import StoredTensor, Weights
 from nb_lightning.run_folder import CHECKPOINTS
 
 STATE = "state"
@@ -159,7 +159,7 @@ class CheckpointWeights(Weights):
         state = folder / STATE
         tensors = _open_sharded(state) if state.is_dir() else _open_single(state)
         self._tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        stored = {name: Stored(name, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        stored = {name: StoredTensor(name, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
         dtypes = {tensor.dtype for tensor in self._tensors.values()}
         super().__init__(folder, stored, dtypes.pop() if len(dtypes) == 1 else torch.float32)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nb_lightning.checkpoints.hf_config import MAX_SIZE
 from nb_lightning.model.transformer import ModelShape
-from nb_lightning.model.weights import Stored, Weights, parameter_shapes
+from nb_lightning.model.weights import StoredTensor, Weights, parameter_shapes
 
 MARK = "nb_lightning.version"  # a key in the metadata of the files that `save_gguf` wrote
 TYPES = ("float32", "float16", "bfloat16", "q8_0")
@@ -74,7 +74,7 @@ class GGUFWeights(Weights):
             ours = from_gguf(name)
             if ours is None:
                 raise ValueError(f"{path}: tensor {name} is not part of a Llama model")
-            stored[ours] = Stored(name, dims)
+            stored[ours] = StoredTensor(name, dims)
         super().__init__(path, stored, torch.float32)
         self.shape = _shape(self.metadata, stored, path)
 
@@ -136,7 +136,7 @@ def _rotated_heads(name: str, shape: ModelShape) -> int:
     return shape.n_kv_heads if name.endswith("k_proj.weight") else 0
 
 
-def _shape(metadata: Mapping[str, Any], stored: Mapping[str, Stored], path: Path) -> ModelShape:
+def _shape(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], path: Path) -> ModelShape:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path}: general.architecture is {architecture!r}; only 'llama' is supported")

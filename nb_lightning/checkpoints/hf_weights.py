@@ -19,7 +19,7 @@ from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.files import read_json, write_json
 from nb_lightning.model.adapters import peft_config
 from nb_lightning.model.transformer import ModelShape
-from nb_lightning.model.weights import Stored, Weights, parameter_shapes
+from nb_lightning.model.weights import StoredTensor, Weights, parameter_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -63,7 +63,7 @@ class HFWeights(Weights):
                         allowed = ", ".join(_STORED_DTYPES)
                         raise ValueError(f"{folder / file}: tensor {name} is {tensor.get_dtype()}; allowed: {allowed}")
                     dtypes.add(tensor.get_dtype())
-                    stored[ours] = Stored(name, tuple(tensor.get_shape()))
+                    stored[ours] = StoredTensor(name, tuple(tensor.get_shape()))
         dtype = _STORED_DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
         super().__init__(folder, stored, dtype)
 

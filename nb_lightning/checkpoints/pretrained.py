@@ -132,7 +132,7 @@ class AdapterOrigin(CheckpointOrigin):
             base = find_origin(saved["base"]["path"])
         except ValueError as error:
             raise ValueError(f"{self.path} holds adapters only, and their base is gone: {error}") from error
-        return adapters.Merged(base.open(), folders.CheckpointWeights(self.path), saved)
+        return adapters.MergedWeights(base.open(), folders.CheckpointWeights(self.path), saved)
 
 
 class HFOrigin(Origin):
@@ -252,7 +252,7 @@ def load_pretrained(path: str, device: str = "auto", dtype: str = "auto") -> Pre
         model = Transformer(origin.shape).to(hf_config.DTYPES.get(dtype, default_dtype))
     model.to_empty(device=target)
     model.tie()
-    weights.fill(model, tensors)
+    weights.load_weights(model, tensors)
     model.eval()
     template = tokenizer.chat_template
     chat = None if template is None else ChatTemplate(template, tokenizer.special)

@@ -195,7 +195,7 @@ def _describe(pretrained: Pretrained, path: str) -> dict[str, Any]:
     return {
         "name": pretrained.name,
         "path": str(Path(path).resolve()),
-        "parameters": pretrained.model.shape.parameters(),
+        "parameters": pretrained.model.shape.count_parameters(),
         "shape": asdict(pretrained.model.shape),
         "dtype": str(embedding.dtype).removeprefix("torch."),
         "device": str(embedding.device),

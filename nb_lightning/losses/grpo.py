@@ -101,7 +101,7 @@ def grpo_loss(
 
     loss, statistics = head.chunked_loss(hidden.flatten(0, 1), head_weight, labels, policy_loss, chunk_size=chunk_size)
 
-    sums = dict.fromkeys(GRPO_PER, loss.new_zeros(()))
+    sums = dict.fromkeys(GRPO_PER, statistics.logprobs.new_zeros(()))
     ratio = policy_ratio(statistics.logprobs, head.ALL_TOKENS)
     sums["clipped_low"] = ((ratio < 1 - clip_low) & (advantages < 0)).to(ratio.dtype).sum()
     sums["clipped_high"] = ((ratio > 1 + clip_high) & (advantages > 0)).to(ratio.dtype).sum()

@@ -1,11 +1,11 @@
 """Low-rank adapters on a frozen base: LoRA, and QLoRA with the base's layers in 4 bits (NF4).
 
-A linear layer W of the base becomes W + alpha / rank * B @ A; only A [rank, in] and B [out, rank] train. `peft` puts
-them in, so what trains here is what it loads elsewhere; `Merged` adds them to the base's weights one tensor at a time,
-for whoever reads a checkpoint: a later stage, generation, export. For that neither peft nor bitsandbytes is needed.
+A linear layer W of the base becomes W + alpha / rank * B @ A; only A [rank, in] and B [out, rank] train. `peft` inserts
+them, so peft can load what was trained here. `MergedWeights` adds them to the base's weights one tensor at a time, for
+a later stage, generation and export; it needs neither peft nor bitsandbytes.
 
-    training:  attach (on `meta`) -> lay out, allocate -> fill (quantises each layer as it is read)
-    after it:  a checkpoint holds what trained and the digests of the base -> Merged
+    training:       attach (on `meta`) -> shard, allocate -> load_base (quantises each layer as it is read)
+    a checkpoint:   holds what trained and the digests of the base -> MergedWeights
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _peft() -> Any:
 
 
 def peft_config(cfg: AdapterConfig, **more: Any) -> Any:
-    """peft's own description of the adapters."""
+    """Describe the adapters to peft; `more` are further arguments of `LoraConfig`."""
     return _peft().LoraConfig(
         r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=list(cfg.targets), bias="none",
         task_type="CAUSAL_LM", **more,
@@ -48,33 +48,33 @@ def peft_config(cfg: AdapterConfig, **more: Any) -> Any:
 
 
 def frozen_dtype(cfg: AdapterConfig, precision: str) -> torch.dtype:
-    """Of the frozen weights that are not in 4 bits.
+    """Return the dtype of the frozen weights that are not in 4 bits.
 
-    bfloat16 under any bf16 precision: their products are in bfloat16 anyway. But a part that is trained whole
-    (`also_train`) stays float32 under bf16-mixed, and outside autocast all must be of one dtype.
+    bfloat16 under any bf16 precision: their products are in bfloat16 anyway. But a full layer that trains
+    (`also_train`) stays float32 under bf16-mixed, and outside autocast all weights need one dtype.
     """
     mixed = precision == "bf16-mixed" and not cfg.also_train
     return torch.bfloat16 if precision == "bf16-true" or mixed else torch.float32
 
 
 def compute_dtype(cfg: AdapterConfig, precision: str) -> torch.dtype:
-    """Of the products with 4-bit weights."""
+    """Return the dtype of the products with 4-bit weights."""
     if cfg.compute_dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.compute_dtype]
     return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
 def attach(model: Transformer, cfg: AdapterConfig, precision: str) -> None:
-    """Freeze a model on `meta` and put adapters in; under qlora its layers' linears become 4-bit ones without content.
+    """Freeze a model on `meta` and insert adapters; under qlora, replace its layers' linears by empty 4-bit ones.
 
     Raises:
         ValueError: peft or bitsandbytes is missing.
     """
     peft = _peft()
-    trained = next(model.parameters()).dtype
+    trained_dtype = next(model.parameters()).dtype
     model.to(frozen_dtype(cfg, precision))
     if cfg.name == "qlora":
-        model.is_loaded_in_4bit = True  # peft looks for it
+        model.is_loaded_in_4bit = True
         bnb.empty_linears(model, compute_dtype(cfg, precision), "stage.adapter.name=qlora", cfg.double_quant)
     with torch.device("meta"):
         peft.inject_adapter_in_model(peft_config(cfg), model, low_cpu_mem_usage=True)
@@ -82,16 +82,16 @@ def attach(model: Transformer, cfg: AdapterConfig, precision: str) -> None:
         model.get_submodule(name).weight.requires_grad_(True)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            if p.requires_grad and p.dtype != trained:
-                setattr(module, name, nn.Parameter(p.to(trained)))
+            if p.requires_grad and p.dtype != trained_dtype:
+                setattr(module, name, nn.Parameter(p.to(trained_dtype)))
     model.tie()
-    model.draws = cfg.dropout > 0
+    model.is_stochastic = cfg.dropout > 0
 
 
-def fill(model: Transformer, weights: Weights, seed: int) -> dict[str, str]:
-    """Fill the base from `weights` and the adapters with their start: A drawn as `nn.Linear` does, B zero.
+def load_base(model: Transformer, weights: Weights, seed: int) -> dict[str, str]:
+    """Load the base from `weights` and initialise the adapters: A as `nn.Linear` does, B zero.
 
-    A layer in 4 bits is quantised as it is read, so at most one tensor of it is there in full.
+    A layer in 4 bits is quantised as it is read, so only one full tensor is in memory at a time.
 
     Returns:
         The SHA-256 of each tensor of the base, see `Weights.digest`.
@@ -102,7 +102,7 @@ def fill(model: Transformer, weights: Weights, seed: int) -> dict[str, str]:
     weights.require(model.shape)
     for name, parameter in list(model.named_parameters()):
         if name.endswith(A):
-            # Its own generator for each: the start depends on `seed` alone, not on order, device or sharding.
+            # A generator for each: the result depends on `seed` alone, not on order, device or sharding.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             bound = parameter.shape[1] ** -0.5
             copy_into(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
@@ -116,73 +116,83 @@ def fill(model: Transformer, weights: Weights, seed: int) -> dict[str, str]:
 
 
 def base_name(name: str) -> str:
-    """A parameter's name before peft wrapped its layer."""
+    """Return the name that a parameter had before peft wrapped its layer."""
     return name.replace(".base_layer.", ".")
 
 
-def trained_parameters(shape: ModelShape, cfg: AdapterConfig) -> int:
-    """How many parameters train."""
+def count_trained_parameters(shape: ModelShape, cfg: AdapterConfig) -> int:
+    """Count the parameters that train."""
     if cfg.name == "none":
-        return shape.parameters()
+        return shape.count_parameters()
     shapes = parameter_shapes(shape)
     adapters = [cfg.rank * sum(dims) for name, dims in shapes.items() if name.split(".")[-2] in cfg.targets]
-    whole = {"head": "embedding"} if shape.tie_embeddings else {}
-    names = {whole.get(name, name) for name in cfg.also_train}
-    return sum(adapters) + sum(torch.Size(shapes[f"{name}.weight"]).numel() for name in names)
+    tied = {"head": "embedding"} if shape.tie_embeddings else {}
+    full_layers = {tied.get(name, name) for name in cfg.also_train}
+    return sum(adapters) + sum(torch.Size(shapes[f"{name}.weight"]).numel() for name in full_layers)
 
 
 # Identity of the base -----------------------------------------------------------------------------------------------
 
 
-def require_same_base(saved: Mapping[str, str], found: Mapping[str, str], given: str, trained_on: str) -> None:
-    """Refuse adapters on another base than theirs; `saved` and `found` map tensors to digests.
+def require_same_base(saved: Mapping[str, str], actual: Mapping[str, str], base: str, trained_on: str) -> None:
+    """Check that a base is the one that the adapters were trained on.
+
+    Args:
+        saved, actual: digest of each tensor, then and now.
+        base: the base, for the message.
+        trained_on: where the base lay in training.
 
     Raises:
-        ValueError: names what was given, what they were trained on, and the first tensor that differs.
+        ValueError: names both bases, and the first tensor that differs.
     """
-    for name in sorted(saved.keys() | found.keys()):
-        if saved.get(name) != found.get(name):
+    for name in sorted(saved.keys() | actual.keys()):
+        if saved.get(name) != actual.get(name):
             raise ValueError(
-                f"{given} is not the base that the adapters were trained on ({trained_on}, as it was then): "
+                f"{base} is not the base that the adapters were trained on ({trained_on}, as it was then): "
                 f"tensor {name} differs"
             )
 
 
-class Merged(Weights):
+class MergedWeights(Weights):
     """A base with adapters added: what the run's model computes, as plain weights.
 
-    Tensors that adapters change come as float32, for whoever rounds them to round once. Each tensor of the base is
-    compared with its digest when it is read.
+    Tensors that adapters change are read as float32, so that they are rounded only once, where they are used. Each
+    tensor of the base is compared with its digest when it is read.
 
     Args:
         base: the weights that the run began with.
         trained: the tensors in the run's checkpoint.
-        saved: what the checkpoint says of its adapters.
+        saved: the entry "adapter" of the checkpoint: alpha, rank, and path and digests of the base.
     """
 
     def __init__(self, base: Weights, trained: Weights, saved: Mapping[str, Any]) -> None:
-        whole = {name: stored for name, stored in trained.stored.items() if not name.endswith((A, B))}
-        super().__init__(trained.origin, {**base.stored, **whole}, base.dtype)
+        full_layers = {name: stored for name, stored in trained.stored.items() if not name.endswith((A, B))}
+        super().__init__(trained.origin, {**base.stored, **full_layers}, base.dtype)
         self.base, self.trained, self.saved = base, trained, saved
         self.scale = saved["alpha"] / saved["rank"]
 
     def read(self, name: str) -> Tensor:
+        """Read a tensor of the base and add its adapter, if it has one.
+
+        Raises:
+            ValueError: the base has changed, see `require_same_base`.
+        """
         if name in self.trained.stored:
             return self.trained.read(name)
-        known, found = self.saved["base"]["tensors"].get(name), self.base.digest(name)
-        require_same_base({name: known}, {name: found}, self.base.origin, self.saved["base"]["path"])
-        whole = self.base.read(name)
+        saved, actual = self.saved["base"]["tensors"].get(name), self.base.digest(name)
+        require_same_base({name: saved}, {name: actual}, self.base.origin, self.saved["base"]["path"])
+        weight = self.base.read(name)  # [out, in] of a linear layer
         layer = name.removesuffix(".weight")
         if layer + A not in self.trained.stored:
-            return whole
-        wide = torch.promote_types(whole.dtype, torch.float32)
-        a, b = self.trained.read(layer + A).to(wide), self.trained.read(layer + B).to(wide)
-        return torch.addmm(whole.to(wide), b, a, alpha=self.scale)
+            return weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a, b = self.trained.read(layer + A).to(dtype), self.trained.read(layer + B).to(dtype)  # [rank, in], [out, rank]
+        return torch.addmm(weight.to(dtype), b, a, alpha=self.scale)
 
     def digest(self, name: str) -> str:
-        """Of what the tensor is made from: the sum itself may differ in its last bits between machines."""
+        """Hash the tensors that are summed: the sum may differ in its last bits between machines."""
         layer = name.removesuffix(".weight")
-        parts = [name] if name in self.trained.stored else [layer + A, layer + B]
-        made_of = [self.trained.digest(part) for part in parts if part in self.trained.stored]
-        made_of += [self.base.digest(name), repr(self.scale)]
-        return hashlib.sha256(" ".join(made_of).encode()).hexdigest()
+        trained = [name] if name in self.trained.stored else [layer + A, layer + B]
+        digests = [self.trained.digest(tensor) for tensor in trained if tensor in self.trained.stored]
+        digests += [self.base.digest(name), repr(self.scale)]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()

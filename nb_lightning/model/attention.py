@@ -2,9 +2,11 @@
 
     attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E], mask) -> [B, T, H, E]
 
-A token sees itself and the tokens before it in its own document. Without document boundaries every row is one
-document. The boundaries are the `cu_seqlens` of `PackedBatch`; `AttentionMask` turns them once per forward into what
-the chosen backend wants, so all layers share that work.
+A token sees itself and the tokens before it in the same document. Without document boundaries every row is one
+document. The boundaries are the `cu_seqlens` of `PackedBatch`; `AttentionMask` turns them once per forward into the
+form that the backend reads, so all layers share that work.
+
+Shapes: B rows, T tokens per row, n = B * T, H query heads, K key-value heads, E head dimension, Q blocks of queries.
 
 | backend  | where           | packed documents                                                |
 |----------|-----------------|-----------------------------------------------------------------|
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLEX_BLOCK = 128  # rows and columns of flex's block mask
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 BACKENDS = ("auto", "sdpa", "flex", "xformers")
 
 
@@ -35,21 +38,21 @@ class AttentionMask:
         cu_seqlens: [S + 1] int32 boundaries over the B * T flattened tokens, or None for one document a row.
     """
 
-    longest: int | None = None  # positions stay below the rows' length
+    longest: int | None = None  # see `transformer.Mask`
 
     def __init__(self, backend: str, cu_seqlens: Tensor | None = None) -> None:
-        self.attend = _ATTEND[backend]
+        self.attend: Attend = _ATTEND[backend]
         self.cu_seqlens = cu_seqlens
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each document, as plain integers."""
+        """Count the tokens of each document."""
         assert self.cu_seqlens is not None
         return torch.diff(self.cu_seqlens).tolist()
 
     @cached_property
     def flex_mask(self) -> Any:
-        """Which blocks of 128 x 128 to compute, from the documents at the blocks' edges.
+        """List the blocks of 128 x 128 to compute, from the documents at the blocks' edges.
 
         `create_block_mask` would first form [n, n] tensors: 40 GB at 64 K tokens unless it is compiled.
         """
@@ -57,38 +60,52 @@ class AttentionMask:
 
         cu = self.cu_seqlens
         assert cu is not None
-        doc = torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), torch.diff(cu))
+        doc = torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), torch.diff(cu))  # [n]
         n = len(doc)
 
         def same_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (i >= j) & (doc[i] == doc[j])
 
-        edges = torch.arange(0, n, FLEX_BLOCK, device=cu.device)
-        first, last = doc[edges], doc[(edges + FLEX_BLOCK - 1).clamp(max=n - 1)]
-        below = edges[:, None] > edges[None, :]  # key block wholly before the query block
-        whole = below & (first[None, :] == last[:, None])  # documents only grow, so equal ends mean one document
-        part = (below & (last[None, :] >= first[:, None]) & ~whole) | (edges[:, None] == edges[None, :])
+        edges = torch.arange(0, n, FLEX_BLOCK, device=cu.device)  # [Q]
+        first, last = doc[edges], doc[(edges + FLEX_BLOCK - 1).clamp(max=n - 1)]  # [Q] documents at a block's ends
+        is_before = edges[:, None] > edges[None, :]  # [Q, Q] the key block ends before the query block begins
+        is_full = is_before & (first[None, :] == last[:, None])  # documents only grow: equal ends mean one document
+        is_partial = (is_before & (last[None, :] >= first[:, None]) & ~is_full) | (edges[:, None] == edges[None, :])
         return BlockMask.from_kv_blocks(
-            *_blocks(part), *_blocks(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=same_document, seq_lengths=(n, n)
+            *_key_blocks(is_partial),
+            *_key_blocks(is_full),
+            BLOCK_SIZE=FLEX_BLOCK,
+            mask_mod=same_document,
+            seq_lengths=(n, n),
         )
 
     @cached_property
     def xformers_bias(self) -> Any:
+        """Build xformers' own description of the boundaries."""
         bias = _xformers().attn_bias.BlockDiagonalCausalMask
         return bias.from_seqlens(self.lengths)
 
 
-def _blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """For each query block how many key blocks are chosen, and which, chosen ones first: [1, 1, Q] and [1, 1, Q, K]."""
-    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
-    return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None].contiguous()
+def _key_blocks(is_chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return flex's list of `is_chosen` [Q, Q] (query block, key block).
+
+    Returns:
+        [1, 1, Q] int32, how many key blocks are chosen for each query block; and [1, 1, Q, Q] int32, which ones: all,
+        with the chosen ones first.
+    """
+    order = torch.argsort(is_chosen.int(), dim=-1, descending=True, stable=True).int()
+    return is_chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
 def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
-    """The backend that `auto` means on `device`; `name` itself otherwise, once it is known to work there.
+    """Choose the backend for `auto`; check any other name.
+
+    Args:
+        name: the setting `trainer.attention`.
+        packed: whether rows hold several documents.
 
     Raises:
-        ValueError: unknown name, or a backend that cannot train on this device, with the reason.
+        ValueError: an unknown name, or a backend that cannot train on this device, with the reason.
     """
     if name not in BACKENDS:
         raise ValueError(f"trainer.attention is {name!r}; allowed: {', '.join(BACKENDS)}")
@@ -103,10 +120,16 @@ def resolve_backend(name: str, device: torch.device, packed: bool) -> str:
     return name
 
 
-@torch.compiler.disable  # a loop over ragged documents would be compiled anew for each batch
+def _not_compiled(attend: Attend) -> Attend:
+    """Keep `torch.compile` out of a function."""
+    wrapped: Any = torch.compiler.disable(attend)  # its annotations allow several other returns
+    return wrapped
+
+
+@_not_compiled  # a loop over ragged documents would be compiled anew for each batch
 def _per_document(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     B, T, H, E = q.shape
-    # `split`, whose backward is one `cat`: that of a slice fills a tensor of all tokens, for each document.
+    # `split`, because its backward is one `cat`; the backward of a slice fills a tensor of all tokens per document.
     documents = zip(*(x.reshape(1, B * T, x.shape[2], E).split(mask.lengths, dim=1) for x in (q, k, v)))
     return torch.cat([_causal(*document) for document in documents], dim=1).view(B, T, H, E)
 
@@ -126,7 +149,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _compiled_flex: Callable[..., Tensor] | None = None
 
 
-@torch.compiler.disable  # it is compiled on its own below
+@_not_compiled  # flex_attention is compiled separately below
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     if mask.cu_seqlens is None:
         return _causal(q, k, v)
@@ -136,7 +159,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     if q.is_cuda:
         _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
         run = _compiled_flex
-    else:  # eager and forward only: the tests hold it against the other backends
+    else:  # eager and forward only: tests compare it with the other backends
         run = flex_attention
     B, T, H, E = q.shape
     q, k, v = (x.reshape(1, B * T, x.shape[2], E).transpose(1, 2) for x in (q, k, v))
@@ -155,7 +178,7 @@ def _xformers() -> Any:
 
 
 def _probe_xformers(device: torch.device) -> None:
-    """One tiny forward and backward: its extension may import and still lack a kernel for this device."""
+    """Run a tiny forward and backward: the extension may import and still lack a kernel for this device."""
     q = torch.zeros(1, 16, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     mask = AttentionMask("xformers", torch.tensor([0, 7, 16], dtype=torch.int32, device=device))
     try:
@@ -164,12 +187,12 @@ def _probe_xformers(device: torch.device) -> None:
         raise ValueError(f"trainer.attention=xformers does not work on {device}: {error}") from error
 
 
-@torch.compiler.disable
+@_not_compiled
 def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     fmha = _xformers()
     B, T, H, E = q.shape
     groups = H // k.shape[2]
-    # xformers wants equal head counts: keys and values are copied for each group.
+    # xformers needs equal head counts: keys and values are copied for each group.
     k, v = (x.unsqueeze(3).expand(-1, -1, -1, groups, -1).reshape(B, T, H, E) for x in (k, v))
     if mask.cu_seqlens is None:
         return fmha.memory_efficient_attention(q, k, v, attn_bias=fmha.attn_bias.LowerTriangularMask())
@@ -177,7 +200,7 @@ def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
     return fmha.memory_efficient_attention(q, k, v, attn_bias=mask.xformers_bias).view(B, T, H, E)
 
 
-_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]] = {
+_ATTEND: dict[str, Attend] = {
     "sdpa": _sdpa,
     "flex": _flex,
     "xformers": _memory_efficient,

@@ -1,4 +1,4 @@
-"""Build a `Transformer` on `meta`, shard it (FSDP2), and allocate it: no device ever holds more than its shard."""
+"""Build a `Transformer` on `meta`, shard it (FSDP2), then allocate it: no device ever holds more than its shard."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ def build_model(
     device: torch.device,
     mesh: DeviceMesh | None,
     seed: int | None,
-    change: Callable[[Transformer], None] | None = None,
+    modify: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
-    """A `Transformer` on `device`, sharded over `mesh` when there is one.
+    """Build a `Transformer` on `device`, sharded over `mesh` where there is one.
 
-    Its weights are fresh ones of `seed`; without a seed they hold anything, for whoever fills them next. `change` is
-    applied while the model is on `meta`: adapters.
+    Args:
+        backend: of attention, see `attention.resolve_backend`.
+        seed: initialise the weights; None leaves them uninitialised for a later `load_weights`.
+        modify: called with the model while it is on `meta`: it attaches adapters, or freezes.
     """
     dtype = torch.bfloat16 if cfg.precision == "bf16-true" else torch.float32
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
     model.attention_backend = backend
     model.activation_checkpointing = cfg.activation_checkpointing
-    if change is not None:
-        change(model)
+    if modify is not None:
+        modify(model)
     if mesh is not None:
         shard(model, mesh, cfg.precision)
     model.to_empty(device=device)
@@ -49,7 +51,7 @@ def build_model(
 
 
 def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
-    """FSDP2: each layer is gathered on its own, the embedding, last norm and head with the root."""
+    """Shard with FSDP2: each layer is a unit; the embedding, the last norm and the head belong to the root."""
     options: dict[str, Any] = {
         "mesh": mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
     }

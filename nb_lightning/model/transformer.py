@@ -1,4 +1,4 @@
-"""The backbone: a plain Llama-style decoder (Nanbeige4-3B report, section "Architecture").
+"""The backbone: a Llama-style decoder (Nanbeige4-3B report, section "Architecture").
 
 Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, untied head. Dimensions in comments:
 B rows, T tokens per row, D model, H query heads, K key-value heads, E head dimension, F MLP, V vocabulary.
@@ -23,30 +23,37 @@ R = TypeVar("R")
 
 
 class Mask(Protocol):
-    """What a layer attends through; see `attention` for the contract of `attend`.
+    """How the layers of one forward attend: `attention.AttentionMask`, or a key-value cache.
 
-    `longest` bounds the positions of the forward from above; None stands for the rows' length.
+    Attributes:
+        longest: upper bound of the positions of this forward; None is the rows' length.
     """
 
     longest: int | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor: ...
+    @property
+    def attend(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
+        """Return the function that attention.py describes; it is called with the mask as last argument."""
+        ...
 
 
 @torch.no_grad()
-def copy_into(parameter: Tensor, whole: Tensor) -> None:
-    """Fill a parameter, sharded or not, from the whole tensor that every rank holds; nothing is communicated."""
+def copy_into(parameter: Tensor, full: Tensor) -> None:
+    """Copy the full tensor, which every rank holds, into a parameter, sharded or not; nothing is communicated."""
     if isinstance(parameter, DTensor):
-        whole = whole.to(parameter.device)
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(whole)
+        full = full.to(parameter.device)
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that fixes the parameters of a `Transformer`.
+    """Everything that determines the parameters of a `Transformer`.
 
-    `d_model` D, `d_mlp` F, `head_dim` E; `rope_theta` is the base the run starts with (a phase may raise it).
+    Attributes:
+        d_model, d_mlp, head_dim: D, F and E.
+        rope_theta: the base that the run starts with; a phase may raise it.
+        init_std: standard deviation of the initial weights, see `Transformer.init_weights`.
     """
 
     vocab_size: int
@@ -61,19 +68,23 @@ class ModelShape:
     tie_embeddings: bool = False
     init_std: float = 0.02
 
-    def parameters(self) -> int:
-        """Number of parameters."""
+    def count_parameters(self) -> int:
+        """Count the parameters, tied ones once."""
         D, E = self.d_model, self.head_dim
         layer = D * E * (2 * self.n_heads + 2 * self.n_kv_heads) + 3 * D * self.d_mlp + 2 * D
         return self.n_layers * layer + D + self.vocab_size * D * (1 if self.tie_embeddings else 2)
 
     def flops_per_token(self, seq_len: int, causal: bool = True, frozen: bool = False) -> float:
-        """Floating-point operations per trained token, forward and backward, without recomputation.
+        """Count the floating-point operations per trained token, forward and backward, without recomputation.
 
         Six per weight of a matrix multiplication (the embedding look-up is none), four where the weights are frozen;
-        plus attention's two products of `seq_len` x H x E; `causal` counts the half of them that a causal kernel does.
+        plus attention's two products of `seq_len` x H x E.
+
+        Args:
+            causal: count only the half of attention's products that a causal kernel computes.
+            frozen: no weight gets a gradient.
         """
-        matmul = self.parameters() - self.d_model * (2 * self.n_layers + 1)
+        matmul = self.count_parameters() - self.d_model * (2 * self.n_layers + 1)
         if not self.tie_embeddings:
             matmul -= self.vocab_size * self.d_model
         attention = 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
@@ -81,6 +92,8 @@ class ModelShape:
 
 
 class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last dimension, then scale (Zhang and Sennrich 2019)."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -91,9 +104,9 @@ class RMSNorm(nn.Module):
 
 
 class RoPE:
-    """Rotary positions with a base that can change while training (ABF); holds no parameter and no buffer.
+    """Rotary positions with a base that can change during training (ABF); holds no parameter and no buffer.
 
-    The table is float32 and grows when longer rows come; `theta` may be set at any time.
+    The table of cosines and sines is float32 and grows with the longest row. `theta` may be set at any time.
     """
 
     def __init__(self, head_dim: int, theta: float) -> None:
@@ -111,21 +124,23 @@ class RoPE:
             self._theta, self._table = theta, None
 
     def __call__(self, x: Tensor, position_ids: Tensor | None, longest: int | None = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for `x` [B, T, D], each [1 or B, T, 1, E / 2] in the dtype of `x`.
+        """Return cosines and sines for `x` [B, T, D], each [1 or B, T, 1, E / 2] in the dtype of `x`.
 
-        Positions are below `longest`, by default T: those of packed rows never pass the row's length.
+        Args:
+            position_ids: [B, T] int64; None is 0..T-1 in every row.
+            longest: upper bound of the positions, by default T: those of packed rows stay below the row's length.
         """
         T = x.shape[1]
         longest = longest or T
         table = self._table
         if table is None or table.shape[0] < longest or table.device != x.device:
-            # torch.compile'd or meta callers see plain tensor ops only: the table is built outside the layers.
-            with torch.inference_mode(False):  # else one made while generating could not serve training
-                # Doubled: rows that grow token by token would build it anew for each.
+            # Built outside the layers, so compiled and meta callers see plain tensor operations only.
+            with torch.inference_mode(False):  # a table made during generation must serve training too
+                # At least doubled: rows that grow token by token would otherwise rebuild it each time.
                 size = longest if table is None or table.device != x.device else max(longest, 2 * table.shape[0])
-                half = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-                angles = torch.outer(torch.arange(size, device=x.device).float(), 1.0 / self._theta**half)
-                table = self._table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+                exponents = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim  # [E / 2]
+                angles = torch.outer(torch.arange(size, device=x.device).float(), 1.0 / self._theta**exponents)
+                table = self._table = torch.cat((angles.cos(), angles.sin()), dim=-1)  # [size, E]
         rows = table[:T].unsqueeze(0) if position_ids is None else table[position_ids]
         cos, sin = rows.unsqueeze(2).to(x.dtype).chunk(2, dim=-1)
         return cos, sin
@@ -134,13 +149,15 @@ class RoPE:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` [B, T, H, E]: component e pairs with e + E / 2, as in released Llama weights.
 
-    The result has the dtype of `x`: under autocast the angles are wider, and backends want q, k and v alike.
+    The result has the dtype of `x`: under autocast the angles are wider, and backends need one dtype for q, k and v.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
     def __init__(self, s: ModelShape) -> None:
         super().__init__()
         self.head_dim = s.head_dim
@@ -157,6 +174,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer 2020)."""
+
     def __init__(self, s: ModelShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(s.d_model, s.d_mlp, bias=False)
@@ -168,6 +187,8 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and feed-forward, each after a norm and around a residual connection."""
+
     def __init__(self, s: ModelShape) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(s.d_model, s.norm_eps)
@@ -181,10 +202,18 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids in; whatever `head` makes of the last hidden states and the head's weight out.
+    """The decoder: `forward` calls a `head` with the last hidden states and the head's weight.
 
-    The head runs inside `forward` because under FSDP2 the weight is a whole tensor only there.
+    The head runs inside `forward` because under FSDP2 the weight is a full tensor only there.
+
+    Attributes:
+        attention_backend: see `attention.resolve_backend`.
+        activation_checkpointing: recompute each layer in backward, in training mode.
+        is_stochastic: a forward draws random numbers (dropout), so recomputing it has to draw the same ones.
+        is_loaded_in_4bit: peft reads it.
     """
+
+    is_loaded_in_4bit: bool = False
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -197,33 +226,32 @@ class Transformer(nn.Module):
         self.rope = RoPE(shape.head_dim, shape.rope_theta)
         self.attention_backend = "sdpa"
         self.activation_checkpointing = False
-        self.draws = False  # random numbers in a forward: recomputing it has to draw the same ones
+        self.is_stochastic = False
         if not self.embedding.weight.is_meta:
             self.init_weights()
 
     def tie(self) -> None:
-        """Make the head's weight the embedding's, if the shape says so; `to_empty` gives each a tensor of its own."""
+        """Make the head's weight the embedding's, if the shape ties them; needed again after `to_empty`."""
         if self.shape.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Normal(0, init_std); what writes into the residual stream is scaled by 1 / sqrt(2 n_layers) (GPT-2).
+        """Draw from Normal(0, init_std); scale what writes into the residual stream by 1 / sqrt(2 n_layers) (GPT-2).
 
-        Each parameter draws from a generator of its own, so the weights depend on `seed` alone and not on the order,
-        the device or the sharding: a sharded parameter keeps its part of the same whole.
+        Each parameter has a generator, so the weights depend on `seed` alone and not on the order, the device or the
+        sharding: a sharded parameter keeps its part of the same full tensor.
         """
         std = self.shape.init_std
-        residual = std / (2 * self.shape.n_layers) ** 0.5
+        residual_std = std / (2 * self.shape.n_layers) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0)
                 continue
-            # The seed is hashed in: a CPU generator reads only the low 32 bits of what it is given.
+            # The seed is hashed in: a CPU generator reads only the low 32 bits of its seed.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std
-            whole = torch.empty(p.shape, dtype=torch.float32).normal_(std=scale, generator=generator)
-            copy_into(p, whole)
+            std_of_p = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            copy_into(p, torch.empty(p.shape, dtype=torch.float32).normal_(std=std_of_p, generator=generator))
 
     def forward(
         self,
@@ -240,14 +268,14 @@ class Transformer(nn.Module):
             position_ids: [B, T] int64 or None for 0..T-1.
             cu_seqlens: [S + 1] int32 document boundaries over B * T tokens, or None.
             head: called with the hidden states [B, T, D] and the head's weight [V, D]; by default the logits.
-            mask: what the layers attend through; by default made from `cu_seqlens`. A KV cache brings its own.
+            mask: how the layers attend; by default made from `cu_seqlens`. A key-value cache passes another.
         """
         x = self.embedding(input_ids)
         mask = mask or AttentionMask(self.attention_backend, cu_seqlens)
         cos, sin = self.rope(x, position_ids, mask.longest)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=self.draws)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=self.is_stochastic)
             else:
                 x = layer(x, cos, sin, mask)
         return head(self.norm(x), self.head.weight)

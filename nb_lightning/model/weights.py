@@ -1,8 +1,7 @@
-"""The tensors of a checkpoint under the `Transformer`'s names, and Hugging Face's safetensors in and out.
+"""The tensors of a checkpoint under the `Transformer`'s names, whatever format the file has.
 
-`Weights` are read one at a time, so that filling a model takes its own memory and one tensor more, sharded or not.
-Files are data: nothing is unpickled, and no name in them leads out of their folder. Only this file and hf_config.py
-know Hugging Face's spellings.
+`Weights` are read one tensor at a time, so loading takes the model's memory and one tensor more, sharded or not. Each
+format is a subclass in checkpoints/.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ from torch import Tensor
 
 from nb_lightning.model.transformer import ModelShape, Transformer, copy_into
 
-# Weights: one tensor at a time --------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file: its name there, and its shape."""
 
     spelling: str
@@ -32,64 +29,64 @@ class Weights:
     """The tensors of a checkpoint under the `Transformer`'s names.
 
     Attributes:
-        origin: the file or folder, for errors.
-        stored: what there is.
-        dtype: of the file, where it has one.
+        origin: the file or folder, for error messages.
+        stored: the tensors by the `Transformer`'s name.
+        dtype: of the file.
     """
 
-    def __init__(self, origin: str | Path, stored: Mapping[str, Stored], dtype: torch.dtype) -> None:
+    def __init__(self, origin: str | Path, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
         self.origin, self.stored, self.dtype = str(origin), dict(stored), dtype
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU."""
+        """Read the whole tensor to the CPU."""
         raise NotImplementedError
 
     def digest(self, name: str) -> str:
-        """SHA-256 of a tensor: its dtype, shape and bytes, whatever file it is in."""
+        """Hash a tensor: SHA-256 of its dtype, shape and bytes, the same in every format."""
         tensor = self.read(name)
-        found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy())
-        return found.hexdigest()
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def require(self, shape: ModelShape) -> None:
-        """Refuse what does not fit a `Transformer` of this shape, before any tensor is read.
+        """Check that the tensors are those of a `Transformer` of this shape, before any is read.
 
         Raises:
             ValueError: names a missing, additional or differently shaped tensor.
         """
         if shape.n_layers > len(self.stored):
             raise ValueError(f"{self.origin}: {len(self.stored)} tensors are too few for {shape.n_layers} layers")
-        left = dict(self.stored)
+        unmatched = dict(self.stored)
         for name, expected in parameter_shapes(shape).items():
-            if name not in left:
+            if name not in unmatched:
                 raise ValueError(f"{self.origin}: tensor {self.spell(name)} is missing")
-            found = left.pop(name)
-            if found.shape != expected:
+            tensor = unmatched.pop(name)
+            if tensor.shape != expected:
                 raise ValueError(
-                    f"{self.origin}: tensor {found.spelling} is {list(found.shape)}, the model's is {list(expected)}"
+                    f"{self.origin}: tensor {tensor.spelling} is {list(tensor.shape)}, the model's is {list(expected)}"
                 )
-        if shape.tie_embeddings and "head.weight" in left:
-            head = left.pop("head.weight")
-            # `fill` and `save` leave it out; a head of its own would be lost.
+        if shape.tie_embeddings and "head.weight" in unmatched:
+            head = unmatched.pop("head.weight")
+            # Loading and saving leave it out: a head that differs would be lost.
             if not torch.equal(self.read("head.weight"), self.read("embedding.weight")):
                 raise ValueError(
                     f"{self.origin}: tensor {head.spelling} differs from the embedding, to which the config ties it"
                 )
-        for found in left.values():
-            raise ValueError(f"{self.origin}: tensor {found.spelling} is not part of the model")
+        for tensor in unmatched.values():
+            raise ValueError(f"{self.origin}: tensor {tensor.spelling} is not part of the model")
 
     def spell(self, name: str) -> str:
-        """How the file's format spells a name of the `Transformer`."""
+        """Return the file format's spelling of a name of the `Transformer`."""
         return name
 
 
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each parameter, a tied one once."""
+    """Return name and shape of each parameter, a tied one once."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Transformer(shape).named_parameters()}
 
 
-def fill(model: Transformer, weights: Weights) -> None:
+def load_weights(model: Transformer, weights: Weights) -> None:
     """Copy every tensor into the model's parameters, sharded or not, in their dtype.
 
     Raises:

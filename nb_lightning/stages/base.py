@@ -27,7 +27,7 @@ from nb_lightning.model import adapters
 from nb_lightning.model.attention import resolve_backend
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape
-from nb_lightning.model.weights import fill
+from nb_lightning.model.weights import load_weights
 from nb_lightning.phase_callback import StageModule
 from nb_lightning.phases import PhasePlan
 from nb_lightning.stages.frozen import FrozenModel
@@ -112,9 +112,9 @@ class BaseStage(StageModule, Generic[StageSettings]):
         self.model = build_model(self.shape, trainer, backend, device, mesh, None if self.origin else seed, attach)
         if self.origin is not None:
             if self.adapted:
-                self.base = adapters.fill(self.model, self.origin.open(), seed)
+                self.base = adapters.load_base(self.model, self.origin.open(), seed)
             else:
-                fill(self.model, self.origin.open())
+                load_weights(self.model, self.origin.open())
             if self.origin.shape.rope_theta != self.shape.rope_theta:
                 self.print(
                     f"RoPE base {self.shape.rope_theta:g} from the first phase on; the weights of {self.origin.path} "
@@ -151,7 +151,7 @@ class BaseStage(StageModule, Generic[StageSettings]):
     def update(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
         """One optimizer step on the micro-batches of all ranks, as many on each; returns what is to be logged."""
         optimizer = self.optimizers()
-        if self.model.draws:  # from the clock, so that a resumed run draws the same
+        if self.model.is_stochastic:  # from the clock, so that a resumed run draws the same
             torch.manual_seed(zlib.crc32(f"{self.cfg.seed} {self.tokens_seen} {self.global_rank}".encode()))
         counts = self._global_counts(micro_batches)
         totals = dict.fromkeys(("loss", *self.per), torch.zeros((), device=self.device))

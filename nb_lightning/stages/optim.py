@@ -42,7 +42,7 @@ def build_optimizer(
             f"stage.optim.name={name} does not work on parameters sharded by trainer.strategy=fsdp "
             "(bitsandbytes cannot read DTensors); use adamw, or trainer.strategy=single or ddp"
         )
-    kinds = bnb.load(f"stage.optim.name={name}").optim
+    kinds = bnb.import_bitsandbytes(f"stage.optim.name={name}").optim
     kind = {"adamw8bit": kinds.AdamW8bit, "paged_adamw8bit": kinds.PagedAdamW8bit}[name]
     return kind(groups, lr=0.0, betas=betas, eps=eps)
 

@@ -15,7 +15,7 @@ import torch
 from nb_lightning.checkpoints.hf_config import shape_from_config
 from nb_lightning.checkpoints.hf_weights import HFWeights
 from nb_lightning.model.transformer import ModelShape, Transformer
-from nb_lightning.model.weights import Stored, Weights, fill, parameter_shapes
+from nb_lightning.model.weights import StoredTensor, Weights, load_weights, parameter_shapes
 from tests.model.harness import TINY
 
 # The released Nanbeige4-3B config (RECIPE.md section 1) in small.
@@ -63,7 +63,7 @@ def write(folder: Path, config: dict[str, Any], shard: str = "1GB", dtype: str =
 
 def load(folder: Path) -> Transformer:
     model = Transformer(shape_from_config(json.loads((folder / "config.json").read_text())))
-    fill(model, HFWeights(folder))
+    load_weights(model, HFWeights(folder))
     return model
 
 
@@ -74,7 +74,7 @@ class Random(Weights):
     """Weights out of nothing."""
 
     def __init__(self, shape: ModelShape = TINY) -> None:
-        stored = {name: Stored(name, dims) for name, dims in parameter_shapes(shape).items()}
+        stored = {name: StoredTensor(name, dims) for name, dims in parameter_shapes(shape).items()}
         super().__init__("nothing", stored, torch.float32)
 
     def read(self, name: str) -> torch.Tensor:

@@ -135,7 +135,7 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
     tensors = {to_hf(name): torch.randn(dims) for name, dims in parameter_shapes(shape).items()}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_from_shape(shape, torch.float32)))
-    copy, largest = 4 * shape.parameters(), 4 * 32_000 * 1024
+    copy, largest = 4 * shape.count_parameters(), 4 * 32_000 * 1024
     assert copy > 500e6
     code = """if True:
         import json, sys, threading, time
@@ -145,7 +145,7 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
         from nb_lightning.checkpoints.hf_config import shape_from_config
         from nb_lightning.checkpoints.hf_weights import HFWeights
         from nb_lightning.model.transformer import Transformer
-        from nb_lightning.model.weights import fill
+        from nb_lightning.model.weights import load_weights
 
         def watch():
             while not done.is_set():
@@ -159,7 +159,7 @@ def test_streaming_takes_one_copy_and_one_tensor(tmp_path: Path) -> None:
         threading.Thread(target=watch).start()
         with torch.device("meta"):
             model = Transformer(shape).to(dtype)
-        fill(model.to_empty(device="cpu"), HFWeights(folder))
+        load_weights(model.to_empty(device="cpu"), HFWeights(folder))
         done.set()
         print(max(peaks) - peaks[0])
     """

@@ -67,7 +67,7 @@ def test_the_command_measures_prints_and_writes_everything(
     assert result["tasks"]["sampled"] == json.loads(json.dumps(want.summary()))
     assert result["tasks"]["greedy"]["s"]["mean"] == 1 and result["tasks"]["greedy"]["hard"]["mean"] == 0
     assert result["perplexity"]["web"] == result["perplexity"]["plain"]
-    assert result["model"]["parameters"] == chain(COIN).shape.parameters() and result["settings"]["k"] == 4
+    assert result["model"]["parameters"] == chain(COIN).shape.count_parameters() and result["settings"]["k"] == 4
     assert result["versions"]["torch"] == torch.__version__
     shown = capsys.readouterr().out.split("\n\n")
     assert [part.split()[:3] for part in shown[1:]] == [

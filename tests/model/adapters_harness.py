@@ -16,7 +16,7 @@ from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
-from nb_lightning.model.weights import Stored, Weights, fill
+from nb_lightning.model.weights import StoredTensor, Weights, load_weights
 from nb_lightning.stages.optim import build_optimizer
 from tests.model.harness import ids
 
@@ -26,7 +26,9 @@ SHAPE = ModelShape(260, 64, 2, 2, 1, 32, 128, init_std=0.1)
 class InMemory(Weights):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        super().__init__("memory", {name: Stored(name, tuple(t.shape)) for name, t in tensors.items()}, torch.float32)
+        super().__init__(
+            "memory", {name: StoredTensor(name, tuple(t.shape)) for name, t in tensors.items()}, torch.float32
+        )
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -40,7 +42,7 @@ def adapted(cfg: AdapterConfig, weights: Weights, shape: ModelShape = SHAPE, pre
     attach = partial(adapters.attach, cfg=cfg, precision=precision)
     trainer = TrainerConfig(precision=precision)
     model = build_model(shape, trainer, "sdpa", torch.device("cpu"), None, None, attach)
-    adapters.fill(model, weights, seed=0)
+    adapters.load_base(model, weights, seed=0)
     return model
 
 
@@ -89,7 +91,7 @@ def merged(model: Transformer, cfg: AdapterConfig, base: Weights, shape: ModelSh
     tensors = {name: base.digest(name) for name in base.stored}
     saved = {"alpha": cfg.alpha, "rank": cfg.rank, "base": {"path": "memory", "tensors": tensors}}
     plain = Transformer(shape)
-    fill(plain, adapters.Merged(base, trained(model), saved))
+    load_weights(plain, adapters.MergedWeights(base, trained(model), saved))
     return plain
 
 

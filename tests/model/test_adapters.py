@@ -13,7 +13,7 @@ from nb_lightning.config.checks import check
 from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import adapters, bnb
 from nb_lightning.model.transformer import Transformer
-from nb_lightning.model.weights import fill
+from nb_lightning.model.weights import load_weights
 from nb_lightning.stages.optim import build_optimizer
 from tests.config.harness import composed
 from tests.model.adapters_harness import SHAPE, adapted, base_weights, loss_of, train, trained
@@ -29,7 +29,7 @@ def test_a_step_is_the_low_rank_step_by_hand() -> None:
     before_a, before_b = a.detach().clone(), b.detach().clone()
 
     plain = Transformer(SHAPE).double()
-    fill(plain, base_weights())
+    load_weights(plain, base_weights())
     whole = [plain.layers[i].attention.o_proj.weight for i in range(2)]
     with torch.no_grad():
         whole[0] += 5 / 3 * b @ a
@@ -103,8 +103,8 @@ def test_the_count_of_what_trains(cfg: AdapterConfig, tied: bool) -> None:
     shape = replace(SHAPE, tie_embeddings=tied)
     model = adapted(cfg, base_weights(shape), shape)
     number = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapters.trained_parameters(shape, cfg) == number
-    assert adapters.trained_parameters(shape, AdapterConfig()) == shape.parameters()
+    assert adapters.count_trained_parameters(shape, cfg) == number
+    assert adapters.count_trained_parameters(shape, AdapterConfig()) == shape.count_parameters()
 
 
 def test_dropout_is_drawn_again_when_a_layer_is_recomputed() -> None:

@@ -16,7 +16,7 @@ from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import Transformer
-from nb_lightning.model.weights import fill
+from nb_lightning.model.weights import load_weights
 from tests.model.adapters_harness import (
     SHAPE,
     InMemory,
@@ -72,7 +72,7 @@ def test_compiled_layers_train_alike(name: str) -> None:
         trainer = TrainerConfig(compile=compiled, activation_checkpointing=True)
         attach = partial(adapters.attach, cfg=AdapterConfig(name), precision="32-true")
         model = build_model(SHAPE, trainer, "sdpa", torch.device("cpu"), None, None, attach)
-        adapters.fill(model, base_weights(), seed=0)
+        adapters.load_base(model, base_weights(), seed=0)
         runs.append(train(model, 4))
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
 
@@ -98,7 +98,7 @@ def test_merging_refuses_another_base() -> None:
         {**base.tensors, "layers.1.mlp.up_proj.weight": base.tensors["layers.1.mlp.up_proj.weight"] + 1e-7}
     )
     with pytest.raises(ValueError, match=r"memory is not the base .*\(p, as .*: tensor layers.1.mlp.up_proj.weight"):
-        fill(Transformer(SHAPE), adapters.Merged(other, trained(model), saved))
+        load_weights(Transformer(SHAPE), adapters.MergedWeights(other, trained(model), saved))
 
 
 # peft's format ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.config.schema import AdapterConfig
 from nb_lightning.model import adapters
 from nb_lightning.model.transformer import Transformer
-from nb_lightning.model.weights import fill
+from nb_lightning.model.weights import load_weights
 from tests.dpd_harness import train_here
 from tests.harness import TINY, read_trace
 from tests.model.adapters_harness import SHAPE, base_weights, write_hf
@@ -68,7 +68,7 @@ def test_a_checkpoint_holds_what_trains_and_names_its_base(unbroken: Path, base:
     assert len(state["state_dict"]) == 28 and all("lora_" in name for name in state["state_dict"])
     assert len(state["optimizer_states"][0]["state"]) == 28
     manifest = json.loads((unbroken / "manifest.json").read_text())
-    assert manifest["trained_parameters"] == adapters.trained_parameters(SHAPE, AdapterConfig("qlora", rank=4))
+    assert manifest["trained_parameters"] == adapters.count_trained_parameters(SHAPE, AdapterConfig("qlora", rank=4))
     saved = folders.read_info(folder)["adapter"]
     assert saved["base"]["path"] == str(base.resolve())
     assert saved["base"]["tensors"].keys() == base_weights().stored.keys()
@@ -116,7 +116,7 @@ def test_a_later_stage_begins_with_base_and_adapters_merged(
 ) -> None:
     origin = find_origin(str(lora))
     expected = Transformer(SHAPE)
-    fill(expected, origin.open())
+    load_weights(expected, origin.open())
     run = fit(corpus, tmp_path, f"init_from={lora}", "stage.phases.warmup.lr.end=0", "trainer.save_every_n_steps=1",
               "trainer.keep_last=99", "stage.total_tokens=5120")  # fmt: skip
     first = torch.load(run / "checkpoints/step-00000001/state", weights_only=True)["state_dict"]
@@ -134,7 +134,7 @@ def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path,
     export.run(export.parser().parse_args(["--from", str(lora), "--adapter", f"{tmp_path}/adapter"]))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     ours = Transformer(SHAPE)
-    fill(ours, find_origin(str(lora)).open())
+    load_weights(ours, find_origin(str(lora)).open())
     tokens = ids(2, 24, 260)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
@@ -145,7 +145,7 @@ def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path,
 def test_adapters_on_adapters(lora: Path, corpus: Path, tmp_path: Path) -> None:
     run = fit(corpus, tmp_path, *QLORA, f"init_from={lora}", "run_name=second")
     weights = find_origin(str(run)).open()
-    assert isinstance(weights, adapters.Merged) and isinstance(weights.base, adapters.Merged)
+    assert isinstance(weights, adapters.MergedWeights) and isinstance(weights.base, adapters.MergedWeights)
     weights.require(SHAPE)
     assert torch.isfinite(weights.read("layers.0.mlp.up_proj.weight")).all()
 
