@@ -17,7 +17,7 @@ from nb_lightning.losses.head import cross_entropy
 from nb_lightning.model import adapters
 from nb_lightning.model.layout import build_model
 from nb_lightning.model.transformer import ModelShape, Transformer
-from nb_lightning.model.weights import Stored, Weights
+from nb_lightning.model.weights import StoredTensor, Weights
 from nb_lightning.stages.optim import build_optimizer
 from tests.model.harness import ids
 
@@ -57,7 +57,7 @@ class RandomWeights(Weights):
     def __init__(self, shape: ModelShape) -> None:
         with torch.device("meta"):
             names = {name: tuple(p.shape) for name, p in Transformer(shape).named_parameters()}
-        super().__init__("random", {name: Stored(name, dims) for name, dims in names.items()}, torch.bfloat16)
+        super().__init__("random", {name: StoredTensor(name, dims) for name, dims in names.items()}, torch.bfloat16)
 
     def read(self, name: str) -> Tensor:
         return torch.randn(self.stored[name].shape, dtype=torch.bfloat16) * 0.02
@@ -79,7 +79,7 @@ def build_on_cpu(cfg: Config, shape: ModelShape) -> Transformer:
     attach = partial(adapters.attach, cfg=adapter, precision=precision) if adapted else None
     model = build_model(shape, cfg.trainer, "sdpa", torch.device("cpu"), None, None if adapted else 0, attach)
     if adapted:
-        adapters.fill(model, RandomWeights(shape), seed=0)
+        adapters.load_base(model, RandomWeights(shape), seed=0)
     return model
 
 

@@ -78,7 +78,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
         one = composed(*words, "trainer.strategy=single", "trainer.devices=1", f"stage.teacher_nf4={nf4}")
         linears = 2 * (2560 * 128 * (2 * 20 + 2 * 4) + 3 * 2560 * 10496)
         whole = memory_per_device(one, shape, 65536, {"teacher": small})["teacher"]
-        assert whole == pytest.approx(linears * size + (small.parameters() - linears) * 2)
+        assert whole == pytest.approx(linears * size + (small.count_parameters() - linears) * 2)
 
 
 def test_what_rl_holds_beside_the_policy_is_counted(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from nb_lightning.batch import PreferenceBatch
 from nb_lightning.checkpoints.pretrained import GGUFOrigin
 from nb_lightning.config.schema import DPDConfig
 from nb_lightning.dry_run import memory_per_device
@@ -22,6 +21,7 @@ from nb_lightning.losses.dpd import dpd_loss
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.stages.frozen import FrozenModel
 from tests.harness import ROOT
+from tests.losses.pairs_harness import pack_pairs
 from tests.memory_harness import RandomWeights, StoragePeak, build_config, build_on_cpu, build_step
 from tests.model.harness import ids
 
@@ -69,7 +69,7 @@ def test_a_teacher_of_another_shape_is_counted(precision: str) -> None:
     teacher = FrozenModel(origin, cfg.trainer, "sdpa", torch.device("cpu"), None)
     assert estimate["teacher"] == sum(p.untyped_storage().nbytes() for p in teacher.model.parameters())
     responses = ids(1, tokens, shape.vocab_size).view(4, 2, 96).tolist()
-    batch = PreferenceBatch.from_pairs([([1], *pair) for pair in responses], ref_logprobs=torch.zeros(4, 2))
+    batch = pack_pairs([([1], *pair) for pair in responses], ref_logprobs=torch.zeros(4, 2))
     assert batch.input_ids.numel() == tokens
     mixed = precision == "bf16-mixed"
 

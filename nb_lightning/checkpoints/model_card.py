@@ -41,7 +41,7 @@ def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
     s = origin.shape
     embeddings = s.vocab_size * s.d_model * (1 if s.tie_embeddings else 2)
     facts = [
-        ("parameters", f"{s.count_parameters():,} ({s.parameters() - embeddings:,} without embeddings)"),
+        ("parameters", f"{s.count_parameters():,} ({s.count_parameters() - embeddings:,} without embeddings)"),
         ("architecture", "Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU"),
         ("layers, width, MLP", f"{s.n_layers}, {s.d_model:,}, {s.d_mlp:,}"),
         ("heads, key-value heads, size", f"{s.n_heads}, {s.n_kv_heads}, {s.head_dim}"),
