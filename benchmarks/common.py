@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes that take turns, CPU-seconds, peak memory, tables. Standard library only."""
+"""Shared by the benchmarks: processes that take turns, CPU-seconds, peak memory, tables. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "@bench "  # starts the lines of a child that are for us; libraries print what they like
+MARK = "@bench "  # begins the lines that a child reports; all other lines are output of libraries
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def reset_peak() -> None:
 
 
 class Turns:
-    """A child's side of taking turns: it reports each optimizer step, then waits until it may do the next.
+    """The child's side of taking turns: report each optimizer step, then wait for permission for the next.
 
     Processes that train in turns see the same machine, busy or idle, within seconds: their ratios hold where their
     absolute numbers do not. Waiting costs no CPU time.
     """
 
     def begin(self) -> None:
-        """Call when everything is built and the next thing is the first step."""
+        """Start the clock: call when everything is built, just before the first step."""
         gc.collect()
         reset_peak()
         self._base = memory_mb("VmRSS")
@@ -63,9 +63,9 @@ class Turns:
         cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
         self._tell(cpu=cpu, wall=wall, loss=loss, peak_mb=memory_mb("VmHWM") - self._base, **more)
 
-    def _tell(self, **values: Any) -> None:
-        print(f"\n{MARK}{json.dumps(values)}", flush=True)
-        if not sys.stdin.readline():  # the parent has seen enough
+    def _tell(self, **report: Any) -> None:
+        print(f"\n{MARK}{json.dumps(report)}", flush=True)
+        if not sys.stdin.readline():  # the parent needs no more steps
             os._exit(0)
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
@@ -87,22 +87,22 @@ class Child:
 
     @classmethod
     def run(cls, name: str, command: Sequence[str], folder: Path) -> None:
-        """One that reports nothing, to its end."""
+        """Run a command that reports nothing to its end."""
         done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
     def report(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        heard = []
+        output = []
         for line in self._process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
-            heard.append(line)
-        raise RuntimeError(f"{self.name} ended:\n{''.join(heard[-20:])}{self._log.read_text()[-4000:]}")
+            output.append(line)
+        raise RuntimeError(f"{self.name} ended:\n{''.join(output[-20:])}{self._log.read_text()[-4000:]}")
 
     def turn(self) -> dict[str, Any]:
-        """Let it do one step; what it reports of it."""
+        """Let the process do one step, and return its report."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -115,7 +115,7 @@ class Child:
 
 
 def take_turns(commands: Mapping[str, Sequence[str]], folder: Path, steps: int, **about: Any) -> list[dict[str, Any]]:
-    """Start each command in a folder of its own, then let each do one step a turn; a record a step, with `about`."""
+    """Start each command in a separate folder, then let each do one step per turn; return a record per step."""
     children = []
     for kind, command in commands.items():
         (folder / kind).mkdir(exist_ok=True)
@@ -129,13 +129,13 @@ def take_turns(commands: Mapping[str, Sequence[str]], folder: Path, steps: int, 
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread, no network, this checkout first."""
+    """Return an environment with one thread, no network, and this checkout first on the path."""
     fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **fixed, **extra}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A markdown table; floats with two decimals up to 100, None as a dash."""
+    """Format a Markdown table: floats below 100 with two decimals, None as a dash."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

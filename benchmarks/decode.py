@@ -42,8 +42,8 @@ SHAPES = {
 }
 
 
-def theirs_of(model: Transformer) -> Any:
-    """transformers' Llama over the very same tensors."""
+def transformers_model(model: Transformer) -> Any:
+    """Build transformers' Llama over the same tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
@@ -124,7 +124,7 @@ def main() -> None:
             ours = load_pretrained(a.model, "cpu", "float32").model
         else:
             ours = Transformer(SHAPES[name]).eval()
-        theirs = theirs_of(ours)
+        theirs = transformers_model(ours)
         for batch in map(int, a.batches.split(",")):
             for stops in a.stops.split(","):
                 prompts, lengths = work(stops, batch, a.tokens, ours.shape.vocab_size)

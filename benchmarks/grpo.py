@@ -43,7 +43,7 @@ def words(number: int, length: int) -> str:
 
 
 def reward(text: str) -> float:
-    """The share of even words: differs inside every group, costs nothing."""
+    """Score by the share of even words: it differs inside every group and costs nothing."""
     found = [int(word[1:]) % 2 == 0 for word in text.split() if word[1:].isdigit()]
     return sum(found) / max(1, len(found))
 
@@ -88,7 +88,7 @@ class Stopwatch:
 
 
 def run_ours(folder: Path, steps: int, micro: int) -> None:
-    """train.py's own stage, data and trainer; without the callbacks that filter, draw, save or validate."""
+    """Run train.py's stage, data and trainer, without the callbacks that filter, draw, save or validate."""
     import lightning.pytorch as pl
     from omegaconf import OmegaConf
 

@@ -9,7 +9,7 @@ from benchmarks.common import Shape
 
 
 def llama(s: Shape, context: int, weights: Mapping[str, Any] | None = None, **more: Any) -> Any:
-    """A LlamaForCausalLM; `weights` by the names of nb_lightning's Transformer, `more` for its config."""
+    """Build a LlamaForCausalLM from weights with the names of nb_lightning's Transformer; `more` goes to its config."""
     import transformers
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(

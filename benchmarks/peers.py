@@ -21,11 +21,11 @@ from benchmarks.common import ADAM_EPS, BETAS, CLIP, LR, Shape, Turns
 from benchmarks.llama import llama
 from benchmarks.plain import BLOCK_WEIGHTS
 
-PER_STEP = ("fg_wsd", "data_mixture", "context_extension", "throughput")  # callbacks that do something every step
+PER_STEP = ("fg_wsd", "data_mixture", "context_extension", "throughput")  # callbacks that act in every step
 
 
 def prepare(a: argparse.Namespace) -> None:
-    """The corpus, the weights, and the rows in the order in which our loader deals them."""
+    """Write the corpus, the weights, and the rows in the order of our loader."""
     from benchmarks.corpus import write_corpus
     from data.pretrain import PretrainData
     from nb_lightning.config.compose import plan_of

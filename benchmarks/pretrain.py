@@ -24,35 +24,35 @@ PEERS = ("litgpt", "litgpt-eager", "hf")
 
 
 def kinds(a: argparse.Namespace) -> dict[str, str]:
-    """What runs, and under which Python."""
+    """Map each trainer that runs to its Python."""
     chosen = ["plain", "ours", "ours-bare", *(["plain-compiled", "ours-compiled"] if a.compile else [])]
-    found = dict.fromkeys(chosen, sys.executable)
+    pythons = dict.fromkeys(chosen, sys.executable)
     for peer in filter(None, a.peers.split(",")):
         if peer not in PEERS:
             sys.exit(f"--peers names {peer!r}; allowed: {', '.join(PEERS)}")
         option, python = ("--hf-python", a.hf_python) if peer == "hf" else ("--litgpt-python", a.litgpt_python)
         if python:
-            found[peer] = python
+            pythons[peer] = python
         else:
             print(f"{peer}: left out, no {option} (benchmarks/README.md says how to make its environment)")
-    return found
+    return pythons
 
 
 def one_round(a: argparse.Namespace, folder: Path, number: int) -> list[dict]:
-    """Start every trainer, then let each do one step a turn; one record a step."""
+    """Start every trainer, then let each do one step per turn; return a record per step."""
     steps = a.steps + WARMUP
     script = str(Path(__file__).with_name("peers.py"))
-    words = [str(folder), str(steps), "--vocab", str(a.vocab), "--precision", a.precision]
+    arguments = [str(folder), str(steps), "--vocab", str(a.vocab), "--precision", a.precision]
     if number == 0:
-        Child.run("prepare", [sys.executable, script, "prepare", *words], folder)
-    commands = {kind: [python, script, kind, *words] for kind, python in kinds(a).items()}
+        Child.run("prepare", [sys.executable, script, "prepare", *arguments], folder)
+    commands = {kind: [python, script, kind, *arguments] for kind, python in kinds(a).items()}
     return take_turns(commands, folder, steps, round=number)
 
 
 def check_losses(records: list[dict], tolerance: float) -> float:
-    """The comparison is fair only where the maths is the same. Returns the largest difference of ours to plain.
+    """Check that the losses agree, as only then is the comparison fair; return the largest difference of ours to plain.
 
-    Ours and plain agree over all steps; the others, whose schedules differ, on the first.
+    Ours and plain agree over all steps; the others, whose schedules differ, on the first step.
     """
     losses = {(r["kind"], r["step"]): r["loss"] for r in records}
     worst = 0.0

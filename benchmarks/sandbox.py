@@ -1,4 +1,4 @@
-"""The sandbox for model-written code: runs a second, CPU time of a run, and how late a kill comes.
+"""The sandbox for model-written code: runs per second, CPU time per run, and how late a kill comes.
 
     python benchmarks/sandbox.py [--runs 2000] [--workers 2]
 

@@ -119,7 +119,7 @@ def run_varlen(folder: Path, steps: int) -> None:
 
 
 def _groups() -> Iterator[list[Sample]]:
-    """The samples of `ROWS` rows, packed best fit decreasing."""
+    """Yield the samples of `ROWS` rows, packed best fit decreasing."""
     rows: list[list[Sample]] = []
     for sample in sorted(samples(), key=lambda s: -len(s[0] + s[1])):
         length = lambda row: sum(len(p) + len(c) for p, c in row)  # noqa: E731

@@ -1,4 +1,4 @@
-"""How the tests start `train.py`: a plan of 20 steps over the tiny corpus of conftest.py."""
+"""Start `train.py` as a user does: a plan of 20 steps over the tiny corpus of conftest.py."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def run_train(
 
 
 def read_trace(run: Path, rank: int | None = None) -> dict[int, dict]:
-    """The last line of each step (a resumed run repeats the steps after its checkpoint)."""
+    """Return the last line of each step (a resumed run repeats the steps after its checkpoint)."""
     text = (run / ("trace.jsonl" if rank is None else f"trace.jsonl.{rank}")).read_text()
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     return {line["step"]: line for line in lines}
 
 
 def logged(run: Path, version: int = 0) -> list[dict[str, float]]:
-    """The metrics, a line a step or validation."""
+    """Return the metrics, a row per step or validation."""
     with open(run / f"metrics/version_{version}/metrics.csv", newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 

@@ -1,4 +1,4 @@
-"""Two callbacks that know only nb_lightning's public extension point, `PhaseCallback`."""
+"""Two callbacks that use only nb_lightning's public extension point, `PhaseCallback`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nb_lightning.phase_callback import PhaseCallback
+from nb_lightning.phase_callback import PhaseCallback, StageModule
 from nb_lightning.phases import Phase
 
 
 class StepTrace(PhaseCallback):
-    """Appends a JSON line a step to `file_name` in the run folder: loss to the last bit, rows, hash of the tokens.
+    """Appends a JSON line per step to `file_name` in the run folder: loss to the last bit, rows, hash of the tokens.
 
-    Two runs that are the same, whatever stopped and resumed them, leave the same lines.
+    Two equal runs write equal lines, however often one of them was stopped and resumed.
     """
 
     def __init__(self, file_name: str = "trace.jsonl") -> None:
         self.file_name = file_name
 
-    def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+    def on_phase_start(self, trainer: pl.Trainer, module: StageModule, phase: Phase) -> None:
         module.print(f"trace: {phase.name} from {module.tokens_seen} tokens")
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         tokens = hashlib.sha256()
@@ -52,10 +52,10 @@ class StepTrace(PhaseCallback):
 class AnnouncePhases(PhaseCallback):
     """Writes each phase boundary as a line to the file that NB_TRACE_ANNOUNCE names."""
 
-    def on_phase_start(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+    def on_phase_start(self, trainer: pl.Trainer, module: StageModule, phase: Phase) -> None:
         self._write(f"start {phase.name} {module.tokens_seen}")
 
-    def on_phase_end(self, trainer: pl.Trainer, module: pl.LightningModule, phase: Phase) -> None:
+    def on_phase_end(self, trainer: pl.Trainer, module: StageModule, phase: Phase) -> None:
         self._write(f"end {phase.name} {module.tokens_seen}")
 
     def _write(self, line: str) -> None:
@@ -64,5 +64,5 @@ class AnnouncePhases(PhaseCallback):
 
 
 def announce_phases() -> list[pl.Callback]:
-    """The entry point: active only where the environment asks for it."""
+    """Return the callbacks of the entry point: none unless NB_TRACE_ANNOUNCE is set."""
     return [AnnouncePhases()] if "NB_TRACE_ANNOUNCE" in os.environ else []
