@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from nb_lightning.checkout import composed
-from nb_lightning.config.schema import plain
 from tests.docs_harness import CODE_SPAN, PACKAGES, PAGES, code_spans, each_page, text_of
 from tests.harness import ROOT
 
@@ -218,7 +217,7 @@ def training_commands() -> list[tuple[str, ...]]:
 @pytest.mark.runs  # composing takes seconds in all
 def test_every_training_command_composes() -> None:
     assert len(training_commands()) > 10
-    shape = plain(composed(()).model)  # stands for the model at a reader's path
+    shape = vars(composed(()).model)  # stands for the model at a reader's path
     for overrides in training_commands():
         composed(overrides, lambda init_from: shape)  # the error names the override
 
