@@ -20,7 +20,6 @@ from nb_lightning.config.schema import (
     DataConfig,
     DPDConfig,
     ModelConfig,
-    PathsConfig,
     PhaseConfig,
     PreferenceDataConfig,
     PretrainConfig,
@@ -36,9 +35,18 @@ from nb_lightning.config.schema import (
 )
 from nb_lightning.phases import LearningRate, Phase, PhasePlan
 
+# stage=NAME -> the schemas of `stage:` and `data:`; all other values are in conf/plan/NAME/.
+STAGES: Mapping[str, tuple[type[StageConfig], type[DataConfig]]] = {
+    "pretrain": (PretrainConfig, DataConfig),
+    "sft": (SFTConfig, SFTDataConfig),
+    "dpd": (DPDConfig, PreferenceDataConfig),
+    "reward_model": (RewardModelConfig, ChatDataConfig),
+    "rl": (RLConfig, PromptDataConfig),
+}
+
 
 def register(shape_of: Callable[[str | None], Mapping[str, Any]] | None = None) -> None:
-    """Put the schemas where the defaults lists of the YAML files find them.
+    """Put the schemas where Hydra finds them: `stage=`, `data=` and `trainer=auto`, and what the YAML files build on.
 
     Args:
         shape_of: From `init_from` to the values of `ModelConfig`; `model=from_hf` calls it.
@@ -47,18 +55,11 @@ def register(shape_of: Callable[[str | None], Mapping[str, Any]] | None = None) 
         OmegaConf.register_new_resolver("shape_of", lambda path, key: shape_of(path)[key], replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for group, node in (("model", ModelConfig), ("trainer", TrainerConfig), ("paths", PathsConfig)):
-        store.store(group=group, name="schema", node=node)
-    store.store(group="stage", name="pretrain_schema", node=PretrainConfig)
-    store.store(group="data", name="pretrain_schema", node=DataConfig)
-    store.store(group="stage", name="sft_schema", node=SFTConfig)
-    store.store(group="data", name="sft_schema", node=SFTDataConfig)
-    store.store(group="stage", name="dpd_schema", node=DPDConfig)
-    store.store(group="data", name="dpd_schema", node=PreferenceDataConfig)
-    store.store(group="stage", name="reward_model_schema", node=RewardModelConfig)
-    store.store(group="data", name="reward_model_schema", node=ChatDataConfig)
-    store.store(group="stage", name="rl_schema", node=RLConfig)
-    store.store(group="data", name="rl_schema", node=PromptDataConfig)
+    store.store(group="model", name="schema", node=ModelConfig)
+    store.store(group="trainer", name="auto", node=TrainerConfig)
+    for name, (stage, data) in STAGES.items():
+        store.store(group="stage", name=name, node=stage)
+        store.store(group="data", name=name, node=data)
 
 
 def compose(conf: Path, overrides: Sequence[str]) -> Config:

@@ -113,18 +113,26 @@ class TokensConfig(StageConfig):
 
 @dataclass
 class PretrainConfig(TokensConfig):
-    """FG-WSD pretraining."""
+    """FG-WSD pretraining. The paper leaves the optimizer open; its numbers are ours (docs/recipe.md)."""
+
+    name: str = bounded("pretrain", one_of("pretrain"))
 
 
 @dataclass
 class SFTConfig(TokensConfig):
-    """Supervised fine-tuning on conversations: a cold start, then all."""
+    """Supervised fine-tuning on conversations: a cold start, then all of them."""
+
+    name: str = bounded("sft", one_of("sft"))
 
 
 @dataclass
 class DPDConfig(TokensConfig):
-    """Dual-level preference distillation; what the numbers do is in `nb_lightning.losses.dpd.dpd_loss`."""
+    """Dual-level preference distillation; `nb_lightning.losses.dpd.dpd_loss` says what the numbers do.
 
+    The paper gives the loss and leaves its numbers open; these are ours (docs/recipe.md).
+    """
+
+    name: str = bounded("dpd", one_of("dpd"))
     teacher: str | None = None  # frozen, same tokenizer: a run, a checkpoint, a Hugging Face folder or a .gguf file
     teacher_nf4: bool = False  # its layers' linears in 4 bits (NF4)
     beta: float = bounded(0.1, POSITIVE)
@@ -140,8 +148,13 @@ class DPDConfig(TokensConfig):
 
 @dataclass
 class RLConfig(StageConfig):
-    """On-policy GRPO; what the numbers do is in `nb_lightning.losses.grpo.grpo_loss`."""
+    """On-policy GRPO; `nb_lightning.losses.grpo.grpo_loss` says what the numbers do.
 
+    From the paper: on-policy, no KL, truncated completions masked. The rest is ours (docs/recipe.md).
+    """
+
+    name: str = bounded("rl", one_of("rl"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     phases: dict[str, RLPhaseConfig] = field(default_factory=dict)
     group_size: int = bounded(8, POSITIVE)  # completions of each prompt; at least 2
     max_new_tokens: int = bounded(MISSING, POSITIVE)  # of a completion; one that has not ended by then is truncated
@@ -161,8 +174,12 @@ class RLConfig(StageConfig):
 
 @dataclass
 class RewardModelConfig(TokensConfig):
-    """A model that says which of two responses is better."""
+    """A model that says which of two responses is better.
 
+    The paper says that there is one and that it answers in a few tokens; the rest is ours (docs/recipe.md).
+    """
+
+    name: str = bounded("reward_model", one_of("reward_model"))
     # Which loss; see `nb_lightning.losses.pairwise.pairwise_reward_loss`.
     loss: str = bounded("bradley_terry", one_of(*REWARD_LOSSES))
 

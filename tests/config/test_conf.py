@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from nb_lightning.config.checks import check, check_targets
+from nb_lightning.config.compose import STAGES, register
 from tests.config.harness import CONF, composed
 from tests.harness import Train
 
@@ -22,7 +26,7 @@ def options(group: str) -> list[str]:
 NAMED = [model for model in options("model") if model != "from_hf"]  # which takes its shape from a file
 
 
-@pytest.mark.parametrize("model, trainer", list(itertools.product(NAMED, options("trainer"))))
+@pytest.mark.parametrize("model, trainer", list(itertools.product(NAMED, ["auto", *options("trainer")])))
 def test_every_model_and_trainer_composes_and_passes(model: str, trainer: str) -> None:
     check(composed(f"model={model}", f"trainer={trainer}", *(["trainer.devices=1"] if model == "demo" else [])))
 
@@ -36,8 +40,33 @@ def test_every_experiment_composes_is_short_and_passes(experiment: str) -> None:
     assert len([line for line in lines if line.strip() and not line.lstrip().startswith("#")]) <= 20
 
 
+def test_an_rl_run_is_composed_of_six_files() -> None:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list("train", ["stage=rl"], RunMode.RUN).defaults
+    paths = [f"{default.config_path}.yaml" for default in defaults]
+    files = [path for path in paths if (CONF / path).is_file()]
+    assert sorted(files) == [
+        "callbacks/base.yaml",
+        "callbacks/rl.yaml",
+        "logger/default.yaml",
+        "model/demo.yaml",
+        "plan/rl/demo.yaml",
+        "train.yaml",
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_names_each_callback_of_the_base_or_leaves_it_at_the_end(stage: str) -> None:
+    callbacks = composed(f"stage={stage}").callbacks
+    assert all("_target_" in callback for callback in callbacks.values())
+    assert list(callbacks)[-3:] == ["plots", "run_manifest", "phase_checkpoint"]
+
+
 def test_every_yaml_is_reached_by_a_group() -> None:
-    groups = {"stage", "model", "data", "plan", "callbacks", "trainer", "logger", "paths", "experiment"}
+    groups = {"model", "plan", "callbacks", "trainer", "logger", "experiment"}
     groups |= {
         "ablation",
         "recipe",
