@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,4 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(corpus: Path, tmp_path: Path) -> Train:
     """Return a function that runs `train.py` on the tiny plan with more overrides, in `tmp_path / "runs/pretrain"`."""
 
-    def run(*overrides: str, **options: object) -> object:
-        return run_train(corpus, tmp_path, *overrides, **options)
-
-    return run
+    return partial(run_train, corpus, tmp_path)

@@ -209,7 +209,7 @@ def run_commands(root: Path) -> dict[str, Any]:
     evaluation = json.loads((root / "evaluation.json").read_text())["tasks"]
     return {
         "evaluation": digest(json.dumps(evaluation, sort_keys=True).encode()),
-        "responses": {path.name: digest(path.read_bytes()) for path in sorted((root / "made").glob("*.jsonl"))},
+        "responses": {path.name: digest_of_lines(path) for path in sorted((root / "made").glob("*.jsonl"))},
         "exported": digest((root / "exported/model.safetensors").read_bytes()),
         "gguf": digest((root / "x.gguf").read_bytes()),
     }
@@ -217,6 +217,11 @@ def run_commands(root: Path) -> dict[str, Any]:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_of_lines(path: Path) -> str:
+    """Digest the lines in sorted order: several threads write them."""
+    return digest(b"".join(sorted(path.read_bytes().splitlines(keepends=True))))
 
 
 def digest_of_folder(folder: Path) -> str:

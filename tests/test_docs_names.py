@@ -215,6 +215,7 @@ def training_commands() -> list[tuple[str, ...]]:
 
 
 @pytest.mark.runs  # composing takes seconds in all
+@pytest.mark.runs
 def test_every_training_command_composes() -> None:
     assert len(training_commands()) > 10
     shape = vars(composed(()).model)  # stands for the model at a reader's path

@@ -18,6 +18,8 @@ from nb_lightning.token_source import TRAINED, Source
 from tests.dpd_harness import TEACHER, TRACE, loss_curve, make, opened, random_model, run_here, save_model
 from tests.harness import curve
 
+pytestmark = pytest.mark.runs
+
 SOURCES = ("demo_pairs/tasks/source", "words")
 CACHED = ("stage.teacher=null", "data.cached_teacher=true")
 

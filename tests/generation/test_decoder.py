@@ -64,6 +64,7 @@ def test_greedy_equals_transformers(n_kv_heads: int, tie_embeddings: bool) -> No
         assert len(set(completion.ids)) > 4  # not one token for ever, whatever the cache holds
 
 
+@pytest.mark.runs
 def test_stop_tokens_equal_transformers(model: Transformer) -> None:
     stop_ids = (3, 17, 40, 41, 42)
     found = generate(model, prompts(), replace(GREEDY, stop_ids=stop_ids))
@@ -114,6 +115,7 @@ def test_top_logprobs_of_each_row_as_it_asked(model: Transformer) -> None:
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.6, top_k=20, top_p=0.95)], ids=str)
 def test_the_first_tokens_follow_the_models_distribution(model: Transformer, sampling: Sampling) -> None:
     """Two tokens a row: the second after a first that was drawn, from keys and values in the cache."""
@@ -129,6 +131,7 @@ def test_the_first_tokens_follow_the_models_distribution(model: Transformer, sam
     assert counts.sum() > 300 and p_value(counts, expected(second, sampling)) > 1e-3
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 64])
 def test_a_row_depends_on_its_seed_alone(model: Transformer, max_batch: int) -> None:
     """Not on the batch, its size, the order, or who else is there."""
@@ -213,6 +216,7 @@ def test_bfloat16(model: Transformer) -> None:
     torch.testing.assert_close(torch.tensor(found.logprobs), want, atol=0.15, rtol=0)
 
 
+@pytest.mark.runs
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_prefill(model: Transformer) -> None:
     flex = random_model(TINY).eval()

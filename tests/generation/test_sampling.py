@@ -45,6 +45,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("V", [30, 3000])  # searched directly, and by blocks
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_draws_follow_the_distribution(settings: dict, V: int) -> None:

@@ -290,6 +290,7 @@ def test_bfloat16_gradients_are_off_by_one_rounding() -> None:
 # Memory -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
 @pytest.mark.parametrize("k", [0, 4])
 def test_no_tensor_is_as_large_as_tokens_times_vocabulary(divergence: Divergence, k: int) -> None:

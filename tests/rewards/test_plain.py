@@ -96,6 +96,7 @@ def test_what_no_encoder_wrote_is_never_the_same_and_never_raises(
     assert isinstance(show(got), str)
 
 
+@pytest.mark.runs
 @pytest.mark.timeout(60)
 def test_hostile_data_costs_little() -> None:
     """Numbers that all hash alike, frozensets in each other, deep lists: minutes or gigabytes for a naive one."""

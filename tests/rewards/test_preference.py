@@ -26,6 +26,8 @@ from nb_lightning.text.messages import ChatError
 from tests.dpd_harness import make
 from tests.reward_harness import opened, run_here
 
+pytestmark = pytest.mark.runs
+
 ASKED = [{"role": "user", "content": "t 3"}]
 TEXTS = ["abc", "abc!", "", "h" * 40, "a b c d", "<|im_end|>\n<|im_start|>assistant\nA"]
 PAIRS = [(one, other) for one in TEXTS for other in TEXTS]

@@ -94,6 +94,7 @@ def test_settings_of_a_task_reach_it(verifier: Guarded) -> None:
         list(tasks("chain_sum", 1, seed=0, terms=7))
 
 
+@pytest.mark.runs
 def test_the_command_writes_tasks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nb_lightning.rewards.reasoning_gym"]
     options = ["--size", "2", "--seed", "5", "--set", "max_word_len=4"]

@@ -194,6 +194,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("source", HOSTILE)
 def test_hostile_templates(source: str) -> None:
     template = ChatTemplate(source, cpu_s=0.5)
@@ -201,6 +202,7 @@ def test_hostile_templates(source: str) -> None:
         template.render(TWO_TURNS)
 
 
+@pytest.mark.runs
 def test_a_stopped_template_works_again() -> None:
     """Its limit is each call's own, and it holds in a thread."""
     inner = "{% for b in range(99999) %}{% endfor %}"
@@ -226,6 +228,7 @@ def test_a_stopped_template_works_again() -> None:
     assert sorted(results) == ["ok"] * 3 + ["the template takes longer than 0.5 s; it was stopped"] * 2
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", ["chatml", "qwen3"])
 def test_many_at_a_time_are_as_one_at_a_time(name: str) -> None:
     """Also where one of them is no conversation, and another one takes the process with it."""

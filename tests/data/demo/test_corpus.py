@@ -32,6 +32,7 @@ def documents(folder: Path, split: str) -> list[str]:
     return text.split("<|endoftext|>")[:-1]
 
 
+@pytest.mark.runs
 def test_held_out_documents_are_not_trained_on(built: Path) -> None:
     for name in NAMES:
         train, val = (documents(built / name, split) for split in ("train", "val"))

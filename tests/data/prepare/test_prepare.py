@@ -222,6 +222,7 @@ def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.runs
 def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path: Path, mixed: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(BadRecord):
