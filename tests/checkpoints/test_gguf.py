@@ -39,8 +39,8 @@ def trained(split: str) -> TextTokenizer:
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     tokenizer.add_tokens(["<|tool|>"])
-    beside = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>"}
-    return text_tokenizer(tokenizer, beside, "{{ messages[0].content }}", "trained")
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>"}
+    return text_tokenizer(tokenizer, config, "{{ messages[0].content }}", "trained")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -64,7 +64,7 @@ def test_a_tokenizer_there_and_back(split: str) -> None:
 def test_each_split_gives_other_tokens_than_the_others(split: str) -> None:
     """So the test above sees when one is taken for another."""
     text = "  12345 isn't\n\n\n x"
-    pieces = {name: str(known.pre_tokenize_str(text)) for name, known in SPLITS.items()}
+    pieces = {name: str(split.pre_tokenize_str(text)) for name, split in SPLITS.items()}
     assert [name for name in SPLITS if pieces[name] == pieces[split]] == [split]
 
 

@@ -104,6 +104,7 @@ def test_config_from_shape_is_read_by_transformers_4_and_5(version: int) -> None
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling asks for 'llama3'; only plain rotary"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for 'linear'; only plain rotary"),
         ({"rope_scaling": "yarn"}, "rope_scaling asks for 'yarn'; only plain rotary"),
+        ({"rope_scaling": "default"}, "rope_scaling asks for 'default'; only plain rotary"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 7e7}}, "rope_parameters asks for 'yarn'; only plain"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5, not 1"),
         ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta is given as 7e+07 and as 5e+06"),

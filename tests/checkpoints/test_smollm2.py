@@ -173,8 +173,8 @@ def server(exported: Path) -> Iterator[Server]:
 
 def test_llama_cpp_tokenizes_alike(server: Server, ours: Pretrained) -> None:
     for text in (ENGLISH, CODE[:20_000], "1234567890, isn't it?\n\n  你好 naïve", "<|im_start|>user\nhi<|im_end|>\n"):
-        found = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
-        assert found == ours.tokenizer.tokenizer.encode(text).ids
+        ids = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        assert ids == ours.tokenizer.tokenizer.encode(text).ids
 
 
 def test_llama_cpp_writes_the_same_text(server: Server, ours: Pretrained) -> None:
@@ -202,8 +202,8 @@ def test_llama_cpp_runs_a_model_of_ours(corpus: Path, tmp_path: Path) -> None:
             (completion,) = generate(ours.model, [ids], Sampling(24, temperature=0, stop_ids=ours.stop_ids))
             assert answer["tokens"] == completion.ids
         messages = [{"role": "user", "content": "Hi"}]
-        found = server.post("/apply-template", messages=messages)["prompt"]
-        assert found == ours.chat.render(messages, add_generation_prompt=True)
+        prompt = server.post("/apply-template", messages=messages)["prompt"]
+        assert prompt == ours.chat.render(messages, add_generation_prompt=True)
     finally:
         server.stop()
 
@@ -217,7 +217,7 @@ def test_llama_cpp_tokenizes_like_sentencepiece(tmp_path: Path, prefix: bool) ->
     server = Server(file, 20_000)
     try:
         for text in texts():
-            found = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
-            assert found == tokenizer.tokenizer.encode(text).ids == [1, *model.encode(text)]
+            ids = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+            assert ids == tokenizer.tokenizer.encode(text).ids == [1, *model.encode(text)]
     finally:
         server.stop()

@@ -27,15 +27,15 @@ def model_of(**changes: object) -> Transformer:
 
 
 def run_all(decoder: Decoder) -> dict[Hashable, Completion]:
-    found: dict[Hashable, Completion] = {}
+    completions: dict[Hashable, Completion] = {}
     while decoder.busy:
-        collect(decoder, found)
-    return found
+        collect(decoder, completions)
+    return completions
 
 
-def collect(decoder: Decoder, found: dict[Hashable, Completion]) -> None:
+def collect(decoder: Decoder, completions: dict[Hashable, Completion]) -> None:
     for token in decoder.step():
-        completion = found.setdefault(token.key, Completion())
+        completion = completions.setdefault(token.key, Completion())
         assert completion.finish_reason == ""  # nothing comes after the end
         completion.ids.append(token.id)
         completion.logprobs.append(token.logprob)

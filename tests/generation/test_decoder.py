@@ -57,8 +57,8 @@ def test_greedy_equals_transformers(n_kv_heads: int, tie_embeddings: bool) -> No
     if tie_embeddings:
         with torch.no_grad():
             model.norm.weight[::2] *= -1  # else it says its last token again and again
-    found = generate(model, prompts(), GREEDY)
-    for prompt, completion in zip(prompts(), found):
+    completions = generate(model, prompts(), GREEDY)
+    for prompt, completion in zip(prompts(), completions):
         assert completion.ids == theirs(model, prompt, 64)
         assert completion.finish_reason == "length"
         assert len(set(completion.ids)) > 4  # not one token for ever, whatever the cache holds
@@ -67,21 +67,21 @@ def test_greedy_equals_transformers(n_kv_heads: int, tie_embeddings: bool) -> No
 @pytest.mark.runs
 def test_stop_tokens_equal_transformers(model: Transformer) -> None:
     stop_ids = (3, 17, 40, 41, 42)
-    found = generate(model, prompts(), replace(GREEDY, stop_ids=stop_ids))
-    for prompt, completion in zip(prompts(), found):
+    completions = generate(model, prompts(), replace(GREEDY, stop_ids=stop_ids))
+    for prompt, completion in zip(prompts(), completions):
         assert completion.ids == theirs(model, prompt, 64, stop_ids)
         stopped = completion.ids[-1] in stop_ids
         assert completion.finish_reason == ("stop" if stopped else "length")
         assert not set(completion.ids[:-1]) & set(stop_ids)
-    reasons = [completion.finish_reason for completion in found]
-    assert 2 < reasons.count("stop") and len({len(completion.ids) for completion in found}) > 3  # ragged
+    reasons = [completion.finish_reason for completion in completions]
+    assert 2 < reasons.count("stop") and len({len(completion.ids) for completion in completions}) > 3  # ragged
 
 
 def test_a_stop_token_in_the_last_place_is_a_stop(model: Transformer) -> None:
     (free,) = generate(model, prompts()[:1], GREEDY)
     n = free.ids.index(free.ids[9]) + 1
-    (found,) = generate(model, prompts()[:1], replace(GREEDY, max_new_tokens=n, stop_ids=(free.ids[9],)))
-    assert found.ids == free.ids[:n] and found.finish_reason == "stop"
+    (completion,) = generate(model, prompts()[:1], replace(GREEDY, max_new_tokens=n, stop_ids=(free.ids[9],)))
+    assert completion.ids == free.ids[:n] and completion.finish_reason == "stop"
 
 
 # Log-probabilities --------------------------------------------------------------------------------------------------
@@ -121,13 +121,13 @@ def test_the_first_tokens_follow_the_models_distribution(model: Transformer, sam
     """Two tokens a row: the second after a first that was drawn, from keys and values in the cache."""
     sampling = replace(sampling, max_new_tokens=2)
     prompt = prompts()[1]
-    found = np.array([completion.ids for completion in generate(model, [prompt] * 6000, sampling, max_batch=500)])
+    drawn = np.array([completion.ids for completion in generate(model, [prompt] * 6000, sampling, max_batch=500)])
     with torch.no_grad():
         first = model(torch.tensor([prompt]))[0, -1].double().numpy()
-        assert p_value(np.bincount(found[:, 0], minlength=61), expected(first, sampling)) > 1e-3
-        most = np.bincount(found[:, 0]).argmax()
+        assert p_value(np.bincount(drawn[:, 0], minlength=61), expected(first, sampling)) > 1e-3
+        most = np.bincount(drawn[:, 0]).argmax()
         second = model(torch.tensor([[*prompt, most]]))[0, -1].double().numpy()
-    counts = np.bincount(found[found[:, 0] == most, 1], minlength=61)
+    counts = np.bincount(drawn[drawn[:, 0] == most, 1], minlength=61)
     assert counts.sum() > 300 and p_value(counts, expected(second, sampling)) > 1e-3
 
 
@@ -140,8 +140,8 @@ def test_a_row_depends_on_its_seed_alone(model: Transformer, max_batch: int) -> 
     base = generate(model, asked, SAMPLED, seeds)
     assert len({tuple(c.ids) for c in base}) == len(asked)  # equal prompts, other draws
     order = np.random.RandomState(1).permutation(len(asked))[:15]
-    found = generate(model, [asked[i] for i in order], SAMPLED, [seeds[i] for i in order], max_batch)
-    for i, completion in zip(order, found):
+    completions = generate(model, [asked[i] for i in order], SAMPLED, [seeds[i] for i in order], max_batch)
+    for i, completion in zip(order, completions):
         assert completion.ids == base[i].ids and completion.finish_reason == base[i].finish_reason
         np.testing.assert_allclose(completion.logprobs, base[i].logprobs, atol=1e-4)
     assert {c.finish_reason for c in base} == {"stop", "length"}
@@ -166,8 +166,8 @@ def test_a_rows_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = model_of()
     with torch.no_grad():
         flat.head.weight.zero_()
-    (found,) = generate(flat, [[1, 2]], Sampling(50), seeds=[[9, 4]])
-    assert found.ids == (np.random.default_rng([9, 4]).random(50) * TINY.vocab_size).astype(int).tolist()
+    (completion,) = generate(flat, [[1, 2]], Sampling(50), seeds=[[9, 4]])
+    assert completion.ids == (np.random.default_rng([9, 4]).random(50) * TINY.vocab_size).astype(int).tolist()
 
 
 def test_rows_of_any_sampling_in_one_batch(model: Transformer) -> None:
@@ -176,8 +176,8 @@ def test_rows_of_any_sampling_in_one_batch(model: Transformer) -> None:
     decoder = Decoder(model)
     for i, (prompt, sampling) in enumerate(zip(prompts(), samplings)):
         decoder.add(i, prompt, sampling, [1, i])
-    found = run_all(decoder)
-    assert [found[i].ids for i in range(8)] == [completion.ids for completion in alone]
+    completions = run_all(decoder)
+    assert [completions[i].ids for i in range(8)] == [completion.ids for completion in alone]
 
 
 # The model ----------------------------------------------------------------------------------------------------------
@@ -209,11 +209,11 @@ def test_training_goes_on_after_generating() -> None:
 
 def test_bfloat16(model: Transformer) -> None:
     half = random_model(TINY).eval().bfloat16()
-    (found,) = generate(half, prompts()[:1], GREEDY)
-    row = torch.tensor([prompts()[0] + found.ids])
+    (completion,) = generate(half, prompts()[:1], GREEDY)
+    row = torch.tensor([prompts()[0] + completion.ids])
     with torch.no_grad():
         want = half(row)[0, 2:-1].float().log_softmax(-1).gather(1, row[0, 3:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(found.logprobs), want, atol=0.15, rtol=0)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), want, atol=0.15, rtol=0)
 
 
 @pytest.mark.runs
@@ -264,17 +264,17 @@ def two_ranks() -> None:
     rank = distributed.get_rank()
     for tie_embeddings in (False, True):
         shape: ModelShape = replace(TINY, tie_embeddings=tie_embeddings)
-        whole, sharded = random_model(shape), random_model(shape)
+        full, sharded = random_model(shape), random_model(shape)
         shard(sharded, init_device_mesh("cpu", (2,)), "32-true")
         asked = prompts()[: 2 + 5 * rank]
         sampling = replace(SAMPLED, max_new_tokens=5 + 60 * rank)
         for _ in range(2):
-            assert generate(sharded, asked, sampling, seeds=rank) == generate(whole, asked, sampling, seeds=rank)
+            assert generate(sharded, asked, sampling, seeds=rank) == generate(full, asked, sampling, seeds=rank)
             row = torch.tensor([[1, 2, 3, 4 + rank]])
-            for model in (whole, sharded):
+            for model in (full, sharded):
                 model.zero_grad()
                 model(row).float().log_softmax(-1)[..., 0].sum().backward()
-            for p, q in zip(whole.parameters(), sharded.parameters()):
+            for p, q in zip(full.parameters(), sharded.parameters()):
                 distributed.all_reduce(p.grad)
                 torch.testing.assert_close(q.grad.full_tensor() * 2, p.grad, atol=1e-5, rtol=1e-4)
                 assert q.to_local().numel() < p.numel()  # sharded again

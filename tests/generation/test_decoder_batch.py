@@ -22,15 +22,15 @@ def model() -> Transformer:
 def test_rows_join_while_others_run(model: Transformer) -> None:
     alone = generate(model, prompts(), SAMPLED, [[4, i] for i in range(8)])
     decoder = Decoder(model, max_batch=4)
-    found: dict[Hashable, Completion] = {}
+    completions: dict[Hashable, Completion] = {}
     waiting = list(enumerate(prompts()))
     while waiting or decoder.busy:
         if waiting:
             i, prompt = waiting.pop(0)
             decoder.add(i, prompt, SAMPLED, [4, i])
         for _ in range(5):
-            collect(decoder, found)
-    assert [found[i].ids for i in range(8)] == [completion.ids for completion in alone]
+            collect(decoder, completions)
+    assert [completions[i].ids for i in range(8)] == [completion.ids for completion in alone]
 
 
 def test_finished_rows_leave_and_no_forward_is_wasted(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,8 +43,8 @@ def test_finished_rows_leave_and_no_forward_is_wasted(model: Transformer, monkey
 
     monkeypatch.setattr(Transformer, "forward", forward)
     asked = prompts()
-    found = generate(model, [*asked, asked[4], asked[4]], SAMPLED, seeds=2)
-    lengths = [len(completion.ids) for completion in found]
+    completions = generate(model, [*asked, asked[4], asked[4]], SAMPLED, seeds=2)
+    lengths = [len(completion.ids) for completion in completions]
     assert shapes[0] == (1, sum(PROMPT_LENGTHS))  # the three equal prompts were run once
     assert shapes[1:] == [(sum(n > step for n in lengths), 1) for step in range(1, max(lengths))]
 
@@ -58,10 +58,10 @@ def test_waiting_prompts_are_run_together_up_to_a_limit(model: Transformer, monk
     decoder = Decoder(model, prefill_tokens=20)
     for i, prompt in enumerate(prompts()):
         decoder.add(i, prompt, SAMPLED, [4, i])
-    found = run_all(decoder)
+    completions = run_all(decoder)
     assert sizes == [3, 1, 1, 2, 1]  # 3 + 11 + 1, 7, 30 (alone, though too long), 2 + 5, 19
     alone = generate(model, prompts(), SAMPLED, [[4, i] for i in range(8)])
-    assert [found[i].ids for i in range(8)] == [completion.ids for completion in alone]
+    assert [completions[i].ids for i in range(8)] == [completion.ids for completion in alone]
 
 
 def test_a_stream_is_read_little_by_little(model: Transformer) -> None:
@@ -74,16 +74,16 @@ def test_a_stream_is_read_little_by_little(model: Transformer) -> None:
             read += 1
             yield Request(i, [1 + i], replace(SAMPLED, max_new_tokens=8), [4, i])
 
-    found, most = {}, 0
+    completions, most = {}, 0
     for key, completion in stream(model, requests(), max_batch=3):
         assert completion.finish_reason
-        found[key] = completion
-        most = max(most, read - len(found))
-    assert most == 5 and sorted(found) == list(range(40)) and list(found) != sorted(found)
+        completions[key] = completion
+        most = max(most, read - len(completions))
+    assert most == 5 and sorted(completions) == list(range(40)) and list(completions) != sorted(completions)
     alone = generate(
         model, [[1 + i] for i in range(40)], replace(SAMPLED, max_new_tokens=8), [[4, i] for i in range(40)]
     )
-    assert [found[i].ids for i in range(40)] == [completion.ids for completion in alone]
+    assert [completions[i].ids for i in range(40)] == [completion.ids for completion in alone]
 
 
 def test_cancel(model: Transformer) -> None:
@@ -91,14 +91,14 @@ def test_cancel(model: Transformer) -> None:
     decoder = Decoder(model, max_batch=4)
     for i, prompt in enumerate(prompts()):
         decoder.add(i, prompt, SAMPLED, [4, i])
-    found: dict[Hashable, Completion] = {}
+    completions: dict[Hashable, Completion] = {}
     for _ in range(3):
-        collect(decoder, found)
+        collect(decoder, completions)
     for key in (0, 3, 6, "nobody"):  # the first, the last of those that run, one that waits
         decoder.cancel(key)
-    before = {key: len(found[key].ids) for key in (0, 3)}
+    before = {key: len(completions[key].ids) for key in (0, 3)}
     while decoder.busy:
-        collect(decoder, found)
-    assert {key: len(found[key].ids) for key in (0, 3)} == before and 6 not in found
-    assert all(found[i].ids == alone[i].ids for i in (1, 2, 4, 5, 7))
+        collect(decoder, completions)
+    assert {key: len(completions[key].ids) for key in (0, 3)} == before and 6 not in completions
+    assert all(completions[i].ids == alone[i].ids for i in (1, 2, 4, 5, 7))
     assert decoder.step() == []

@@ -15,7 +15,7 @@ from tests.model.harness import TINY, ids, random_model
 CPU = torch.device("cpu")
 
 
-def whole(model: Transformer, rows: list[Tensor]) -> list[Tensor]:
+def uncached(model: Transformer, rows: list[Tensor]) -> list[Tensor]:
     """Logits [T, V] of each row by a forward of its own."""
     return [model(row[None])[0] for row in rows]
 
@@ -30,7 +30,7 @@ def cached(
     packed = torch.cat([row[:n] for row, n in zip(rows, prompts)])[None]
     positions = torch.cat([torch.arange(n) for n in prompts])[None]
     first = model(packed, positions, mask=Prefill(cache, model.attention_backend, cu, slots))[0].split(prompts)
-    out = [[part] for part in first]
+    out = [[logits] for logits in first]
     order = sorted(range(len(rows)), key=lambda i: slots[i])
     assert slots == sorted(slots) or set(slots) == set(range(len(slots)))
     for step in range(len(rows[0]) - prompts[0]):
@@ -41,7 +41,7 @@ def cached(
         logits = model(tokens[:, None], mask.positions[:, None], mask=mask)
         for place, i in enumerate(order):
             out[i].append(logits[place])
-    return [torch.cat(parts) for parts in out]
+    return [torch.cat(logits) for logits in out]
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
@@ -51,7 +51,7 @@ def test_cached_logits_are_those_of_the_whole_row(n_kv_heads: int, tie_embedding
     prompts = [7, 1, 4]
     rows = [ids(1, n + 9, seed=n)[0] for n in prompts]
     with torch.no_grad():
-        expected = whole(model, rows)
+        expected = uncached(model, rows)
     for ours, row in zip(cached(model, KVCache(5), rows, prompts, [0, 1, 2]), expected):
         torch.testing.assert_close(ours, row, atol=2e-5, rtol=1e-5)
 
@@ -60,7 +60,7 @@ def test_equally_long_rows_and_slots_in_another_order() -> None:
     model = random_model(TINY).eval()
     rows = [ids(1, 12, seed=n)[0] for n in range(3)]
     with torch.no_grad():
-        expected = whole(model, rows)
+        expected = uncached(model, rows)
     for ours, row in zip(cached(model, KVCache(3), rows, [5, 5, 5], [2, 0, 1]), expected):
         torch.testing.assert_close(ours, row, atol=2e-5, rtol=1e-5)
 
@@ -70,7 +70,7 @@ def test_rows_grow_past_the_capacity() -> None:
     cache = KVCache(2)
     rows = [ids(1, n + 3 * MIN_CAPACITY, seed=n)[0] for n in (MIN_CAPACITY - 3, 20)]
     with torch.no_grad():
-        expected = whole(model, rows)
+        expected = uncached(model, rows)
     for ours, row in zip(cached(model, cache, rows, [MIN_CAPACITY - 3, 20], [0, 1]), expected):
         torch.testing.assert_close(ours, row, atol=5e-5, rtol=1e-5)
     assert cache.capacity == 4 * MIN_CAPACITY
@@ -95,7 +95,7 @@ def test_what_a_slot_held_before_is_not_seen() -> None:
     long, short = [ids(1, 40, seed=1)[0]], [ids(1, 9, seed=2)[0]]
     cached(model, cache, long, [30], [0])
     with torch.no_grad():
-        expected = whole(model, short)
+        expected = uncached(model, short)
     torch.testing.assert_close(cached(model, cache, short, [2], [0])[0], expected[0], atol=2e-5, rtol=1e-5)
 
 

@@ -26,7 +26,7 @@ def draw(logits: Sequence[float] | Tensor, how: Sampling, u: Tensor) -> Tensor:
     return choose(row.expand(len(u), -1), [how] * len(u), u)
 
 
-def kept(logits: Sequence[float] | Tensor, how: Sampling) -> list[int]:
+def possible_tokens(logits: Sequence[float] | Tensor, how: Sampling) -> list[int]:
     """Every token that can come, found by drawing with a grid of uniforms."""
     grid = torch.arange(500, dtype=torch.float64) / 500
     return sorted(set(draw(logits, how, grid).tolist()))
@@ -98,19 +98,19 @@ def test_the_same_tokens_are_kept_as_by_transformers(settings: dict) -> None:
     ],
 )
 def test_the_edge_of_the_nucleus(logits: list[float], top_p: float, tokens: list[int]) -> None:
-    assert kept(logits, replace(ONE, top_p=top_p)) == tokens
+    assert possible_tokens(logits, replace(ONE, top_p=top_p)) == tokens
 
 
 @pytest.mark.parametrize(
     "top_k, tokens", [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (4, [0, 1, 2, 4]), (99, [0, 1, 2, 3, 4])]
 )
 def test_the_edge_of_top_k_among_equals(top_k: int, tokens: list[int]) -> None:
-    assert kept([0, 5, 5, 0, 5], replace(ONE, top_k=top_k, temperature=10)) == tokens
+    assert possible_tokens([0, 5, 5, 0, 5], replace(ONE, top_k=top_k, temperature=10)) == tokens
 
 
 def test_top_p_is_of_what_top_k_kept() -> None:
     """Four equals, top-k 2: p = 0.5 is one of the two, not two of the four."""
-    assert kept([0, 0, 0, 0], replace(ONE, top_k=2, top_p=0.5)) == [0]
+    assert possible_tokens([0, 0, 0, 0], replace(ONE, top_k=2, top_p=0.5)) == [0]
 
 
 @pytest.mark.parametrize("V", [NUCLEUS, NUCLEUS + 1, 3 * NUCLEUS, 9 * NUCLEUS])

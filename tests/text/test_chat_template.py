@@ -55,10 +55,10 @@ def test_chatml_keeps_white_space_and_two_calls_apart() -> None:
 
 def test_every_beginning_of_a_chatml_conversation_is_a_prefix() -> None:
     template = ChatTemplate.chatml()
-    whole = template.render(AGENT, [TOOL])
+    text = template.render(AGENT, [TOOL])
     for n, message in enumerate(AGENT):
         if n:
-            assert whole.startswith(template.render(AGENT[:n], [TOOL], message["role"] == "assistant"))
+            assert text.startswith(template.render(AGENT[:n], [TOOL], message["role"] == "assistant"))
 
 
 @pytest.mark.parametrize(
@@ -239,14 +239,14 @@ def test_many_at_a_time_are_as_one_at_a_time(name: str) -> None:
     template = ChatTemplate(hanging + raising + source, cpu_s=0.5)
     hang, bang = ([{"role": "user", "content": word}, TWO_TURNS[1]] for word in ("hang", "raise"))
     conversations = [(TWO_TURNS, None), (hang, None), ([], None), (AGENT, [TOOL]), (bang, None), (TWO_TURNS[:2], None)]
-    found = template.render_many(conversations)
-    assert [str(f) for f in found if isinstance(f, ChatError)] == [
+    results = template.render_many(conversations)
+    assert [str(result) for result in results if isinstance(result, ChatError)] == [
         "the template takes longer than 0.5 s; it was stopped",
         "no messages",
         "the template raised: no",
     ]
     for number in (0, 3, 5):
-        assert found[number] == template.render_turns(*conversations[number])
+        assert results[number] == template.render_turns(*conversations[number])
     assert template.render_many([]) == []
 
 
@@ -313,15 +313,15 @@ def test_bad_messages(messages: object, reason: str) -> None:
 
 def test_messages_as_templates_expect_them() -> None:
     bare = {"name": "f", "arguments": '{"a": 1}'}
-    whole = {"type": "function", "id": None, "function": bare}
-    given = {
+    full = {"type": "function", "id": None, "function": bare}
+    message = {
         "role": "assistant",
         "content": None,
         "reasoning_content": None,
         "train": True,
-        "tool_calls": [bare, whole],
+        "tool_calls": [bare, full],
     }
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    assert check_messages([given]) == [{"role": "assistant", "content": "", "tool_calls": [call, call]}]
+    assert check_messages([message]) == [{"role": "assistant", "content": "", "tool_calls": [call, call]}]
     empty = {"role": "user", "content": "", "reasoning_content": "", "tool_calls": []}
     assert check_messages([empty]) == [{"role": "user", "content": ""}]
