@@ -113,7 +113,7 @@ def run(cfg: Config) -> None:
         log.info("finished: %s tokens; everything is in %s", f"{module.tokens_seen:,}", folder)
 
 
-def build_stage(cfg: Config, plan: PhasePlan) -> tuple[BaseStage[Any], PlannedData]:
+def build_stage(cfg: Config, plan: PhasePlan) -> tuple[BaseStage[Any], PlannedData[Any]]:
     """Build the stage and its data."""
     stage = cfg.stage
     if isinstance(stage, PretrainConfig):
@@ -209,7 +209,7 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
     return None
 
 
-def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData) -> None:
+def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData[Any]) -> None:
     """Refuse to continue a checkpoint with another layout, model, past, seed or data than made it."""
     from nb_lightning.checkpoints import folders
 

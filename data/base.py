@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,25 +18,27 @@ from data.mixture import RowOrder
 from data.steps import HeldOut, RowReader, StepDataset, StepLoader, ignore_signals
 from nb_lightning.batch import PackedBatch
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.config.schema import Config
+from nb_lightning.config.schema import Config, DataConfig
 from nb_lightning.phase_callback import StageModule
 from nb_lightning.phases import PhasePlan
 from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import Source
 
+DataSettings = TypeVar("DataSettings", bound=DataConfig)
 WORKER_TIMEOUT_S = 300  # a worker that stopped answering is an error, not a hang
 
 
-class PlannedData(pl.LightningDataModule, ABC):
+class PlannedData(pl.LightningDataModule, ABC, Generic[DataSettings]):
     """Sources, and the order in which the plan draws from them.
 
     train.py calls `open_sources` before there is a trainer, because it compares the digests with a checkpoint's. So
     Lightning's hooks `prepare_data` and `setup`, which `fit` would call, have nothing to do here.
 
-    Attributes (after `open_sources`):
-        order: the run's global order of rows.
-        val_names: source of each validation loader.
+    Attributes:
+        settings: `cfg.data`, as the class of the stage's schema.
+        order: the run's global order of rows; set by `open_sources`.
+        val_names: source of each validation loader; set by `open_sources`.
         chat: the chat template; None where the stage has none.
     """
 
@@ -47,6 +49,7 @@ class PlannedData(pl.LightningDataModule, ABC):
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__()
         self.cfg, self.plan = cfg, plan
+        self.settings = cast(DataSettings, cfg.data)  # conf/ gives each stage the data of its schema
         self.tokenizer: TextTokenizer = load_tokenizer(cfg.data.tokenizer)
 
     def build_demo(self) -> None:
@@ -86,7 +89,7 @@ class PlannedData(pl.LightningDataModule, ABC):
         return StepLoader(dataset, start, num_workers=workers, pin_memory=torch.cuda.is_available(), **extra)
 
 
-class TokenizedData(PlannedData):
+class TokenizedData(PlannedData[DataSettings]):
     """Tokenized sources, each with a training and a held-out split.
 
     Attributes (after `open_sources`):

@@ -11,7 +11,7 @@ import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.token_source import Source
 
 log = logging.getLogger(__name__)
+ChatDataSettings = TypeVar("ChatDataSettings", bound=ChatDataConfig)
 
 
 class PackedSource:
@@ -101,7 +102,7 @@ class HeldOutRows(HeldOut):
         return self.assemble([(self.source, r) for r in rows], self.seq_len)
 
 
-class PackedData(TokenizedData):
+class PackedData(TokenizedData[ChatDataSettings]):
     """Sources of samples that a chat template wrote, packed.
 
     Attributes (after `open_sources`):
@@ -117,16 +118,12 @@ class PackedData(TokenizedData):
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
-        if not cfg.data.mask_documents:
+        if not self.settings.mask_documents:
             raise ValueError(
                 "data.mask_documents=false: samples in a row must not see one another; "
                 f"stage={cfg.stage.name} needs true"
             )
         self.chat = chat_template(self.tokenizer, self.settings.template)
-
-    @property
-    def settings(self) -> ChatDataConfig:
-        return cast(ChatDataConfig, self.cfg.data)
 
     @property
     def template_digest(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ class PairSource(PackedSource):
         return set().union(*(packing.pieces.sample.tolist() for packing in self.packings.values()))
 
 
-class PreferenceData(PackedData):
+class PreferenceData(PackedData[PreferenceDataConfig]):
     """Sources of pairs.
 
     Attributes (after `open_sources`):
@@ -80,7 +79,6 @@ class PreferenceData(PackedData):
 
     packed: dict[str, PairSource]
     packed_val: dict[str, PairSource]
-    settings: PreferenceDataConfig
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
@@ -102,7 +100,8 @@ class PreferenceData(PackedData):
             cache = TeacherCache(source, self.settings.verify)
         except ValueError as error:
             raise ValueError(f"data.sources.{name} (data.cached_teacher=true): {error}") from error
-        temperature = cast(DPDConfig, self.cfg.stage).temperature
+        assert isinstance(self.cfg.stage, DPDConfig)
+        temperature = self.cfg.stage.temperature
         if cache.about["temperature"] != temperature:
             raise ValueError(
                 f"stage.temperature is {temperature}, but the cached teacher of data.sources.{name} was asked at "

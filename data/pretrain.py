@@ -12,6 +12,7 @@ from data.base import TokenizedData
 from data.mixture import Row, RowOrder, Stream, TokenStream
 from data.steps import HeldOut
 from nb_lightning.batch import PackedBatch
+from nb_lightning.config.schema import DataConfig
 from nb_lightning.token_source import Source
 
 
@@ -45,11 +46,11 @@ class HeldOutText(HeldOut):
         return PackedBatch.from_rows(torch.from_numpy(tokens), self.eos_id)
 
 
-class PretrainData(TokenizedData):
+class PretrainData(TokenizedData[DataConfig]):
     """Sources of documents."""
 
     def build_demo(self) -> None:
-        if self.cfg.data.demo_corpus:
+        if self.settings.demo_corpus:
             from data.demo import build_demo_corpus
 
             build_demo_corpus({name: Path(path) for name, path in self.source_folders.items()})
@@ -71,9 +72,9 @@ class PretrainData(TokenizedData):
 
     def held_out(self, name: str) -> HeldOutText:
         phase = self.plan.phases[0]  # the same rows and context in every phase, so that curves can be compared
-        rows = self.cfg.data.val_rows
+        rows = self.settings.val_rows
         return HeldOutText(self.val[name], phase.seq_len, rows, phase.micro_batch_size, self._eos_id)
 
     @property
     def _eos_id(self) -> int | None:
-        return self.tokenizer.eos_id if self.cfg.data.mask_documents else None
+        return self.tokenizer.eos_id if self.settings.mask_documents else None

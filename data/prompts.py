@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,7 +43,7 @@ class RolloutSteps(Dataset[RolloutStep]):
         return RolloutStep(step, self.plan.phase_at(self.plan.tokens_at(step)).global_batch_tokens)
 
 
-class PromptData(PlannedData):
+class PromptData(PlannedData[PromptDataConfig]):
     """Files of tasks.
 
     Attributes (after `open_sources`):
@@ -63,10 +63,6 @@ class PromptData(PlannedData):
         self.selected_tasks: dict[str, dict[str, list[str]]] = {}
         self._prompt_ids: dict[str, dict[str, list[int]]] = {}  # source name -> task id -> tokens
         self._digests: dict[str, str] = {}
-
-    @property
-    def settings(self) -> PromptDataConfig:
-        return cast(PromptDataConfig, self.cfg.data)
 
     def build_demo(self) -> None:
         if self.settings.demo_tasks:
@@ -101,7 +97,8 @@ class PromptData(PlannedData):
 
     def _build_order(self) -> None:
         """Set `fitting_tasks` and `order`, in which a prompt counts as a row of all tokens of its group."""
-        stage = cast(RLConfig, self.cfg.stage)
+        stage = self.cfg.stage
+        assert isinstance(stage, RLConfig)
         sizes: dict[Stream, int] = {}  # tokens of a pass over each source
         for phase in self.plan.phases:
             room = phase.seq_len - stage.max_new_tokens

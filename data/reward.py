@@ -15,7 +15,7 @@ from data.bin_packing import Packing, pack_samples
 from data.packed import PackedData, PackedSource
 from data.preference import require_pairs
 from data.sft import assemble_conversations
-from nb_lightning.config.schema import Config
+from nb_lightning.config.schema import ChatDataConfig, Config
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.comparison_form import ComparisonForm, comparison
 from nb_lightning.text.chat_tokens import ChatTokenizer
@@ -53,7 +53,7 @@ class ComparisonSource(PackedSource):
         return np.array([*comparison(first, second), self.answers[right] | TRAINED])
 
 
-class RewardData(PackedData):
+class RewardData(PackedData[ChatDataConfig]):
     """Sources of pairs, read as comparisons.
 
     Attributes:

@@ -15,10 +15,8 @@ from nb_lightning.phases import PhasePlan
 from nb_lightning.token_source import Source
 
 
-class SFTData(PackedData):
+class SFTData(PackedData[SFTDataConfig]):
     """Sources of conversations."""
-
-    settings: SFTDataConfig
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
