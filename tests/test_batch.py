@@ -44,7 +44,7 @@ def check(rows: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_random_rows(seed: int) -> None:
+def test_random_rows_are_split_as_token_by_token(seed: int) -> None:
     rng = random.Random(seed)
     B, T = rng.randint(1, 4), rng.randint(1, 12)
     check([[rng.choice([1, 2, 3, EOS]) for _ in range(T + 1)] for _ in range(B)])
@@ -63,11 +63,11 @@ def test_random_rows(seed: int) -> None:
         [[1, 2, EOS, 3], [4, EOS, 5, 6]],
     ],
 )
-def test_edges(rows: list[list[int]]) -> None:
+def test_documents_at_the_edges_of_rows_are_split_as_token_by_token(rows: list[list[int]]) -> None:
     check(rows)
 
 
-def test_numbers_written_out() -> None:
+def test_two_rows_are_split_as_written_out_here() -> None:
     batch = PackedBatch.from_rows(torch.tensor([[1, EOS, 2, 3, EOS, 4], [5, 6, EOS, EOS, 7, 8]]), EOS)
     assert batch.input_ids.tolist() == [[1, EOS, 2, 3, EOS], [5, 6, EOS, EOS, 7]]
     assert batch.labels.tolist() == [[EOS, 2, 3, EOS, 4], [6, EOS, EOS, 7, 8]]
@@ -75,7 +75,7 @@ def test_numbers_written_out() -> None:
     assert batch.cu_seqlens.tolist() == [0, 2, 5, 8, 9, 10]
 
 
-def test_dtypes_and_layout() -> None:
+def test_fields_have_their_dtypes_and_are_contiguous() -> None:
     batch = PackedBatch.from_rows(torch.tensor([[1, EOS, 2, 3], [4, 5, 6, 7]]), EOS)
     assert (batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype) == (torch.int64,) * 3
     assert batch.cu_seqlens.dtype == torch.int32
@@ -161,7 +161,7 @@ def test_pinned_memory_is_pinned() -> None:
 # Packed prompts and responses ---------------------------------------------------------------------------------------
 
 
-def test_pack_by_hand() -> None:
+def test_packed_responses_equal_numbers_by_hand() -> None:
     """The first response token is predicted by the last prompt token, the last token is read by nothing."""
     packed, index = pack_responses([[1, 2], [3], [4], [5, 6]], [[7, 8], [], [9], []])
     batch = PackedBatch(**packed)

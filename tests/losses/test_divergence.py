@@ -131,7 +131,7 @@ def test_weighted_sum_equals_the_sum_of_statistics(divergence: Divergence, k: in
 
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
 @pytest.mark.parametrize("k", [0, 3, 9])
-def test_gradcheck(divergence: Divergence, k: int) -> None:
+def test_all_statistics_pass_gradcheck(divergence: Divergence, k: int) -> None:
     hidden, head_weight, labels = inputs(n=8, d=4, v=9)
     teacher = teacher_of(8, 9)
     given = most_likely(teacher, k, divergence.temperature) if k else teacher
@@ -243,7 +243,7 @@ def test_certain_and_opposite_models_give_no_nan(divergence: Divergence, cached:
 
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
 @pytest.mark.parametrize("k", [0, 8])
-def test_float32_is_accurate(divergence: Divergence, k: int) -> None:
+def test_float32_divergences_are_accurate_to_six_digits(divergence: Divergence, k: int) -> None:
     hidden, head_weight, labels = inputs(torch.float32, n=300, v=500)
     teacher = teacher_of(300, 500, torch.float32)
     given = teacher if k == 0 else most_likely(teacher, k, divergence.temperature)
@@ -338,5 +338,5 @@ def test_bad_divergences_are_refused_by_name(values: dict[str, object], message:
         Divergence(**values)
 
 
-def test_widths_differ_here() -> None:
+def test_teacher_and_student_differ_in_width_here() -> None:
     assert WIDTH != D

@@ -163,7 +163,7 @@ def test_a_batch_of_no_pairs_adds_nothing() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
-def test_each_term_by_its_knob(weights: tuple[float, float, float]) -> None:
+def test_a_weight_of_0_leaves_its_term_out(weights: tuple[float, float, float]) -> None:
     batch = pack_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     hidden, head_weight, teacher = states(batch)
@@ -177,7 +177,7 @@ def test_each_term_by_its_knob(weights: tuple[float, float, float]) -> None:
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-def test_parts_of_a_step_add_up_to_the_whole() -> None:
+def test_micro_batches_of_a_step_add_up_to_the_whole_step() -> None:
     """Two micro-batches (or ranks) with the counts of both, against all pairs at once."""
     pairs = random_pairs()
     whole = pack_pairs(pairs)
@@ -230,7 +230,7 @@ def test_the_batchs_own_cached_teacher_is_used() -> None:
     assert torch.equal(loss, expected) and loss < whole
 
 
-def test_what_is_logged() -> None:
+def test_the_logged_sums_make_up_the_loss() -> None:
     batch = pack_pairs(random_pairs())
     batch.ref_logprobs = reference(batch)
     hidden, head_weight, teacher = states(batch)
@@ -274,7 +274,7 @@ def test_short_pairs_take_four_products_and_long_ones_five(chunk: int, products:
     assert counted.multiplications == products * 20 * V * D  # 20 tokens are trained; the prompts' are not projected
 
 
-def test_dpo_by_hand() -> None:
+def test_each_dpo_variant_equals_numbers_by_hand() -> None:
     ratios = torch.tensor([[1.0, -1.0], [-2.0, 0.5]])
     sigmoid = dpd.dpo_loss(ratios, 0.5)
     assert sigmoid.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1.25))])

@@ -34,18 +34,30 @@ def per_token(values: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(1, -1)
 
 
-def test_grpo_by_hand() -> None:
-    """Two completions of three tokens; advantages 1 and -2; clipped at 0.8 and 1.3."""
-    ratios = [[1.0, 1.5, 0.5], [1.5, 0.5, 1.1]]
-    logprobs = [[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]]
-    old = [[-1.0 - math.log(r) for r in row] for row in ratios]
-    fields = {"advantages": torch.tensor([1.0, -2.0]), "old_logprobs": per_token(old)}
-    # -min(r A, clip(r) A): 1.0, 1.3 (clipped high), 0.5 | 3.0 (r above counts in full), 1.6 (clipped low), 2.2
-    token_losses = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
-    every = [[1, 1, 1], [1, 1, 1]]
-    hidden, head_weight, batch = rollout(logprobs, every, **fields)
+# Two completions of three tokens; ratios to the old policy, advantages 1 and -2; clipped at 0.8 and 1.3.
+RATIOS = [[1.0, 1.5, 0.5], [1.5, 0.5, 1.1]]
+LOGPROBS = [[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]]
+# -min(r A, clip(r) A): 1.0, 1.3 (clipped high), 0.5 | 3.0 (r above counts in full), 1.6 (clipped low), 2.2
+TOKEN_LOSSES = [[-1.0, -1.3, -0.5], [3.0, 1.6, 2.2]]
+
+
+def rollout_by_hand(trained: Sequence[Sequence[int]]) -> tuple[Any, ...]:
+    old = [[-1.0 - math.log(r) for r in row] for row in RATIOS]
+    return rollout(LOGPROBS, trained, advantages=torch.tensor([1.0, -2.0]), old_logprobs=per_token(old))
+
+
+def loss_by_hand(trained: Sequence[Sequence[int]], normalisation: str) -> float:
+    hidden, head_weight, batch = rollout_by_hand(trained)
+    loss, _ = grpo.grpo_loss(
+        hidden, head_weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
+    )
+    return loss.item()
+
+
+def test_the_clipped_loss_and_its_gradient_equal_numbers_by_hand() -> None:
+    hidden, head_weight, batch = rollout_by_hand([[1, 1, 1], [1, 1, 1]])
     loss, sums = grpo.grpo_loss(hidden, head_weight, batch, batch.counts, clip_high=0.3)
-    assert loss.item() == pytest.approx(sum(map(sum, token_losses)) / 6)
+    assert loss.item() == pytest.approx(sum(map(sum, TOKEN_LOSSES)) / 6)
     assert sums["clipped_low"] == 1 and sums["clipped_high"] == 1 and sums["ref_kl"] == sums["rollout_gap"] == 0
     # d loss / d logprob = -r A where not clipped, 0 where clipped; d logprob / d logit of the label = 1 - p
     (gradient,) = torch.autograd.grad(loss, hidden)
@@ -53,27 +65,22 @@ def test_grpo_by_hand() -> None:
     expected = [-1.0 * factor, 0.0, -0.5 * factor, 3.0 * factor, 0.0, 2.2 * factor]
     assert gradient[0, :, 0].tolist() == pytest.approx(expected)
 
-    # The second completion loses its last token: numerator and denominator see the same mask.
-    hidden, head_weight, batch = rollout(logprobs, [[1, 1, 1], [1, 1, 0]], **fields)
-    assert batch.counts == {"tokens": 5, "completions": 2}
-    for normalisation, value in (
-        ("token", (-2.8 + 4.6) / 5),
-        ("sequence", (-2.8 / 3 + 4.6 / 2) / 2),
-        ("constant", (-2.8 + 4.6) / 10 / 2),
-    ):
-        loss, _ = grpo.grpo_loss(
-            hidden, head_weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
-        )
-        assert loss.item() == pytest.approx(value), normalisation
 
-    # Truncated as a whole, it counts nowhere.
-    hidden, head_weight, batch = rollout(logprobs, [[1, 1, 1], [0, 0, 0]], **fields)
-    assert batch.counts == {"tokens": 3, "completions": 1}
-    for normalisation, value in (("token", -2.8 / 3), ("sequence", -2.8 / 3), ("constant", -0.28)):
-        loss, _ = grpo.grpo_loss(
-            hidden, head_weight, batch, batch.counts, clip_high=0.3, normalisation=normalisation, max_tokens=10
-        )
-        assert loss.item() == pytest.approx(value), normalisation
+@pytest.mark.parametrize(
+    "normalisation, expected",
+    [("token", (-2.8 + 4.6) / 5), ("sequence", (-2.8 / 3 + 4.6 / 2) / 2), ("constant", (-2.8 + 4.6) / 10 / 2)],
+)
+def test_a_masked_token_is_in_neither_numerator_nor_denominator(normalisation: str, expected: float) -> None:
+    trained = [[1, 1, 1], [1, 1, 0]]
+    assert rollout_by_hand(trained)[2].counts == {"tokens": 5, "completions": 2}
+    assert loss_by_hand(trained, normalisation) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("normalisation, expected", [("token", -2.8 / 3), ("sequence", -2.8 / 3), ("constant", -0.28)])
+def test_a_truncated_completion_is_in_neither_numerator_nor_denominator(normalisation: str, expected: float) -> None:
+    trained = [[1, 1, 1], [0, 0, 0]]
+    assert rollout_by_hand(trained)[2].counts == {"tokens": 3, "completions": 1}
+    assert loss_by_hand(trained, normalisation) == pytest.approx(expected)
 
 
 def random_rollout(lengths: Sequence[int], truncated: Sequence[int] = ()) -> tuple[Tensor, Tensor, RolloutBatch]:
@@ -145,7 +152,7 @@ def test_nothing_but_truncated_completions_is_no_nan() -> None:
         assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, head_weight)))
 
 
-def test_group_advantages() -> None:
+def test_advantages_are_standardised_in_their_group_and_0_where_rewards_are_equal() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 3.0]])
     advantages, constant = grpo.group_advantages(rewards)
     assert constant == 1 and (advantages[1] == 0).all()

@@ -51,7 +51,7 @@ def test_token_logprobs_equal_the_naive_head(chunk: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-def test_gradcheck() -> None:
+def test_token_logprobs_pass_gradcheck() -> None:
     hidden, head_weight, labels = inputs(n=8, d=4, v=9)
     assert torch.autograd.gradcheck(lambda h, w: head.token_logprobs(h, w, labels, 3), (hidden, head_weight))
 

@@ -12,7 +12,7 @@ from nb_lightning.batch import IGNORE
 from nb_lightning.losses import pairwise
 
 
-def test_pairwise_reward_loss_by_hand() -> None:
+def test_the_reward_models_loss_equals_numbers_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 3.0], [1.0, 1.5, 0.0]], dtype=torch.float64)
     hidden, head_weight = logits.unsqueeze(0).requires_grad_(), torch.eye(3, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([[0, IGNORE, 0]])  # answers are tokens 0 and 1; the second row says the wrong one

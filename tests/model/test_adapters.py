@@ -82,7 +82,7 @@ def test_loss_falls_and_the_base_stays_to_the_last_bit(name: str, precision: str
     assert len(four_bit) == (14 if name == "qlora" else 0)
 
 
-def test_also_train() -> None:
+def test_also_train_trains_a_full_layer_and_keeps_all_weights_in_float32() -> None:
     cfg = AdapterConfig("lora", targets=["q_proj"], also_train=["head"])
     model = adapted(cfg, base_weights(), precision="bf16-mixed")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -99,7 +99,7 @@ def test_also_train() -> None:
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_count_of_what_trains(cfg: AdapterConfig, tied: bool) -> None:
+def test_the_count_of_trained_parameters_is_that_of_the_model(cfg: AdapterConfig, tied: bool) -> None:
     shape = replace(SHAPE, tie_embeddings=tied)
     model = adapted(cfg, base_weights(shape), shape)
     number = sum(p.numel() for p in model.parameters() if p.requires_grad)

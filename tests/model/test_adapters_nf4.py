@@ -67,7 +67,7 @@ def test_gradients_are_those_through_the_dequantised_base_before_and_after_an_ev
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_compute_dtype(compute: str) -> None:
+def test_products_with_4_bit_weights_run_in_the_compute_dtype(compute: str) -> None:
     model = adapted(AdapterConfig("qlora", compute_dtype=compute), base_weights())
     seen = []
     original = torch.ops.bitsandbytes.gemm_4bit.default
@@ -83,7 +83,7 @@ def test_compute_dtype(compute: str) -> None:
     assert len(seen) == 14 and set(seen) == {getattr(torch, compute)}
 
 
-def test_filling_holds_one_whole_tensor_at_a_time_and_allocates_only_what_stays() -> None:
+def test_loading_holds_one_full_tensor_at_a_time_and_allocates_only_what_stays() -> None:
     base, alive, most = base_weights(), [], 0
 
     class Reader(InMemory):

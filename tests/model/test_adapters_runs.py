@@ -142,7 +142,7 @@ def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path,
         export.run(export.parser().parse_args(["--from", str(base), "--adapter", f"{tmp_path}/other"]))
 
 
-def test_adapters_on_adapters(lora: Path, corpus: Path, tmp_path: Path) -> None:
+def test_adapters_train_on_a_base_that_has_adapters(lora: Path, corpus: Path, tmp_path: Path) -> None:
     run = fit(corpus, tmp_path, *QLORA, f"init_from={lora}", "run_name=second")
     weights = find_origin(str(run)).open()
     assert isinstance(weights, adapters.MergedWeights) and isinstance(weights.base, adapters.MergedWeights)
@@ -159,14 +159,14 @@ def test_a_base_that_is_gone_is_named(lora: Path, tmp_path: Path) -> None:
         find_origin(str(run)).open()
 
 
-def test_accumulation(lora: Path, corpus: Path, base: Path, tmp_path: Path) -> None:
+def test_accumulation_changes_no_loss(lora: Path, corpus: Path, base: Path, tmp_path: Path) -> None:
     run = fit(corpus, tmp_path, *LORA, f"init_from={base}", "stage.micro_batch_size=2",
               "stage.phases.decay.micro_batch_size=1", "trainer.activation_checkpointing=true")  # fmt: skip
     assert_same_training(losses(read_trace(lora)), losses(read_trace(run)))
 
 
 @pytest.mark.parametrize("strategy, adapter", [("ddp", "qlora"), pytest.param("fsdp", "lora", marks=pytest.mark.slow)])
-def test_two_processes(
+def test_two_processes_train_as_one(
     request: pytest.FixtureRequest, corpus: Path, base: Path, tmp_path: Path, strategy: str, adapter: str
 ) -> None:
     options = ["stage.adapter.rank=4", f"init_from={base}", f"stage.adapter.name={adapter}"]

@@ -164,7 +164,9 @@ def listed(numbers: Tensor, indices: Tensor) -> list[list[int]]:
         ("flex", CUDA, True, "flex"),
     ],
 )
-def test_the_backend_chosen(name: str, device: torch.device, packed: bool, backend: str) -> None:
+def test_auto_means_flex_for_packed_rows_on_cuda_and_sdpa_elsewhere(
+    name: str, device: torch.device, packed: bool, backend: str
+) -> None:
     assert resolve_backend(name, device, packed) == backend
 
 

@@ -163,7 +163,7 @@ def test_flops_of_the_papers_model(seq_len: int, gigaflops: float) -> None:
 # Initialisation -----------------------------------------------------------------------------------------------------
 
 
-def test_initial_weights() -> None:
+def test_initial_weights_have_the_standard_deviation_of_their_role() -> None:
     model = Transformer(replace(TINY, d_model=64, d_mlp=96, n_layers=8, vocab_size=500, init_std=0.03))
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
