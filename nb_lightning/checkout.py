@@ -20,7 +20,7 @@ CONF = "conf"
 
 
 def default_root() -> str:
-    """Return `paths.root` where no override sets it, as conf/paths/default.yaml has it."""
+    """Return `paths.root` where no override sets it, as conf/train.yaml has it."""
     return os.environ.get("NB_ROOT", "outputs")
 
 

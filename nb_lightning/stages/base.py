@@ -1,4 +1,4 @@
-"""What all stages share: one `training_step` is one optimizer step.
+"""`BaseStage`, which every stage extends: one `training_step` is one optimizer step.
 
 A batch holds all the rows this rank contributes to the step, as micro-batches. The step runs them forward and
 backward, divides every sum by its *global* count (trained tokens, pairs ...), clips, and steps. So the loss is right
@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from nb_lightning.batch import PackedBatch, StepBatch
 from nb_lightning.checkpoints.pretrained import Origin
@@ -42,13 +44,13 @@ class BaseStage(StageModule, Generic[StageSettings]):
 
     Attributes:
         settings: `cfg.stage`, as the class of the stage's schema.
-        plan: what runs, in whole steps.
+        plan: the phases, in whole steps.
         model: the backbone; set by `configure_model`.
-        tokens_seen: the clock: tokens over all ranks whose step is done. The only thing schedules read.
-        origin: where the weights come from that it begins with; None for fresh ones. Set by `begin_from`.
-        context: tokens a row that those weights were made for.
-        adapted: adapters train on a frozen base.
-        base: the digests of that base's tensors.
+        tokens_seen: the clock: tokens over all ranks whose step is done. Schedules read nothing else.
+        origin: where the starting weights are; None for fresh ones. Set by `begin_from`.
+        context: tokens per row that the starting weights were trained for.
+        adapted: whether adapters train on a frozen base.
+        base: the digests of the frozen base's tensors.
         skipped_steps: steps whose update was left out because the loss or gradient was not finite.
     """
 
@@ -69,18 +71,19 @@ class BaseStage(StageModule, Generic[StageSettings]):
 
     # What a stage defines -------------------------------------------------------------------------------------------
 
-    # Each statistic of `loss` -> which of the batch's `counts` it is a mean over; logged as `train/<name>`.
+    # Each statistic of `loss` -> the one of the batch's `counts` that it is a mean over; logged as `train/<name>`.
     per: ClassVar[Mapping[str, str]] = {}
 
     def loss(self, batch: Any, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What one micro-batch adds to the loss of the whole step, and its sums of the statistics `per` names.
+        """Compute one micro-batch's share of the step's loss.
 
         Args:
             batch: a micro-batch.
             counts: the step's `batch.counts`, summed over all micro-batches and ranks, at least 1 each.
 
         Returns:
-            A 0-d tensor, already divided by the counts: the parts of all micro-batches and ranks add up to the loss.
+            The share, 0-d and already divided by the counts: the shares of all micro-batches and ranks add up to the
+            loss. And the sums, 0-d, of the statistics that `per` names.
         """
         raise NotImplementedError
 
@@ -90,7 +93,7 @@ class BaseStage(StageModule, Generic[StageSettings]):
     # Building -------------------------------------------------------------------------------------------------------
 
     def begin_from(self, origin: Origin) -> None:
-        """Begin with these weights instead of fresh ones.
+        """Start from these weights instead of fresh ones.
 
         Raises:
             ValueError: the model has another shape; names the key.
@@ -122,11 +125,11 @@ class BaseStage(StageModule, Generic[StageSettings]):
                 )
 
     def frozen(self, origin: Origin, nf4: bool = False) -> FrozenModel:
-        """A model beside the one that trains, laid out like it."""
+        """Load a frozen model beside the one that trains, laid out like it."""
         return FrozenModel(origin, self.cfg.trainer, *self._layout(), nf4)
 
     def _layout(self) -> tuple[str, torch.device, DeviceMesh | None]:
-        """Attention's backend, the device, and where parameters are sharded the mesh."""
+        """Return the attention backend, the device, and the mesh that parameters are sharded over, if they are."""
         strategy = self.trainer.strategy
         mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
         backend = resolve_backend(self.cfg.trainer.attention, strategy.root_device, self.cfg.data.mask_documents)
@@ -134,12 +137,13 @@ class BaseStage(StageModule, Generic[StageSettings]):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.settings.optim
-        return build_optimizer(self.model, optim.name, tuple(optim.betas), optim.eps, optim.weight_decay)
+        beta1, beta2 = optim.betas
+        return build_optimizer(self.model, optim.name, (beta1, beta2), optim.eps, optim.weight_decay)
 
     # Training -------------------------------------------------------------------------------------------------------
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
-        """Floating-point operations per trained token, see `ModelShape.flops_per_token`."""
+        """Return the floating-point operations per trained token, see `ModelShape.flops_per_token`."""
         return self.shape.flops_per_token(seq_len, causal, frozen=self.adapted)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -149,16 +153,21 @@ class BaseStage(StageModule, Generic[StageSettings]):
         return metrics
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
-        """One optimizer step on the micro-batches of all ranks, as many on each; returns what is to be logged."""
+        """Take one optimizer step on the micro-batches of all ranks; every rank has equally many.
+
+        Returns:
+            The metrics to log, 0-d tensors, the same on every rank.
+        """
         optimizer = self.optimizers()
-        if self.model.is_stochastic:  # from the clock, so that a resumed run draws the same
+        assert isinstance(optimizer, LightningOptimizer)  # `configure_optimizers` returns one
+        if self.model.is_stochastic:  # seeded by the clock, so that a resumed run draws the same
             torch.manual_seed(zlib.crc32(f"{self.cfg.seed} {self.tokens_seen} {self.global_rank}".encode()))
         counts = self._global_counts(micro_batches)
         totals = dict.fromkeys(("loss", *self.per), torch.zeros((), device=self.device))
         for micro in micro_batches:
             with self._synchronise(micro is micro_batches[-1]):
                 loss, sums = self.loss(micro, counts)
-                # DDP and FSDP2 average gradients over ranks; times the world size makes that the sum the loss is.
+                # DDP and FSDP2 average gradients over ranks; times the world size, the average is the sum.
                 self.manual_backward(loss * self.trainer.world_size)
             totals = {name: total + {**sums, "loss": loss}[name].detach() for name, total in totals.items()}
         totals = self._sum_over_ranks(totals)
@@ -175,13 +184,13 @@ class BaseStage(StageModule, Generic[StageSettings]):
         return metrics | {f"train/{name}": count.float() for name, count in counts.items()}
 
     def _global_counts(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
-        """What the sums of this step are divided by, over all micro-batches and ranks; at least 1."""
-        own = [micro.counts for micro in micro_batches]
-        totals = {name: torch.stack([counts[name] for counts in own]).sum() for name in own[0]}
+        """Sum the counts of a step over all micro-batches and ranks; each is at least 1, as sums are divided by it."""
+        counts_by_batch = [micro.counts for micro in micro_batches]
+        totals = {name: torch.stack([counts[name] for counts in counts_by_batch]).sum() for name in counts_by_batch[0]}
         return {name: total.clamp(min=1) for name, total in self._sum_over_ranks(totals).items()}
 
     def _clock(self) -> Tensor:
-        """`tokens_seen` for the loggers; float64 holds every count up to 9e15 exactly, float32 only up to 16.7 M."""
+        """Return `tokens_seen` for the loggers, 0-d float64: exact up to 9e15, float32 only up to 16.7 M."""
         return torch.tensor(self.tokens_seen, dtype=torch.float64)
 
     def _skip_step(self, loss: float, grad_norm: float) -> None:
@@ -196,27 +205,28 @@ class BaseStage(StageModule, Generic[StageSettings]):
         self.print(f"skipped an optimizer step {where} ({self.skipped_steps} in all)")
 
     @contextmanager
-    def _synchronise(self, last: bool) -> Iterator[None]:
+    def _synchronise(self, is_last: bool) -> Iterator[None]:
         """Exchange gradients between ranks in the backward of the last micro-batch only."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            self.model.set_requires_gradient_sync(last)
-        elif isinstance(strategy, DDPStrategy) and not last:
+            cast(FSDPModule, self.model).set_requires_gradient_sync(is_last)
+        elif isinstance(strategy, DDPStrategy) and not is_last:
             with strategy.block_backward_sync():
                 yield
             return
         yield
 
-    def _sum_over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _sum_over_ranks(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.trainer.world_size == 1:
-            return values
-        stacked = self.trainer.strategy.reduce(torch.stack(list(values.values())), reduce_op="sum")
-        return dict(zip(values, stacked))
+            return terms
+        totals = self.trainer.strategy.reduce(torch.stack(list(terms.values())), reduce_op="sum")
+        assert isinstance(totals, Tensor)
+        return dict(zip(terms, totals))
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint says of the run, as plain values; `checkpoint.json` shows it without loading a tensor."""
+        """Return what a checkpoint says about the run, as plain values; `checkpoint.json` holds them too."""
         return {
             "tokens_seen": self.tokens_seen,
             "step": self.plan.step_at(self.tokens_seen),
@@ -233,13 +243,14 @@ class BaseStage(StageModule, Generic[StageSettings]):
     def _adapter(self) -> dict[str, Any] | None:
         if not self.adapted:
             return None
+        assert self.origin is not None  # adapters need a base: config/checks.py
         return {
             **asdict(self.settings.adapter),
             "base": {"path": str(self.origin.path.resolve()), "tensors": self.base},
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Of an adapter run only what trains."""
+        """Return the weights to save; of an adapter run only those that train."""
         state = super().state_dict(*args, **kwargs)
         if self.adapted:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
@@ -261,13 +272,13 @@ class BaseStage(StageModule, Generic[StageSettings]):
 
 
 class ValidatedByMeans(BaseStage[StageSettings]):
-    """Logs `val/<statistic>/<source>` over the held-out rows of each source."""
+    """A stage that logs `val/<statistic>/<source>` over the held-out rows of each source."""
 
-    # Each statistic of `held_out` -> which of the batch's `counts` it is a mean over.
+    # Each statistic of `held_out` -> the one of the batch's `counts` that it is a mean over.
     validated: ClassVar[Mapping[str, str]] = {}
 
     def held_out(self, batch: PackedBatch, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums of the statistics that `validated` names; by default those of the loss."""
+        """Compute the sums of the statistics that `validated` names; by default those of the loss."""
         _, sums = self.loss(batch, counts)
         return sums
 
@@ -280,9 +291,9 @@ class ValidatedByMeans(BaseStage[StageSettings]):
         self._means[self.data.val_names[dataloader_idx]].update(self.held_out(batch, counts), counts)
 
     def on_validation_epoch_end(self) -> None:
-        values = {
-            f"val/{key}/{name}": value.float()
-            for name, means in self._means.items()
-            for key, value in means.compute().items()
+        metrics = {
+            f"val/{statistic}/{source}": mean.float()
+            for source, means in self._means.items()
+            for statistic, mean in means.compute().items()
         }
-        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+        self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)

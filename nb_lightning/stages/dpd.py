@@ -1,8 +1,8 @@
 """DPD: dual-level preference distillation (report, section on DPD).
 
-Between the two responses of a pair DPO, with the policy that the run begins with as reference; at each of their tokens
-the distribution of a frozen teacher. The loss is `losses.dpd_loss`; the teacher is held in no module (`FrozenModel`),
-and the reference's log-probabilities are computed once, before the first step, and kept in the run's folder.
+Two losses on each pair of responses: DPO compares the two, with the starting policy as reference; a divergence compares
+the policy with a frozen teacher at each of their tokens. The loss is `losses.dpd.dpd_loss`. The reference's
+log-probabilities are computed once, before the first step, and cached in the run's folder.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class DPDStage(ValidatedByMeans[DPDConfig]):
     """Preference distillation on packed rows of pairs (data/preference.py).
 
     Attributes:
-        teacher: None where no term asks for one.
-        reference: [pairs, 2] float32 nats by the number of the pair, on the device; -inf for pairs that are not drawn.
+        teacher: None without `stage.teacher`.
+        reference: [pairs, 2] float32 nats, a row per pair id, on the device; -inf for pairs that the run does not use.
+            Set by `on_train_start`.
     """
 
     per = validated = DPD_PER
+    reference: Tensor
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
@@ -58,8 +60,7 @@ class DPDStage(ValidatedByMeans[DPDConfig]):
         )
         self._teacher_origin: Origin | None = None
         self.teacher: FrozenModel | None = None
-        self.reference: Tensor | None = None
-        self._began_as: dict[str, str] = {}  # digests of the starting policy and of the teacher
+        self._start_digests: dict[str, str] = {}  # of the starting policy and of the teacher
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -79,61 +80,67 @@ class DPDStage(ValidatedByMeans[DPDConfig]):
             self.teacher = self.frozen(self._teacher_origin, self.settings.teacher_nf4)
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
-        """With the teacher's forward, a third of forward and backward."""
-        own = super().flops_per_token(seq_len, causal)
-        return own + (self.teacher.shape.flops_per_token(seq_len, causal) / 3 if self.teacher else 0)
+        """Add the teacher's forward, a third of its forward and backward."""
+        student = super().flops_per_token(seq_len, causal)
+        return student + (self.teacher.shape.flops_per_token(seq_len, causal) / 3 if self.teacher else 0)
 
     # Reference ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Read the reference's log-probabilities, or, before the first step, compute them."""
         data, path = self.data, run_dir(self.cfg) / REFERENCE
-        if not self._began_as:
-            self._began_as = self._beginning()
-        key = ReferenceKey(data.pairs_digest, self._began_as["policy"], data.template_digest)
-        drawn = dict(data.new_pairs())
+        if not self._start_digests:
+            self._start_digests = self._digests_at_start()
+        key = ReferenceKey(data.pairs_digest, self._start_digests["policy"], data.template_digest)
+        new_pairs_by_step = dict(data.new_pairs())
         try:
-            found = read_reference(path, key, data.n_pairs)
-            needed = torch.from_numpy(np.concatenate([*drawn.values(), data.validated_pairs()]))
-            if not found[needed].isfinite().all():
-                found = None
+            logprobs = read_reference(path, key, data.n_pairs)
+            needed = torch.from_numpy(np.concatenate([*new_pairs_by_step.values(), data.validated_pairs()]))
+            if not logprobs[needed].isfinite().all():
+                logprobs = None
         except FileNotFoundError:
-            found = None
-        self.trainer.strategy.barrier("reference")  # before rank 0 may write it
-        if found is None:
+            logprobs = None
+        self.trainer.strategy.barrier("reference")  # all ranks have looked before rank 0 writes
+        if logprobs is None:
             if self.tokens_seen:
                 raise ValueError(
                     f"{path} is gone, or lacks pairs that this plan draws, and the reference's weights with it: the "
                     "policy has been trained since; begin another run"
                 )
-            found = self._compute_reference(drawn)
+            logprobs = self._compute_reference(new_pairs_by_step)
             if self.global_rank == 0:
-                write_reference(path, found, key)
-        self.reference = found.to(self.device)
+                write_reference(path, logprobs, key)
+        self.reference = logprobs.to(self.device)
 
-    def _beginning(self) -> dict[str, str]:
+    def _digests_at_start(self) -> dict[str, str]:
         if self.origin is None:
             raise ValueError("there is nothing to resume, and stage=dpd needs init_from to begin: the model after SFT")
-        # What the numbers depend on besides the data: the same weights give others in another precision.
+        # All that the log-probabilities depend on besides the data; the precision changes them as the weights do.
         adapter = asdict(self.settings.adapter) if self.settings.adapter.name == "qlora" else None
-        how = [self.origin.digest(), self.model.rope.theta, self.cfg.trainer.precision, adapter]
-        policy = hashlib.sha256(json.dumps(how).encode()).hexdigest()
+        computed_with = [self.origin.digest(), self.model.rope.theta, self.cfg.trainer.precision, adapter]
+        policy = hashlib.sha256(json.dumps(computed_with).encode()).hexdigest()
         teacher = self._teacher_origin.digest() if self._teacher_origin else ""
         return {"policy": policy, "teacher": teacher}
 
-    def _compute_reference(self, drawn: Mapping[int, np.ndarray]) -> Tensor:
-        """Log-probabilities of the pairs that the run draws (`data.new_pairs`) or validates on: [pairs, 2], on the CPU.
+    def _compute_reference(self, new_pairs_by_step: Mapping[int, np.ndarray]) -> Tensor:
+        """Compute the log-probabilities of all pairs that the run trains or validates on; every rank takes its share.
 
-        In the very micro-batches in which a pair is first trained on, and as there in training mode, with a graph that
-        nobody uses: the same products in the same order, so that the first margin is 0 to the last bit. (Adapters begin
-        as 0, so their dropout changes nothing.) Every rank computes its share.
+        Each pair is computed in the micro-batch in which it is first trained, in training mode and with a graph that is
+        thrown away: the same products in the same order, so that the first margin is 0 to the last bit. (Adapters start
+        as 0, so their dropout changes nothing.)
+
+        Args:
+            new_pairs_by_step: step -> ids of the pairs that it is the first to draw (`data.new_pairs`).
+
+        Returns:
+            [pairs, 2] float32 nats on the CPU; -inf for all other pairs.
         """
         data, rank, ranks = self.data, self.trainer.global_rank, self.trainer.world_size
         self.print("log-probabilities of the reference ...")
         table = torch.full((data.n_pairs, 2), -torch.inf, device=self.device)
         steps = data.steps(rank, ranks)
-        for step, new in drawn.items():
-            wanted = set(new.tolist())
+        for step, new_pairs in new_pairs_by_step.items():
+            wanted = set(new_pairs.tolist())
             for micro in steps[step].micro_batches:
                 self._add_reference(table, micro, wanted)
         for loader in data.val_dataloader():
@@ -141,19 +148,23 @@ class DPDStage(ValidatedByMeans[DPDConfig]):
                 self._add_reference(table, batch, set(batch.pair_ids.tolist()))
         if ranks > 1:
             table = self.trainer.strategy.reduce(table, reduce_op="max")
+            assert isinstance(table, Tensor)
         return table.cpu()
 
     def _add_reference(self, table: Tensor, batch: PreferenceBatch, wanted: set[int]) -> None:
+        """Write the log-probabilities of a batch's wanted pairs into the table."""
         batch = self.trainer.strategy.batch_to_device(batch, self.device)
+        assert batch.pair_ids is not None  # data/preference.py numbers every pair
         head = partial(response_logprobs, batch=batch, chunk_size=self.settings.head_chunk)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            found = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head).detach()
-        new = [place for place, pair in enumerate(batch.pair_ids.tolist()) if pair in wanted]
-        table[batch.pair_ids[new]] = found[new].float()
+            logprobs = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head).detach()
+        rows = [row for row, pair in enumerate(batch.pair_ids.tolist()) if pair in wanted]
+        table[batch.pair_ids[rows]] = logprobs[rows].float()
 
     # Training -------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: PreferenceBatch, counts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.pair_ids is not None  # data/preference.py numbers every pair
         batch = replace(batch, ref_logprobs=self.reference[batch.pair_ids])
         teacher: TeacherOutputs | None = self.teacher(batch) if self.teacher else None
         head = partial(self._loss, batch=batch, counts=counts, teacher=teacher)
@@ -162,13 +173,13 @@ class DPDStage(ValidatedByMeans[DPDConfig]):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "began_as": self._began_as}
+        return {**super().state(), "began_as": self._start_digests}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._began_as = checkpoint["nb_lightning"]["began_as"]
+        self._start_digests = checkpoint["nb_lightning"]["began_as"]
         teacher = self._teacher_origin.digest() if self._teacher_origin else ""
-        if teacher != self._began_as["teacher"]:
+        if teacher != self._start_digests["teacher"]:
             raise ValueError(
                 f"{TEACHER_KEY}={self.settings.teacher} is not the teacher that this run was trained with so far; "
                 "begin another run to change it"

@@ -1,6 +1,6 @@
-"""The frozen teacher of distillation: a model beside the one that trains, and no part of it.
+"""A frozen model beside the one that trains: the teacher of DPD, the reference of RL.
 
-It is in no module, so no optimizer, checkpoint or gradient exchange sees it. Under FSDP2 it is sharded like the policy.
+No module holds it, so no optimizer, checkpoint or gradient exchange sees it. Under FSDP2 it is sharded like the policy.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from nb_lightning.model.weights import Weights
 
 
 class FrozenModel:
-    """A teacher, on its device.
+    """A model without gradients, on its device.
 
     Args:
-        origin: its weights. Under any bf16 precision they are held in bfloat16.
-        trainer: as for the policy.
-        backend: of attention.
+        origin: where its weights are. Under any bf16 precision they are held in bfloat16.
+        trainer: the policy's trainer config.
+        backend: the attention backend.
+        device: where it runs.
+        mesh: what its parameters are sharded over; None for one copy on every device.
         nf4: hold the layers' linears in 4 bits.
 
     Raises:
@@ -58,7 +60,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> TeacherOutputs:
-        """What it knows of every token of a batch, flattened to [B * T]."""
+        """Run it on a batch; the outputs have one row per token, [B * T, D] hidden states."""
         hidden, weight = self.model(
             batch.input_ids, batch.position_ids, batch.cu_seqlens, head=lambda hidden, weight: (hidden, weight)
         )
@@ -74,6 +76,8 @@ def _freeze(model: Transformer, nf4: bool) -> None:
 def _fill(model: nn.Module, weights: Weights) -> None:
     for name, parameter in list(model.named_parameters()):
         if parameter.dtype == torch.uint8:
-            bnb.quantise(model.get_submodule(name.removesuffix(".weight")), weights.read(name))
+            linear = model.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(linear, nn.Linear)  # only linears are held in 4 bits
+            bnb.quantise(linear, weights.read(name))
         else:
             copy_into(parameter, weights.read(name))

@@ -1,4 +1,4 @@
-"""Metrics that sum over ranks before they divide."""
+"""Validation metrics: they sum over all batches and ranks before they divide."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torchmetrics import Metric
 class Perplexity(Metric):
     """exp of the mean negative log-likelihood over all tokens of all ranks.
 
-    torchmetrics' own Perplexity wants logits [B, T, V]; this one takes the sums the chunked head yields.
+    torchmetrics' own Perplexity needs logits [B, T, V]; this one takes the sums that the chunked head computes.
     """
 
     full_state_update = False
+    nll: Tensor  # 0-d float64 nats
+    tokens: Tensor  # 0-d int64
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,13 +34,15 @@ class Perplexity(Metric):
 
 
 class Means(Metric):
-    """Sums of statistics over their counts.
+    """Means of several statistics over all batches of all ranks.
 
     Args:
-        per: each statistic -> which count it is a mean over.
+        per: each statistic -> the count that it is a mean over.
     """
 
     full_state_update = False
+    sums: Tensor  # [statistics] float64
+    counts: Tensor  # [statistics] float64
 
     def __init__(self, per: Mapping[str, str]) -> None:
         super().__init__()
@@ -47,7 +51,7 @@ class Means(Metric):
             self.add_state(name, torch.zeros(len(self.per), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> None:
-        """Add the sums, and what they are divided by, of a batch."""
+        """Add the sums and counts of a batch, 0-d each."""
         self.sums += torch.stack([sums[name].detach().double() for name in self.per])
         self.counts += torch.stack([counts[count].double() for count in self.per.values()])
 

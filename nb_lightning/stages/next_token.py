@@ -1,4 +1,4 @@
-"""Training on the next token: what pretraining and SFT share. They differ in their data alone."""
+"""Pretraining and SFT: training on the next token. The two differ in their data alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NextTokenStage(BaseStage[TokensConfig]):
     """Cross-entropy per trained token; validation is the perplexity of each source on held-out rows."""
 
     def nll(self, batch: PackedBatch) -> Tensor:
-        """-log p of all labels that count, summed, 0-d."""
+        """Compute the sum of -log p over all trained labels: 0-d float32 nats."""
         head = partial(cross_entropy, labels=batch.labels, chunk_size=self.settings.head_chunk)
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, head=head)
 
@@ -33,5 +33,5 @@ class NextTokenStage(BaseStage[TokensConfig]):
         self._perplexity[name].update(self.nll(batch), batch.counts["tokens"])
 
     def on_validation_epoch_end(self) -> None:
-        values = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
-        self.log_dict({**values, "tokens_seen": self._clock()}, batch_size=1)
+        metrics = {f"val/perplexity/{name}": metric.compute().float() for name, metric in self._perplexity.items()}
+        self.log_dict({**metrics, "tokens_seen": self._clock()}, batch_size=1)

@@ -15,7 +15,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norm weights (1-d) do not; frozen parameters are left out."""
+    """Split the trained parameters: matrices decay, norm weights (1-d) do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(
     model: nn.Module, name: str, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `model`; the learning rate starts at 0 and is set by the `FGWSD` callback.
+    """Build the optimizer `name` over `model`; the learning rate is 0 until the `FGWSD` callback sets it.
 
     Raises:
         ValueError: unknown name, bitsandbytes missing, or bitsandbytes asked for on sharded (FSDP2) parameters.
@@ -49,10 +49,13 @@ def build_optimizer(
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their norm is at most `max_norm`; returns the norm before, 0-d float32.
+    """Scale all gradients together so that their norm is at most `max_norm`.
 
     Under FSDP2 the norm is over all shards. Parameters on different device meshes (FSDP beside tensor parallel) are
-    reduced mesh by mesh, which `torch.nn.utils.clip_grad_norm_` refuses to mix.
+    reduced mesh by mesh; `torch.nn.utils.clip_grad_norm_` refuses to mix meshes.
+
+    Returns:
+        The norm before scaling, 0-d float32.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
@@ -65,5 +68,5 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     total = torch.linalg.vector_norm(torch.stack(norms)).float()
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for group in by_mesh.values():
-        torch._foreach_mul_(group, scale)
+        torch._foreach_mul_(group, scale)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name for it
     return total

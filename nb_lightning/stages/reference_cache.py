@@ -1,14 +1,13 @@
-"""Log-probabilities of the frozen reference, computed once and kept in a file that knows what they belong to.
+"""The cache of the reference's log-probabilities in DPD: computed once, and refused where it does not fit.
 
-The reference of DPD is the policy as it was before the first step, so its log-probabilities depend on the pairs, the
-weights and how text became tokens, and on nothing that training changes. The file (safetensors) carries a digest of
-each, and of its own numbers; anything that does not fit is refused, never used.
+The reference is the policy before the first step. Its log-probabilities depend on the pairs, the weights and how text
+became tokens, and on nothing that training changes. The file (safetensors) holds a digest of each, and of the
+log-probabilities.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,17 +22,17 @@ NAME = "ref_logprobs"
 
 
 class StaleCache(ValueError):
-    """A cache of something else than what it is asked for."""
+    """A cache that is damaged, or that was written for another run."""
 
 
 @dataclass(frozen=True)
 class ReferenceKey:
-    """Digests of all that the numbers depend on.
+    """Digests of everything that the numbers depend on.
 
     Attributes:
-        data: of the pairs, in order.
-        model: of the reference's weights, see `weights_digest`.
-        template: of tokenizer and chat template together.
+        data: digest of the pairs, in order.
+        model: digest of the reference's weights and of how they compute (`DPDStage`).
+        template: digest of tokenizer and chat template together.
     """
 
     data: str
@@ -41,19 +40,10 @@ class ReferenceKey:
     template: str
 
 
-def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes, types and bytes of e.g. `model.named_parameters()`, in any order."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
 def write_reference(path: Path, logprobs: Tensor, key: ReferenceKey) -> None:
-    """Keep `logprobs` [P, 2] float32, chosen and rejected of each pair in the order of the data.
+    """Write `logprobs` [P, 2] float32 nats: chosen and rejected of each pair, in the order of the data.
 
-    The file appears whole or not at all.
+    The write is atomic.
     """
     logprobs = logprobs.detach().float().cpu().contiguous()
     metadata = {**asdict(key), "sha256": hashlib.sha256(_bytes(logprobs)).hexdigest()}
@@ -63,10 +53,10 @@ def write_reference(path: Path, logprobs: Tensor, key: ReferenceKey) -> None:
 
 
 def read_reference(path: Path, key: ReferenceKey, pairs: int) -> Tensor:
-    """The [P, 2] float32 nats of a cache written for `key`.
+    """Read the cache written for `key`: [P, 2] float32 nats.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no cache.
         StaleCache: it is damaged, or was written for other data, weights or templates; says which.
     """
     if not path.exists():
@@ -90,4 +80,4 @@ def read_reference(path: Path, key: ReferenceKey, pairs: int) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

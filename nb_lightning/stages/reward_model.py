@@ -1,7 +1,7 @@
-"""The reward model: which of two responses is better, said in one token (report, section on human preference).
+"""The reward model: it says in one token which of two responses is better (report, section on human preference).
 
-The backbone as it is, without a head of its own: what counts is its logits for "A" and "B" after a comparison
-(nb_lightning/rewards/comparison_form.py). nb_lightning/rewards/preference.py is where it judges.
+The model has no extra head: the loss compares its logits for "A" and "B" after a comparison
+(nb_lightning/rewards/comparison_form.py). nb_lightning/rewards/preference.py judges with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RewardModelStage(ValidatedByMeans[RewardModelConfig]):
     """Training on comparisons (data/reward.py); `train/tokens` counts them.
 
     Attributes:
-        form: how they are written; in every checkpoint.
+        form: how comparisons are written; every checkpoint holds it.
     """
 
     per = REWARD_PER
