@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 # A thread of OpenMP that waits for others spins by default. Beside any other busy program that makes two threads up to
 # ten times slower than one (docs/performance.md); read when torch is imported, so set before.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# What imports make stays to the end: collecting among it costs a fifth of the start-up (docs/performance.md).
+# Importing creates millions of long-lived objects; collecting among them costs a fifth of the start-up
+# (docs/performance.md).
 gc.disable()
 
 log = logging.getLogger("train")
@@ -58,7 +59,7 @@ def main(composed: DictConfig) -> None:
 
 
 def trusted_packages() -> list[str]:
-    """Packages named by `hydra.searchpath=[pkg://...]`: whoever adds one trusts its code."""
+    """Return the packages that the user trusts by naming them in `hydra.searchpath=[pkg://...]`."""
     return [
         source.path.removeprefix("pkg://").split(".")[0]
         for source in HydraConfig.get().runtime.config_sources
@@ -67,7 +68,7 @@ def trusted_packages() -> list[str]:
 
 
 def run(cfg: Config) -> None:
-    # Heavy imports come after the config has passed, so that a typo costs nothing.
+    """Train, or with `dry_run` describe the run. Heavy imports come here, so that a wrong key fails at once."""
     import lightning.pytorch as pl
     import torch
 
@@ -144,6 +145,7 @@ def build_stage(cfg: Config, plan: PhasePlan) -> tuple[BaseStage[Any], PlannedDa
 
 
 def build_trainer(cfg: Config, accelerator: str, folder: Path) -> pl.Trainer:
+    """Build Lightning's Trainer with the config's callbacks and loggers."""
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
@@ -176,7 +178,7 @@ def build_trainer(cfg: Config, accelerator: str, folder: Path) -> pl.Trainer:
 
 
 def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
-    """The checkpoint to continue from, known to be whole, or None to begin.
+    """Return the checkpoint to continue from, checked to be complete, or None to begin.
 
     Args:
         end: tokens of the whole plan. A run that was killed after the last step, before everything was measured and
@@ -210,7 +212,7 @@ def starting_point(cfg: Config, folder: Path, end: int) -> Path | None:
 
 
 def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData[Any]) -> None:
-    """Refuse to continue a checkpoint with another layout, model, past, seed or data than made it."""
+    """Refuse to continue a checkpoint with another layout, model, past, seed or data than it was trained with."""
     from nb_lightning.checkpoints import folders
 
     saved = folders.read_info(checkpoint)
@@ -236,7 +238,7 @@ def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData
 
 
 def require_room(cfg: Config, parameters: int, folder: Path) -> None:
-    """Refuse to begin where the checkpoints would not fit: weights and two moments, for each one kept."""
+    """Refuse to begin where the disk has no room for the checkpoints: weights and two moments, each."""
     size = parameters * (6 if cfg.trainer.precision == "bf16-true" else 12)
     needed = size * (len(phases_of(cfg.stage)) + cfg.trainer.keep_last + 1)
     free = shutil.disk_usage(folder).free
@@ -248,7 +250,7 @@ def require_room(cfg: Config, parameters: int, folder: Path) -> None:
 
 
 def quieten() -> None:
-    """Keep the libraries' hints off the screen; errors and our own lines stay."""
+    """Hide the libraries' hints; errors and our own lines stay."""
     for name, level in (("lightning", "WARNING"), ("lightning.pytorch", "WARNING"), ("litdata", "ERROR")):
         logging.getLogger(name).setLevel(level)
     for text in (

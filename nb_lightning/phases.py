@@ -107,7 +107,7 @@ class PhasePlan:
         return self.phases[self.index_at(tokens_seen)]
 
     def begun(self, tokens_seen: int) -> tuple[Phase, ...]:
-        """The phases that some of the first `tokens_seen` tokens belong to."""
+        """Return the phases that some of the first `tokens_seen` tokens belong to."""
         return self.phases[: self.index_at(tokens_seen - 1) + 1] if tokens_seen > 0 else ()
 
     def start_of(self, index: int) -> int:
@@ -132,7 +132,7 @@ class PhasePlan:
         return self.phase_at(tokens_seen).mixture
 
     def scaled(self, total_tokens: int) -> PhasePlan:
-        """The same plan over `total_tokens`: every phase keeps its share, boundaries rounded to whole tokens."""
+        """Stretch the plan over `total_tokens`: every phase keeps its share, boundaries rounded to whole tokens."""
         if self.total_tokens <= 0:
             return self  # nothing to keep a share of; `validate` names what is wrong
         factor = Fraction(total_tokens, self.total_tokens)
@@ -140,11 +140,11 @@ class PhasePlan:
         return PhasePlan(tuple(replace(p, tokens=b - a) for p, a, b in zip(self.phases, [0, *ends], ends)))
 
     def in_whole_steps(self) -> PhasePlan:
-        """The plan as it runs: each phase lasts a whole number of optimizer steps, at least one.
+        """Round the plan to how it runs: each phase lasts a whole number of optimizer steps, at least one.
 
-        Learning rate, mixture, context and RoPE base then move at one and the same token, and no step is ragged.
-        A boundary moves by at most half a step of the phase it ends: what rounding took from one phase, the next
-        makes up for. `nb_lightning` prints planned and realised tokens side by side.
+        Learning rate, mixture, context and RoPE base then change at one and the same token, and every step is full.
+        A boundary moves by at most half a step of the phase that it ends: the next phase makes up for what rounding
+        took from one. `dry_run=true` prints planned and realised tokens side by side.
         """
         phases: list[Phase] = []
         start = 0
@@ -155,13 +155,13 @@ class PhasePlan:
         return PhasePlan(tuple(phases))
 
     def step_at(self, tokens_seen: int) -> int:
-        """How many whole optimizer steps lie before `tokens_seen` (for a plan in whole steps)."""
+        """Return the number of whole optimizer steps before `tokens_seen` (for a plan in whole steps)."""
         index = self.index_at(tokens_seen)
         steps = sum(phase.steps for phase in self.phases[:index])
         return steps + (tokens_seen - self.start_of(index)) // self.phases[index].global_batch_tokens
 
     def tokens_at(self, step: int) -> int:
-        """`tokens_seen` before optimizer step `step` (for a plan in whole steps); inverse of `step_at`."""
+        """Return `tokens_seen` before optimizer step `step` (for a plan in whole steps); the inverse of `step_at`."""
         tokens = 0
         for phase in self.phases:
             if step <= phase.steps:
@@ -187,7 +187,7 @@ class PhasePlan:
             if start >= tokens_seen:
                 return
             if old is None or phase is None:
-                name = (old or asdict(phase))["name"]
+                name = old["name"] if phase is None else phase.name
                 raise ValueError(
                     f"the checkpoint has {tokens_seen} tokens under another plan (phase {name!r}); {_NEW_RUN}"
                 )
@@ -214,7 +214,7 @@ class PhasePlan:
 
 
 def exact(weight: float) -> Fraction:
-    """The decimal that a YAML float was written as: 0.1 is 1/10, not 3602879701896397/2**55."""
+    """Return the decimal that a YAML float was written as: 0.1 is 1/10, not 3602879701896397/2**55."""
     return Fraction(repr(float(weight)))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from nb_lightning.checkpoints.hf_config import config_from_shape
 from nb_lightning.config.compose import plan_of
-from nb_lightning.dry_run import GIB, beside, describe, memory_per_device, missing
+from nb_lightning.dry_run import GIB, describe, frozen_models, memory_per_device, missing
 from nb_lightning.model.transformer import ModelShape
 from tests.config.harness import composed
 from tests.harness import ROOT
@@ -60,8 +60,8 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
     cfg = composed(*words)
     shape = ModelShape(**asdict(cfg.model))
     embeddings = 2 * 166144 * 2560
-    assert beside(cfg, shape) == {"teacher": shape}
-    memory = memory_per_device(cfg, shape, 65536, beside(cfg, shape))
+    assert frozen_models(cfg, shape) == {"teacher": shape}
+    memory = memory_per_device(cfg, shape, 65536, frozen_models(cfg, shape))
     assert memory["teacher"] == 3933637120 * 2 / 8 + embeddings * 2  # what FSDP2's root has stays gathered
     text = describe(cfg)
     assert re.search(rf"stage.teacher +{tmp_path}/data/teacher, counted as large as the model\n", text)
@@ -72,7 +72,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
     small = replace(shape, n_layers=2)
     (tmp_path / "data/teacher").mkdir(parents=True)
     (tmp_path / "data/teacher/config.json").write_text(json.dumps(config_from_shape(small, torch.bfloat16)))
-    assert {**asdict(beside(cfg, shape)["teacher"]), "init_std": 0} == {**asdict(small), "init_std": 0}
+    assert {**asdict(frozen_models(cfg, shape)["teacher"]), "init_std": 0} == {**asdict(small), "init_std": 0}
     assert "stage.teacher " not in describe(cfg)
     for nf4, size in ((False, 2), (True, 1 / 2 + 1 / 64 + 4 / 64 / 256)):
         one = composed(*words, "trainer.strategy=single", "trainer.devices=1", f"stage.teacher_nf4={nf4}")
@@ -85,7 +85,7 @@ def test_what_rl_holds_beside_the_policy_is_counted(tmp_path: Path) -> None:
     words = ("stage=rl", "model=nanbeige4_3b", "trainer=fsdp", f"paths.root={tmp_path}")
     cfg, parameters = composed(*words, "stage.kl_weight=0.1"), 3933637120
     shape = ModelShape(**asdict(cfg.model))
-    memory = memory_per_device(cfg, shape, 36864, beside(cfg, shape))
+    memory = memory_per_device(cfg, shape, 36864, frozen_models(cfg, shape))
     assert memory["reward model"] == parameters * 2  # whole on every device
     assert memory["reference"] == parameters * 2 / 8 + 2 * 166144 * 2560 * 2
     text = describe(composed(*words))

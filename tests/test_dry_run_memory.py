@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from nb_lightning.checkpoints.pretrained import GGUFOrigin
 from nb_lightning.config.schema import DPDConfig
-from nb_lightning.dry_run import memory_per_device
+from nb_lightning.dry_run.memory import memory_per_device
 from nb_lightning.losses.dpd import dpd_loss
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.stages.frozen import FrozenModel
@@ -97,7 +97,7 @@ def test_the_estimate_is_what_the_process_takes(options: tuple[Any, ...]) -> Non
 import re
 from pathlib import Path
 import torch
-from nb_lightning.dry_run import memory_per_device
+from nb_lightning.dry_run.memory import memory_per_device
 from nb_lightning.model.transformer import ModelShape
 from tests.memory_harness import build_config, build_on_cpu, build_step
 def resident(what): return 1024 * int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
