@@ -187,9 +187,10 @@ class PhasePlan:
             if start >= tokens_seen:
                 return
             if old is None or phase is None:
-                name = old["name"] if phase is None else phase.name
+                extra = asdict(phase) if phase else old  # the longer plan's
+                assert extra is not None
                 raise ValueError(
-                    f"the checkpoint has {tokens_seen} tokens under another plan (phase {name!r}); {_NEW_RUN}"
+                    f"the checkpoint has {tokens_seen} tokens under another plan (phase {extra['name']!r}); {_NEW_RUN}"
                 )
             for key, value in asdict(phase).items():
                 if key != "micro_batch_size" and old[key] != value:  # how a step is cut up changes no sum

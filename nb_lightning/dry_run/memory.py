@@ -1,6 +1,6 @@
 """Estimate the memory of a run: bytes per device by use.
 
-tests/test_dry_run_memory.py compares the estimate with what is allocated.
+tests/dry_run/test_memory.py compares the estimate with what is allocated.
 """
 
 from __future__ import annotations
