@@ -112,7 +112,7 @@ def results(root: Path) -> dict[str, Any]:
         run = root / "runs" / name
         manifest = read_json(run / "manifest.json")
         last = {key: value for key, value in manifest["metrics"].items() if not key.startswith("perf/")}
-        found[name] = (ended(run), read_json(run / "accuracy.json"), manifest["finished"], manifest["data"], last)
+        found[name] = (ended(run), read_json(run / "accuracy.json", {}), manifest["finished"], manifest["data"], last)
     return found
 
 
