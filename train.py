@@ -223,9 +223,10 @@ def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData
             "continue it with that, on any number of devices, or begin a new run from its weights with init_from="
         )
     module.plan.require_same_past(saved["plan"], saved["tokens_seen"])
+    made_with = asdict(folders.read_shape(checkpoint))  # a key that an older checkpoint lacks has its default
     for key, value in asdict(module.shape).items():
-        if key != "rope_theta" and saved["model"][key] != value:
-            raise ValueError(f"model.{key} is {value}, but {checkpoint} has {saved['model'][key]}")
+        if key != "rope_theta" and made_with[key] != value:
+            raise ValueError(f"model.{key} is {value}, but {checkpoint} has {made_with[key]}")
     for key, value in asdict(module.cfg.stage.adapter).items():
         before = (saved.get("adapter") or {"name": "none"}).get(key)
         if value != before and (key == "name" or module.adapted):

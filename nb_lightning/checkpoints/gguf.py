@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nb_lightning.checkpoints.hf_config import MAX_SIZE
+from nb_lightning.checkpoints.hf_config import MAX_LOOPS, MAX_SIZE
 from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import StoredTensor, Weights, parameter_shapes
 
 MARK = "nb_lightning.version"  # a key in the metadata of the files that `save_gguf` wrote
+ARCHITECTURES = ("llama", "nanbeige")
 TYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 _TOP = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
@@ -57,6 +58,7 @@ class GGUFWeights(Weights):
     Attributes:
         metadata: key -> value; a value may be a list.
         shape: of the model.
+        context: tokens a row that the model was made for; None if the file does not say.
 
     Raises:
         ValueError: not a GGUF file, another architecture, or one whose positions the backbone does not compute.
@@ -77,6 +79,7 @@ class GGUFWeights(Weights):
             stored[ours] = StoredTensor(name, dims)
         super().__init__(path, stored, torch.float32)
         self.shape = _shape(self.metadata, stored, path)
+        self.context: int | None = self.metadata.get(f"{self.metadata['general.architecture']}.context_length")
 
     def read(self, name: str) -> Tensor:
         from gguf.quants import dequantize
@@ -138,33 +141,37 @@ def _rotated_heads(name: str, shape: ModelShape) -> int:
 
 def _shape(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], path: Path) -> ModelShape:
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"{path}: general.architecture is {architecture!r}; only 'llama' is supported")
+    if architecture not in ARCHITECTURES:
+        allowed = " and ".join(map(repr, ARCHITECTURES))
+        raise ValueError(f"{path}: general.architecture is {architecture!r}; only {allowed} are supported")
 
-    def size(key: str, default: int | None = None) -> int:
-        value = metadata.get(f"llama.{key}", default)
-        if not isinstance(value, int) or not 0 < value <= MAX_SIZE:
-            raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a whole number from 1 to {MAX_SIZE:,}")
+    def size(key: str, default: int | None = None, largest: int = MAX_SIZE) -> int:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if not isinstance(value, int) or not 0 < value <= largest:
+            name = f"{architecture}.{key}"
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a whole number from 1 to {largest:,}")
         return value
 
     def number(key: str, default: float | None = None) -> float:
-        value = metadata.get(f"llama.{key}", default)
+        value = metadata.get(f"{architecture}.{key}", default)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{path}: llama.{key} is {value!r}; it must be a positive number")
+            raise ValueError(f"{path}: {architecture}.{key} is {value!r}; it must be a positive number")
         return float(str(np.float32(value)))  # a float32: 1e-05 reads as 9.999999747378752e-06
 
-    if metadata.get("llama.rope.scaling.type", "none") != "none":
-        scaling = metadata["llama.rope.scaling.type"]
-        raise ValueError(f"{path}: llama.rope.scaling.type is {scaling!r}; only plain rotary positions are supported")
-    if metadata.get("llama.expert_count"):
-        raise ValueError(f"{path}: llama.expert_count is {metadata['llama.expert_count']}; the backbone has no experts")
+    scaling, experts = (metadata.get(f"{architecture}.{key}") for key in ("rope.scaling.type", "expert_count"))
+    if scaling not in (None, "none"):
+        raise ValueError(
+            f"{path}: {architecture}.rope.scaling.type is {scaling!r}; only plain rotary positions are supported"
+        )
+    if experts:
+        raise ValueError(f"{path}: {architecture}.expert_count is {experts}; the backbone has no experts")
     if "embedding.weight" not in stored:
         raise ValueError(f"{path}: tensor token_embd.weight is missing")
     d_model, n_heads = size("embedding_length"), size("attention.head_count")
     head_dim = size("attention.key_length", d_model // n_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if size(key, head_dim) != head_dim:
-            raise ValueError(f"{path}: llama.{key} is {size(key)}, but a head has {head_dim} components")
+            raise ValueError(f"{path}: {architecture}.{key} is {size(key)}, but a head has {head_dim} components")
     n_kv_heads = size("attention.head_count_kv", n_heads)
     if n_heads % n_kv_heads or head_dim % 2:
         raise ValueError(f"{path}: {n_heads} heads of {head_dim} components share {n_kv_heads} key-value heads")
@@ -179,6 +186,8 @@ def _shape(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], path
         norm_eps=number("attention.layer_norm_rms_epsilon"),
         rope_theta=number("rope.freq_base", 10_000.0),
         tie_embeddings="head.weight" not in stored,
+        n_loops=size("num_loops", 1, MAX_LOOPS),
+        norm_every_loop=not metadata.get(f"{architecture}.skip_loop_final_norm", False),
     )
 
 
@@ -190,7 +199,7 @@ def save_gguf(
     Args:
         kind: one of `TYPES`, for the matrices. Norms stay float32; with q8_0, matrices whose row length is not a
             multiple of 32 become float16.
-        context: tokens a row that the model was made for (llama.context_length).
+        context: tokens a row that the model was made for (context_length).
         metadata: more keys and values (the tokenizer's); a list holds strings, integers or numbers.
         version: of nb_lightning, which marks the file as ours.
 
@@ -202,7 +211,8 @@ def save_gguf(
     types = gguf.GGMLQuantizationType
     matrix_type = {"float32": types.F32, "float16": types.F16, "bfloat16": types.BF16, "q8_0": types.Q8_0}[kind]
     file_types = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}  # llama.cpp's llama_ftype
-    writer = gguf.GGUFWriter(file, "llama")
+    architecture = "llama" if shape.n_loops == 1 else "nanbeige"
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_string(MARK, version)
     writer.add_file_type(file_types[kind])
     writer.add_block_count(shape.n_layers)
@@ -217,6 +227,9 @@ def save_gguf(
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
     writer.add_vocab_size(shape.vocab_size)
+    if architecture == "nanbeige":  # llama.cpp reads these keys since b10159
+        writer.add_uint32("nanbeige.num_loops", shape.n_loops)
+        writer.add_bool("nanbeige.skip_loop_final_norm", not shape.norm_every_loop)
     for key, value in metadata.items():
         if isinstance(value, list):
             writer.add_array(key, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ MAX_SIZE = 10_000_000  # of any size in a config; a larger one is from a damaged
 _SIZES = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
           "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
           "d_mlp": "intermediate_size"}  # fmt: skip
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "nanbeige": "NanbeigeForCausalLM"}  # by model_type
+MAX_LOOPS = 64
+
+# Switches of Nanbeige4.2's modelling code that the released weights leave off. The backbone computes none of them.
+_SWITCHES = ("loop_loss_weights", "loop_middle_layers", "emb_neighbor_num", "emb_split_num", "insert_ngram_layer_idx",
+             "ngram_vocab_size_ratio")  # fmt: skip
+_SWITCH_PREFIXES = ("enable_", "loop_", "ngram_", "qk_")  # of boolean ones
 
 
 def shape_from_config(config: Mapping[str, Any], origin: str | Path = CONFIG) -> ModelShape:
@@ -31,10 +38,11 @@ def shape_from_config(config: Mapping[str, Any], origin: str | Path = CONFIG) ->
     def refuse(key: str, allowed: str) -> ValueError:
         return ValueError(f"{origin}: {key} is {config.get(key)!r}; {allowed}")
 
-    if config.get("model_type") != "llama":
-        raise refuse("model_type", "only 'llama' is supported")
-    if config.get("architectures") not in (None, ["LlamaForCausalLM"]):
-        raise refuse("architectures", "only ['LlamaForCausalLM'] is supported")
+    kind = config.get("model_type")
+    if kind not in _ARCHITECTURES:
+        raise refuse("model_type", "only 'llama' and 'nanbeige' are supported")
+    if config.get("architectures") not in (None, [_ARCHITECTURES[kind]]):
+        raise refuse("architectures", f"only ['{_ARCHITECTURES[kind]}'] is supported")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise refuse(key, "the backbone has no biases")
@@ -61,7 +69,19 @@ def shape_from_config(config: Mapping[str, Any], origin: str | Path = CONFIG) ->
         norm_eps=_positive(config.get("rms_norm_eps", 1e-6), f"{origin}: rms_norm_eps"),
         rope_theta=_rope_theta(config, origin),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        **(_loops(config, refuse) if kind == "nanbeige" else {}),
     )
+
+
+def _loops(config: Mapping[str, Any], refuse: Callable[[str, str], ValueError]) -> dict[str, Any]:
+    """Read `n_loops` and `norm_every_loop` of a looped transformer; every other switch of its code must be off."""
+    for key, value in config.items():
+        if value and (key in _SWITCHES or (value is True and key.startswith(_SWITCH_PREFIXES))):
+            raise refuse(key, "the backbone supports only num_loops and skip_loop_final_norm of Nanbeige's switches")
+    loops = config.get("num_loops", 1)
+    if not isinstance(loops, int) or isinstance(loops, bool) or not 0 < loops <= MAX_LOOPS:
+        raise refuse("num_loops", f"it must be a whole number from 1 to {MAX_LOOPS}")
+    return {"n_loops": loops, "norm_every_loop": not config.get("skip_loop_final_norm", False)}
 
 
 def _rope_theta(config: Mapping[str, Any], origin: str | Path) -> float:
@@ -93,9 +113,12 @@ def _positive(value: Any, key: str) -> float:
 
 def config_from_shape(shape: ModelShape, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
     """Write the config.json of a shape, for transformers 4 and 5. `more` is added (token ids, context length)."""
+    kind = "llama" if shape.n_loops == 1 else "nanbeige"
+    loops = {"num_loops": shape.n_loops, "skip_loop_final_norm": not shape.norm_every_loop, "loop_loss_weights": []}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        **(loops if kind == "nanbeige" else {}),
         **{theirs: getattr(shape, ours) for ours, theirs in _SIZES.items()},
         "hidden_act": "silu",
         "attention_bias": False,

@@ -44,6 +44,7 @@ def model_card(name: str, origin: Origin, dtype: str, chat: bool) -> str:
         ("parameters", f"{s.count_parameters():,} ({s.count_parameters() - embeddings:,} without embeddings)"),
         ("architecture", "Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU"),
         ("layers, width, MLP", f"{s.n_layers}, {s.d_model:,}, {s.d_mlp:,}"),
+        *([("passes through the layers", str(s.n_loops))] if s.n_loops > 1 else []),
         ("heads, key-value heads, size", f"{s.n_heads}, {s.n_kv_heads}, {s.head_dim}"),
         ("vocabulary", f"{s.vocab_size:,}{', tied' if s.tie_embeddings else ''}"),
         ("context, RoPE base", f"{origin.context or 'unknown'}, {s.rope_theta:g}"),

@@ -194,7 +194,7 @@ def find_origin(path: str, verify: bool = True) -> Origin:
         )
     if where.suffix == ".gguf":
         gguf = GGUFWeights(where)
-        return GGUFOrigin(where, gguf.shape, gguf.metadata.get("llama.context_length"), gguf)
+        return GGUFOrigin(where, gguf.shape, gguf.context, gguf)
     if (where / hf_config.CONFIG).is_file():
         config = read_json(where / hf_config.CONFIG)
         context = config.get("max_position_embeddings")

@@ -199,6 +199,8 @@ class ModelConfig:
     rope_theta: float = bounded(10_000.0, POSITIVE)  # of phases that do not give their own
     tie_embeddings: bool = False
     init_std: float = 0.02
+    n_loops: int = bounded(1, POSITIVE)  # passes through the stack of layers, with the same weights (Nanbeige4.2: 2)
+    norm_every_loop: bool = True  # the final norm follows every pass, not the last one only
 
 
 @dataclass

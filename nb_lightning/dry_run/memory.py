@@ -49,7 +49,7 @@ def kv_cache_bytes(stage: RLConfig, trainer: TrainerConfig, shape: ModelShape) -
     """Return the bytes of the KV cache with `stage.max_batch` rows of the longest phase."""
     longest = max(phase.seq_len for phase in stage.phases.values())
     width = 4 if trainer.precision == "32-true" else 2
-    return 2 * width * stage.max_batch * longest * shape.n_layers * shape.n_kv_heads * shape.head_dim
+    return 2 * width * stage.max_batch * longest * shape.depth * shape.n_kv_heads * shape.head_dim
 
 
 @dataclass
@@ -115,11 +115,11 @@ class _Sizes:
         restored = D * F * self.compute if self.quantised else 0
         if self.cfg.trainer.activation_checkpointing:
             return {
-                "layer inputs": tokens * s.n_layers * D * self.stored,
+                "layer inputs": tokens * s.depth * D * self.stored,
                 "layer in hand": tokens * (saved + temporary) + copies + restored,
             }
         return {
-            "activations": s.n_layers * (tokens * saved + copies),
+            "activations": s.depth * tokens * saved + s.n_layers * copies,
             "layer in hand": tokens * temporary + restored,
         }
 

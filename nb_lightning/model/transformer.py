@@ -54,6 +54,8 @@ class ModelShape:
         d_model, d_mlp, head_dim: D, F and E.
         rope_theta: the base that the run starts with; a phase may raise it.
         init_std: standard deviation of the initial weights, see `Transformer.init_weights`.
+        n_loops: passes through the stack of layers, with the same weights (Nanbeige4.2, arXiv 2607.22083).
+        norm_every_loop: the final norm follows every pass; otherwise only the last one.
     """
 
     vocab_size: int
@@ -67,6 +69,13 @@ class ModelShape:
     rope_theta: float = 10_000.0
     tie_embeddings: bool = False
     init_std: float = 0.02
+    n_loops: int = 1
+    norm_every_loop: bool = True
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token passes. Each has its own keys and values, in each pass."""
+        return self.n_layers * self.n_loops
 
     def count_parameters(self) -> int:
         """Count the parameters, tied ones once."""
@@ -84,10 +93,10 @@ class ModelShape:
             causal: count only the half of attention's products that a causal kernel computes.
             frozen: no weight gets a gradient.
         """
-        matmul = self.count_parameters() - self.d_model * (2 * self.n_layers + 1)
-        if not self.tie_embeddings:
-            matmul -= self.vocab_size * self.d_model
-        attention = 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        D, E = self.d_model, self.head_dim
+        layer = D * E * (2 * self.n_heads + 2 * self.n_kv_heads) + 3 * D * self.d_mlp
+        matmul = self.depth * layer + self.vocab_size * D
+        attention = 12 * self.depth * self.n_heads * E * seq_len
         return (4.0 if frozen else 6.0) * matmul + attention * (0.5 if causal else 1.0)
 
 
@@ -237,13 +246,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Draw from Normal(0, init_std); scale what writes into the residual stream by 1 / sqrt(2 n_layers) (GPT-2).
+        """Draw from Normal(0, init_std); scale what writes into the residual stream by 1 / sqrt(2 depth) (GPT-2).
 
         Each parameter has a generator, so the weights depend on `seed` alone and not on the order, the device or the
         sharding: a sharded parameter keeps its part of the same full tensor.
         """
         std = self.shape.init_std
-        residual_std = std / (2 * self.shape.n_layers) ** 0.5
+        residual_std = std / (2 * self.shape.depth) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0)
@@ -273,9 +282,12 @@ class Transformer(nn.Module):
         x = self.embedding(input_ids)
         mask = mask or AttentionMask(self.attention_backend, cu_seqlens)
         cos, sin = self.rope(x, position_ids, mask.longest)
-        for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=self.is_stochastic)
-            else:
-                x = layer(x, cos, sin, mask)
+        for loop in range(self.shape.n_loops):
+            if loop and self.shape.norm_every_loop:
+                x = self.norm(x)
+            for layer in self.layers:
+                if self.activation_checkpointing and self.training:
+                    x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=self.is_stochastic)
+                else:
+                    x = layer(x, cos, sin, mask)
         return head(self.norm(x), self.head.weight)
