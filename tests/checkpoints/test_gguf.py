@@ -188,7 +188,7 @@ def test_a_model_that_the_backbone_cannot_be(tmp_path: Path, key: str, value: An
 @pytest.mark.parametrize(
     "architecture, tensor, words",
     [
-        ("qwen2", "token_embd.weight", "general.architecture is 'qwen2'; only 'llama' is supported"),
+        ("qwen2", "token_embd.weight", "general.architecture is 'qwen2'; only 'llama' and 'nanbeige' are supported"),
         ("llama", "rope_freqs.weight", "rope_freqs.weight scales the positions; only plain rotary positions"),
         ("llama", "blk.0.attn_q.bias", "tensor blk.0.attn_q.bias is not part of a Llama model"),
         ("llama", "output_norm.weight", "tensor token_embd.weight is missing"),

@@ -95,8 +95,8 @@ def test_config_from_shape_is_read_by_transformers_4_and_5(version: int) -> None
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'; only 'llama' is supported"),
-        ({"model_type": None}, "model_type is None; only 'llama' is supported"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'; only 'llama' and 'nanbeige' are supported"),
+        ({"model_type": None}, "model_type is None; only 'llama' and 'nanbeige' are supported"),
         ({"architectures": ["EvilForCausalLM"]}, "architectures is ['EvilForCausalLM']; only ['LlamaForCausalLM']"),
         ({"attention_bias": True}, "attention_bias is True; the backbone has no biases"),
         ({"mlp_bias": True}, "mlp_bias is True; the backbone has no biases"),

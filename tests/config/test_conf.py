@@ -154,3 +154,11 @@ def test_unknown_keys_types_and_options_are_refused_by_the_schema(
 def test_an_extension_is_trusted_only_when_the_user_names_its_package(train: Train) -> None:
     done = train("+callbacks.trace={_target_: nb_trace.StepTrace}", check=False)
     assert done.returncode == 1 and "callbacks.trace._target_ is 'nb_trace.StepTrace'" in done.stderr
+
+
+@pytest.mark.parametrize("model", ["nanbeige4_1_3b", "nanbeige4_2_3b"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_of_the_family_composes_and_passes(stage: str, model: str) -> None:
+    cfg = composed(f"stage={stage}", f"model={model}", "trainer=fsdp", "dry_run=true")
+    check(cfg)
+    assert cfg.model.rope_theta == 7e7 and {phase.rope_theta for phase in cfg.stage.phases.values()} <= {1e4, 7e7}
