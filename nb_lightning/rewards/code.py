@@ -2,11 +2,14 @@
 
 Reference, for a function (or a method of a class that takes no arguments):
 
-    {"entry": "add", "tests": [{"args": [1, 2], "expect": 3}], "private": [...], "tolerance": 1e-9}
+    {"entry": "add", "tests": [{"args": [1, 2], "expect": 3}], "private": [...], "tolerance": 1e-9, "prelude": "..."}
 
 and for a program that reads standard input:
 
     {"tests": [{"stdin": "1 2\\n", "expect": "3\\n"}], "private": [...], "tolerance": 1e-9}
+
+The prelude is Python that the task gives its solutions, such as imports and helper functions. The names of `typing` are
+there without one: LeetCode's and HumanEval's signatures use them.
 
 Only inputs enter the sandbox. Its outputs are plain data, which are compared here with the expected values. So nothing
 in the sandbox knows the answer or the verdict. The reward is 1 if all tests pass, else 0.
@@ -32,6 +35,7 @@ PRELOAD = (
     "pathlib pprint queue random re secrets statistics string struct sys textwrap threading time timeit typing "
     "unicodedata urllib.parse uuid zlib"
 )
+TYPING = "from typing import *\n"
 SETUP = Setup("run_code", preload=tuple(PRELOAD.split()))
 
 
@@ -60,13 +64,15 @@ class Code:
     def check(self, reference: Any) -> None:
         if not isinstance(reference, dict):
             raise ValueError(f"the reference of 'code' is {reference!r:.80}; give an object with 'tests'")
-        unknown = set(reference) - {"entry", "tests", "private", "tolerance", "seconds"}
+        unknown = set(reference) - {"entry", "tests", "private", "tolerance", "seconds", "prelude"}
         if unknown:
             raise ValueError(f"the reference of 'code' has the unknown field {min(unknown)!r}")
         if not all(isinstance(reference.get(kind, []), list) for kind in ("tests", "private")) or not _tests(reference):
             raise ValueError("the reference of 'code' needs a list 'tests' or 'private' with at least one test")
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)?", str(reference.get("entry", "f"))):
             raise ValueError(f"'entry' is {reference['entry']!r}; give the name of a function or Class.method")
+        if not isinstance(reference.get("prelude", ""), str) or ("prelude" in reference and "entry" not in reference):
+            raise ValueError("'prelude' in a 'code' reference must be Python source, and needs an 'entry'")
         _number(reference, "tolerance")
         _number(reference, "seconds")
         field, kind = ("args", list) if "entry" in reference else ("stdin", str)
@@ -98,7 +104,8 @@ class Code:
     ) -> list[Verdict]:
         """Run all calls in one job, each under a limit of its own; `pairs` are encoded arguments and results."""
         job = {
-            "code": code, "entry": reference["entry"], "calls": [args for args, _ in pairs],
+            "code": code, "prelude": TYPING + reference.get("prelude", ""),
+            "entry": reference["entry"], "calls": [args for args, _ in pairs],
             "cpu": seconds, "wall": _wall(seconds),
         }  # fmt: skip
         total = min(self.total_seconds, seconds * (len(pairs) + 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 THINK, END_OF_THINK = "<think>", "</think>"
 MARK = "Answer:"
-PYTHON = ("", "python", "python3", "py")
+PYTHON = ("python", "python3", "py")
 
 
 def after_thinking(completion: str) -> str:
@@ -55,20 +55,26 @@ def boxed(text: str) -> str | None:
 
 
 def code_block(text: str) -> str | None:
-    """Return the last closed ``` block that is Python or names no language; None without one."""
-    block: str | None = None
-    fence, is_python, lines = "", False, []
+    """Return the last closed ``` block that names Python, else the last that names no language; None without one.
+
+    A block without a language is often a program's output. As in CommonMark, the first word after the opening fence is
+    the language, the closing fence is at least as long, and the fence's indentation is taken off each line.
+    """
+    blocks: dict[str, str] = {}  # the last one of each language
+    fence, language, indentation, lines = 0, "", 0, []
     for line in text.splitlines():
         stripped = line.strip()
         ticks = len(stripped) - len(stripped.lstrip("`"))
         if not fence and ticks >= 3:
-            fence, is_python, lines = "`" * ticks, stripped[ticks:].strip().lower() in PYTHON, []
-        elif fence and stripped == fence:
-            block = "\n".join(lines) + "\n" if is_python else block
-            fence = ""
+            fence, indentation, lines = ticks, len(line) - len(line.lstrip()), []
+            words = stripped[ticks:].replace("{", " ").replace(",", " ").split()
+            language = words[0].lower() if words else ""
+        elif fence and ticks >= fence and ticks == len(stripped):
+            blocks["python" if language in PYTHON else language] = "\n".join(lines) + "\n"
+            fence = 0
         elif fence:
-            lines.append(line)
-    return block
+            lines.append(line[min(indentation, len(line) - len(line.lstrip())) :])
+    return blocks.get("python", blocks.get(""))
 
 
 def _last_positions(text: str, word: str) -> list[int]:

@@ -34,6 +34,17 @@ _HEDGE = re.compile(
     r"|\\\\|\b(?:or|not)\b"
 )
 _WORDS = re.compile(r"[^\W\d_]{3,}( [^\W\d_]+)*")
+# A number and its unit: 18 dollars, 18 years old, 60 km/h, 5 m/s, 9.8 m/s^2, USD 18, 18/day. A single letter may be a
+# variable, so it is a unit only beside a slash.
+_UNIT_WORD = r"(?:[^\W\d_]{2,}|[^\W\d_](?=\s?/)|(?<=/)[^\W\d_])(?:\^\{?[23]\}?|[²³])?\.?"
+_UNIT = rf"(?:/\s?)?{_UNIT_WORD}(?:[ /]{{1,3}}{_UNIT_WORD}){{0,4}}"
+_QUANTITY = re.compile(rf"(USD|EUR|GBP|RMB|[€£¥])?\s?([+-]?[0-9][0-9.]{{0,100}})\s?({_UNIT})?")
+# Words beside a number that change its value, or take it back.
+_NO_UNIT = re.compile(
+    r"\b(?:hundred|thousand|million|billion|trillion|dozens?|percent|percentage|half|halves|thirds?|quarters?|squared|"
+    r"cubed|times|plus|minus|over|and|or|to|not|no|is|wrong|except|pi|sqrt|sin|cos|tan|log|ln|exp|mod|factorial)\b",
+    re.IGNORECASE,
+)
 # Computes an expression's value as plain data.
 _COMPUTE = """
 from math import *
@@ -152,9 +163,34 @@ def _by_text(answer: str, wanted: str) -> bool | None:
     if _DECIMAL.fullmatch(ours) and _DECIMAL.fullmatch(theirs):
         exact = _INTEGER.fullmatch(ours) or _INTEGER.fullmatch(theirs)
         return isclose(float(ours), float(theirs), rel_tol=0 if exact else 1e-6)
+    if (equal := _equal_quantities(ours, theirs)) is not None:
+        return equal
     if _WORDS.fullmatch(ours):  # letters would be factors: dog = god
         return ours.casefold() == theirs.casefold()
     return None
+
+
+def _equal_quantities(wanted: str, answer: str) -> bool | None:
+    """Return whether two numbers agree of which at least one has a unit in words; None where that is not the case.
+
+    Units must agree where both have one.
+    """
+    plain_texts = (re.sub(r"\\(?:text|mathrm|textrm|,|;| )|[{}~]", " ", text) for text in (wanted, answer))
+    quantities = [_QUANTITY.fullmatch(fold(text)) for text in plain_texts]
+    (ours, our_unit), (theirs, their_unit) = (
+        (match[2], match[3] or match[1] or "") if match else ("", "") for match in quantities
+    )
+    if not (_DECIMAL.fullmatch(ours) and _DECIMAL.fullmatch(theirs)) or not (our_unit or their_unit):
+        return None
+    if _NO_UNIT.search(our_unit) or _NO_UNIT.search(their_unit):
+        return None
+    if our_unit and their_unit and _singular(our_unit) != _singular(their_unit):
+        return None
+    return isclose(float(ours), float(theirs), rel_tol=0 if float(ours).is_integer() else 1e-6)
+
+
+def _singular(unit: str) -> str:
+    return re.sub(r"s\b", "", unit.casefold()).replace(" ", "")
 
 
 def _bare(text: str) -> str:

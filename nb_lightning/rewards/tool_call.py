@@ -1,19 +1,17 @@
 """The verifier "tool_call": a completion makes exactly the expected calls.
 
 Reference: `{"name": "weather", "arguments": {"city": "Rome"}}`, or a list of such objects, in order. Calls are read
-from `<tool_call>` blocks of one JSON object each, as ChatML-style templates write them. Text around the blocks is free.
+from `<tool_call>` blocks in the JSON or the XML form (nb_lightning/text/tool_calls.py). Text around the blocks is free.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from nb_lightning.rewards.extract import after_thinking
 from nb_lightning.rewards.verifier import Score
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+from nb_lightning.text.tool_calls import parse_call, split_calls
 
 
 class ToolCall:
@@ -32,8 +30,7 @@ class ToolCall:
 
 def calls_of(completion: str) -> list[Any]:
     """Parse the call in each closed block; None for a block that holds no call."""
-    blocks = [block.partition(CLOSE) for block in after_thinking(completion).split(OPEN)[1:]]
-    return [_parsed(text) for text, closed, _ in blocks if closed]
+    return [parse_call(text) for text in split_calls(after_thinking(completion))]
 
 
 def _score(calls: list[Any], wanted: list[Any]) -> Score:
@@ -41,14 +38,6 @@ def _score(calls: list[Any], wanted: list[Any]) -> Score:
         return Score(0.0, {"status": "no_answer"})
     right = _same(calls, wanted)
     return Score(float(right), {"status": "correct" if right else "wrong", "calls": calls})
-
-
-def _parsed(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if _is_call(value) else None
 
 
 def _is_call(value: Any) -> bool:

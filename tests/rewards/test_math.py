@@ -46,6 +46,11 @@ def answered(maths: Guarded, reference: Any, *answers: str) -> list[Score]:
         ("dog", ["dog", "Dog", "\\text{dog}"], ["god", "dogs", "do g"]),
         ("\\text{odd}", ["odd"], ["even", "ddo"]),
         ("A", ["A", "a", "\\text{A}"], ["B", "AB"]),
+        (18, ["18 dollars", "18 people", "18 eggs", "18 years old", "18 km/h", "18 USD", "USD 18", "18/day",
+              "18\\text{ m/s}", "18\\ \\mathrm{kg}"],
+        ["17 dollars", "18 million", "18 thousand dollars", "18x", "18 x", "18 or 19", "18 is wrong", "18 minus 2"]),
+        ("18 hours", ["18 hours", "18 hour", "18"], ["17 hours", "19"]),
+        ("2.5", ["2.5 apples", "2.50 litres"], ["2.6 apples", "25 apples"]),
         (10**50, [str(10**50), "10^{50}"], [str(10**50 + 1)]),
     ],
 )  # fmt: skip

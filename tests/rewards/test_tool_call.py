@@ -44,10 +44,24 @@ def status(completion: str, reference: Any = ROME) -> str:
         (block(ROME).removesuffix("</tool_call>"), "no_answer"),
         (f"<think>{block(ROME)}", "no_answer"),
         ("", "no_answer"),
+        (
+            '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Rome\\", \\"days\\": 2}"}</tool_call>',
+            "correct",
+        ),
+        (
+            "<tool_call><function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+            "</function></tool_call>",
+            "correct",
+        ),
     ],
 )
 def test_one_call_is_compared(completion: str, expected: str) -> None:
     assert status(completion) == expected
+
+
+def test_a_closing_tag_inside_an_argument_is_text() -> None:
+    call = {"name": "write", "arguments": {"text": "close it with </tool_call> please"}}
+    assert status(block(call), call) == "correct" and status(block(call) + block(ROME), [call, ROME]) == "correct"
 
 
 def test_several_calls_are_compared_in_order() -> None:

@@ -1,6 +1,7 @@
 """The job of code.py: run a solution on inputs. It knows no expected answer.
 
-In: {"code", "entry" (a function, or Class.method), "calls": [encoded argument list, ...], "cpu", "wall"} or {"code"}.
+In: {"code", "prelude", "entry" (a function, or Class.method), "calls": [encoded argument list, ...], "cpu", "wall"} or
+{"code"}. The prelude is the task's own code, run before the solution in the same module.
 Out, one JSON value a line: {"call": i, "value": encoded} or {"call": i, "error"}; {"error"} if the code itself fails;
 {"done": exit code} for a program.
 """
@@ -8,6 +9,7 @@ Out, one JSON value a line: {"call": i, "value": encoded} or {"call": i, "error"
 from __future__ import annotations
 
 import atexit
+import builtins
 import sys
 import threading
 import traceback
@@ -26,13 +28,18 @@ def main() -> int:
     # Also as __stdout__: else, when a program replaces sys.stdout, the old object closes the descriptor.
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape")
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
+    builtins.exit = builtins.quit = _exit  # `python solution.py` has them from the module site, which is not loaded
     return _calls(job) if "entry" in job else _program(job)
+
+
+def _exit(code: Any = None) -> None:
+    raise SystemExit(code)
 
 
 def _calls(job: dict[str, Any]) -> int:
     runner.arm(job)
     try:
-        function = _find(_run(job["code"], "solution"), job["entry"])
+        function = _find(_run(job["code"], "solution", job.get("prelude", "")), job["entry"])
     except BaseException as error:
         runner.report({"error": _describe(error)})
         return 1
@@ -63,9 +70,10 @@ def _program(job: dict[str, Any]) -> int:
     return code & 0xFF
 
 
-def _run(code: str, name: str) -> dict[str, Any]:
+def _run(code: str, name: str, prelude: str = "") -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module  # dataclasses look the module up there
+    exec(compile(prelude, "<prelude>", "exec", dont_inherit=True), module.__dict__)
     exec(compile(code, FILE, "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
