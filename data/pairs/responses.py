@@ -22,6 +22,7 @@ from nb_lightning.rewards.tasks import Task
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.run_folder import CHECKPOINTS
+from nb_lightning.text.chat_template import opened_thought
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
 
@@ -190,8 +191,9 @@ class EndpointSampler:
 
 
 def render_last(messages: list[Any], chat: ChatTokenizer) -> str:
-    """Render the last message as the template writes it, without the token that ends a turn."""
+    """Render the last message as the template writes it, with its whole thought, without the token that ends a turn."""
     text, turns = chat.template.render_turns(messages)
     end = chat.tokenizer.tokenizer.id_to_token(chat.end_id)
     assert end is not None
-    return text[turns[-1].start : turns[-1].end].rstrip().removesuffix(end)
+    turn = turns[-1]
+    return opened_thought(text[: turn.start]) + text[turn.start : turn.end].rstrip().removesuffix(end)

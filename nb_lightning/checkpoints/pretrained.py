@@ -22,7 +22,7 @@ from nb_lightning.files import read_json
 from nb_lightning.model import adapters, weights
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.text.chat_template import ChatTemplate
-from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.chat_tokens import ChatTokenizer, end_of_turn
 from nb_lightning.text.tokenizer import END_OF_TURN, TextTokenizer
 
 EXPORT = "nb_lightning.json"  # in a Hugging Face folder that we exported: its files, and where the model is from
@@ -94,10 +94,18 @@ class Origin:
     def _load_tokenizer(self) -> TextTokenizer:
         return load_tokenizer(str(self.path))
 
-    def stop_ids(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
-        """List the ids that end a generated row: the end of a document, and every end that the files name."""
+    def stop_ids(self, tokenizer: TextTokenizer, chat: ChatTemplate | None = None) -> tuple[int, ...]:
+        """List the ids that end a generated row.
+
+        These are the end of a document, every end that the files name, and the end of a turn that the chat template
+        writes: a base model's files do not know the token that its chats are trained to end with.
+
+        Args:
+            chat: the template that prompts are written with; by default the tokenizer's own.
+        """
         names = [END_OF_TURN, tokenizer.special.get("eos_token", END_OF_TURN)]
-        ids = {tokenizer.eos_id, *map(tokenizer.tokenizer.token_to_id, names), *self._end_ids()}
+        ids = {tokenizer.eos_id, end_of_turn(tokenizer, chat), *map(tokenizer.tokenizer.token_to_id, names)}
+        ids.update(self._end_ids())
         return tuple(sorted(id for id in ids if isinstance(id, int)))
 
     def _end_ids(self) -> list[Any]:

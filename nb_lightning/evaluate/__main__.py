@@ -30,6 +30,7 @@ from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.text.chat_template import ChatTemplate, read_template
+from nb_lightning.text.chat_tokens import end_of_turn
 
 SUMMARY = "Evaluate a model: accuracy on verifiable tasks, perplexity of held-out text."
 
@@ -86,7 +87,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
     pretrained = load_pretrained(args.model, device, args.dtype)
     if args.chat_template:
-        pretrained.chat = ChatTemplate(read_template(args.chat_template, f"--chat-template {args.chat_template}"))
+        pretrained.chat = ChatTemplate(
+            read_template(args.chat_template, f"--chat-template {args.chat_template}"), pretrained.tokenizer.special
+        )
+        end = end_of_turn(pretrained.tokenizer, pretrained.chat)
+        pretrained.stop_ids += (end,) if end is not None else ()
     result = {"model": _describe(pretrained, args.model), "settings": vars(args), "versions": _versions()}
     if tasks:
         ways = {"sampled": (sampling, args.k)} if args.k else {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-THINK, END_OF_THINK = "<think>", "</think>"
+from nb_lightning.text.messages import END_OF_THINK, THINK
+
 MARK = "Answer:"
 PYTHON = ("python", "python3", "py")
 

@@ -29,7 +29,7 @@ class Attempts:
     """The k completions of one task with their scores. Every list has one entry for each completion.
 
     Attributes:
-        texts: without the stop token.
+        texts: without the stop token; with the `<think>` that the prompt opened, so that a thought is always seen.
         n_tokens: lengths in tokens, with the stop token.
         finish_reasons: "stop", or "length" for a truncated completion.
         scores: from the task's verifier.

@@ -22,6 +22,8 @@ from nb_lightning.rewards.tasks import Task
 from nb_lightning.rewards.verifier import Verifier
 from nb_lightning.rollouts.attempts import Attempts, Prompt
 from nb_lightning.rollouts.ranks import gather_shares, rank_and_world_size
+from nb_lightning.text.chat_template import opened_thought
+from nb_lightning.text.chat_tokens import ChatTokenizer
 
 SCORING_THREADS = 4
 OnScored = Callable[[Attempts], object]  # called from a scoring thread; what it returns is ignored
@@ -51,12 +53,19 @@ class RolloutSampler:
         Raises:
             ValueError: the model has no chat template, or the template refuses a task's messages; names the task.
         """
-        tokenizer = self.pretrained.tokenizer.tokenizer
-        encodings = tokenizer.encode_batch_fast(self._render(tasks), add_special_tokens=False)
-        return [
-            Prompt(task, encoding.ids, (seed, zlib.crc32(f"{task.source}\n{task.id}".encode())))
-            for task, encoding in zip(tasks, encodings)
-        ]
+        if self.pretrained.chat is None:
+            raise ValueError(
+                f"{self.pretrained.name} has no chat template, and tasks are chats; name one (--chat-template)"
+            )
+        chat = ChatTokenizer(self.pretrained.tokenizer, self.pretrained.chat)
+        prompts = []
+        for task in tasks:
+            try:
+                ids = chat.prompt(task.messages)
+            except ValueError as error:
+                raise ValueError(f"task {task.id!r}: {error}") from error
+            prompts.append(Prompt(task, ids, (seed, zlib.crc32(f"{task.source}\n{task.id}".encode()))))
+        return prompts
 
     def sample(self, prompts: Sequence[Prompt]) -> tuple[list[Attempts], float]:
         """Sample and score the prompts of this process, for training: `Attempts.completions` are kept.
@@ -86,18 +95,6 @@ class RolloutSampler:
         shares = gather_shares(attempts)
         return [shares[i % world_size][i // world_size] for i in range(len(prompts))]
 
-    def _render(self, tasks: Iterable[Task]) -> list[str]:
-        chat, name = self.pretrained.chat, self.pretrained.name
-        if chat is None:
-            raise ValueError(f"{name} has no chat template, and tasks are chats; name one (--chat-template)")
-        texts = []
-        for task in tasks:
-            try:
-                texts.append(chat.render(task.messages, add_generation_prompt=True))
-            except ValueError as error:
-                raise ValueError(f"task {task.id!r}: {error}") from error
-        return texts
-
     def _sample(
         self, prompts: Sequence[Prompt], keep_completions: bool, on_scored: OnScored = lambda attempts: None
     ) -> tuple[list[Attempts], float]:
@@ -111,7 +108,7 @@ class RolloutSampler:
                 finished.setdefault(i, {})[j] = completion
                 if len(finished[i]) == self.k:
                     completions = [completion for _, completion in sorted(finished.pop(i).items())]
-                    self._record(attempts[i], completions, keep_completions)
+                    self._record(attempts[i], prompts[i], completions, keep_completions)
                     scoring.append(threads.submit(self._score, attempts[i], on_scored))
             all_sampled = time.perf_counter()
             for future in scoring:
@@ -124,10 +121,14 @@ class RolloutSampler:
             for j in range(self.k):
                 yield Request((i, j), prompt.ids, sampling, [*prompt.seed, j])
 
-    def _record(self, attempts: Attempts, completions: Iterable[Completion], keep_completions: bool) -> None:
+    def _record(
+        self, attempts: Attempts, prompt: Prompt, completions: Iterable[Completion], keep_completions: bool
+    ) -> None:
+        tokenizer = self.pretrained.tokenizer
+        opening = opened_thought(tokenizer.decode(list(prompt.ids[-16:])))
         for completion in completions:
             ids = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
-            attempts.texts.append(self.pretrained.tokenizer.decode(ids))
+            attempts.texts.append(opening + tokenizer.decode(ids))
             attempts.n_tokens.append(len(completion.ids))
             attempts.finish_reasons.append(completion.finish_reason)
             if keep_completions:

@@ -146,7 +146,7 @@ class OpenAI(LitSpec):
             ids = self.served.chat.prompt(messages, tools)
         except (ChatError, UnicodeEncodeError, RecursionError) as error:
             raise refusal(f"messages: {error}", param="messages") from error
-        return ids, self.served.tokenizer.decode(ids[-16:]).rstrip().endswith(REASONING)
+        return ids, bool(self.served.chat.opened_thought(ids))
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):  # with the tokenizer's first token, if it has one

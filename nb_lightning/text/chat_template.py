@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nb_lightning.text.messages import ChatError, Message, check_messages, or_raise, outcome
+from nb_lightning.text.messages import THINK, ChatError, Message, check_messages, or_raise, outcome
 from nb_lightning.text.template_process import TemplateProcess
 
 CPU_S = 2.0  # CPU seconds of one call; a long conversation takes about a millisecond
@@ -269,3 +269,9 @@ def _after_prompt(before: str, prompt: str) -> int | None:
         if separator and re.fullmatch(r"\s*(<think>)?\s*(</think>)?\s*", rest):
             return len(head) + len(form)
     return None
+
+
+def opened_thought(prompt: str) -> str:
+    """Return the `<think>` that a prompt ends with, and the white space after it; "" for a prompt that opens none."""
+    match = re.search(rf"{THINK}\s*\Z", prompt)
+    return match[0] if match else ""

@@ -14,15 +14,15 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from nb_lightning.text.chat_template import ChatTemplate, Turn
-from nb_lightning.text.messages import ChatError, Message, or_raise, outcome
+from nb_lightning.text.chat_template import ChatTemplate, Turn, opened_thought
+from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome
 from nb_lightning.text.tokenizer import TextTokenizer
 
 # Private-use characters that stand for special tokens, used only for conversations in which a message spells one.
@@ -149,6 +149,9 @@ class ChatTokenizer:
     ) -> ChatTokens:
         """Tokenize a prompt and the exact text of an answer to it; the one turn is the answer.
 
+        Where the prompt opens a thought, the answer may open it again: it is written once. There an answer without any
+        thought is written as the template writes a plain turn, not as the beginning of a thought.
+
         Args:
             answer: as the model wrote it, reasoning and calls included.
             ended: append the token that ends a turn.
@@ -156,11 +159,27 @@ class ChatTokenizer:
         Raises:
             ChatError: as `ChatTemplate.render`, and `end_id`.
         """
-        (asked, answer), tools, guarded = self._guard([messages, answer], tools)
-        prompt = self.template.render(asked, tools, add_generation_prompt=True)
-        ids, (start,) = self._encode(prompt + answer, [len(prompt)], guarded)
+        (asked, text), tools_guarded, guarded = self._guard([messages, answer], tools)
+        prompt = self.template.render(asked, tools_guarded, add_generation_prompt=True)
+        if opening := opened_thought(prompt):
+            if text.startswith(THINK):
+                text = text.removeprefix(opening if text.startswith(opening) else THINK)
+            elif END_OF_THINK not in text:
+                return self._plain_turn(messages, answer, ended, tools)
+        ids, (start,) = self._encode(prompt + text, [len(prompt)], guarded)
         ids = [*ids, self.end_id] if ended else ids
         return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))])
+
+    def _plain_turn(self, messages: Sequence[Message], answer: str, ended: bool, tools: Any) -> ChatTokens:
+        """Tokenize an answer as the last message of a conversation."""
+        tokens = self.encode([*messages, {"role": "assistant", "content": answer}], tools)
+        turn = tokens.turns[-1]
+        stop = turn.stop if ended else max(i for i in range(turn.stop) if tokens.ids[i] == self.end_id)
+        return ChatTokens(tokens.ids[:stop], [replace(turn, stop=stop)])
+
+    def opened_thought(self, prompt_ids: Sequence[int]) -> str:
+        """Return the `<think>` that the tokens of a prompt end with, and the white space after it; "" without one."""
+        return opened_thought(self.tokenizer.decode(list(prompt_ids[-16:])))
 
     def _encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
         """Tokenize `text`, and count the tokens before each border (character positions, in order)."""
@@ -236,6 +255,20 @@ class ChatTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_renamed"}
+
+
+def end_of_turn(tokenizer: TextTokenizer, template: ChatTemplate | None = None) -> int | None:
+    """Return the token that ends an assistant turn of a template, by default the tokenizer's own.
+
+    Returns:
+        None without a template, or if the template does not show where a turn ends.
+    """
+    if template is None and tokenizer.chat_template is None:
+        return None
+    try:
+        return (ChatTokenizer(tokenizer, template) if template else ChatTokenizer.of(tokenizer)).end_id
+    except ChatError:
+        return None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+THINK, END_OF_THINK = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 T = TypeVar("T")
