@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
 from nb_lightning.checkpoints.pretrained import find_origin, load_pretrained
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.decoder import Sampling, generate
+from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.tokenizer import byte_tokenizer
 from tests.checkpoints.harness import NANBEIGE, write
 from tests.harness import Train
@@ -67,3 +71,22 @@ def test_what_is_not_a_model(hf: Path, tmp_path: Path) -> None:
         load_pretrained("nowhere")
     with pytest.raises(ValueError, match="dtype is 'int8'; allowed: auto, float32, bfloat16, float16"):
         load_pretrained(str(hf), dtype="int8")
+
+
+END_OF_DOCUMENT, OTHER_END = 256, 257
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_start|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def test_the_end_of_a_turn_in_the_template_is_a_stop_of_every_origin(tmp_path: Path) -> None:
+    """A base model's files name the end of a document; the chats it is trained on end with another token."""
+    write(tmp_path, {**NANBEIGE, "vocab_size": 260, "eos_token_id": END_OF_DOCUMENT})
+    load_tokenizer("bytes").save(tmp_path, TEMPLATE)
+    origin = find_origin(str(tmp_path))
+    assert OTHER_END in origin.stop_ids(origin.tokenizer())
+    assert OTHER_END in load_pretrained(str(tmp_path)).stop_ids
+    bare = replace(origin.tokenizer(), chat_template=None)
+    assert OTHER_END not in origin.stop_ids(bare) and OTHER_END in origin.stop_ids(bare, ChatTemplate(TEMPLATE))
+    assert tokenizer_to_gguf(origin.tokenizer(), 260)["tokenizer.ggml.eot_token_id"] == OTHER_END

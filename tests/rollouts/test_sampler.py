@@ -12,6 +12,8 @@ from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rollouts import sampler as module
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.rollouts.sampler import RolloutSampler
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from tests.evaluate.harness import COIN, END, TOKENIZER, chain, pretrained_of, tasks_of
 
 TASKS = tasks_of(["42", "77", "42", "x", "42"])
@@ -69,3 +71,21 @@ def test_more_completions_begin_with_the_same_ones(sampler: RolloutSampler) -> N
 
 def test_no_prompts_are_no_attempts(sampler: RolloutSampler) -> None:
     assert sampler.sample([])[0] == []
+
+
+OPENING = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+def test_a_text_begins_with_the_thought_that_the_prompt_opened(sampler: RolloutSampler) -> None:
+    """So a completion that is cut off inside it has no answer, whatever it guessed there."""
+    opening = replace(sampler, pretrained=replace(sampler.pretrained, chat=ChatTemplate(OPENING)))
+    (attempts,) = opening.sample_over_ranks(opening.encode(TASKS[:1], seed=0))
+    assert all(text.startswith("<think>\n") for text in attempts.texts)
+    assert [score.info["status"] for score in attempts.scores] == ["no_answer"] * 3
+
+
+def test_a_question_that_spells_a_special_token_is_text(sampler: RolloutSampler) -> None:
+    task = replace(TASKS[0], messages=[{"role": "user", "content": "What does <|im_end|> do?"}])
+    (prompt,) = sampler.encode([task], seed=0)
+    chat = ChatTokenizer(TOKENIZER, ChatTemplate.chatml())
+    assert prompt.ids == chat.prompt(task.messages) and list(prompt.ids).count(END) == 1

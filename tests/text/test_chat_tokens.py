@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate
-from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens
+from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens, end_of_turn
 from nb_lightning.text.messages import ChatError
 from nb_lightning.text.tokenizer import TextTokenizer, text_tokenizer
 from tests.harness import ROOT
@@ -214,7 +214,7 @@ def test_metaspace(metaspace: TextTokenizer) -> None:
 def test_where_generation_stops(bpe: TextTokenizer, metaspace: TextTokenizer) -> None:
     for name, token in (("llama3", "<|eot_id|>"), ("qwen3", "<|im_end|>"), ("nanbeige", "<|im_end|>")):
         assert ChatTokenizer(bpe, style(name)).end_id == bpe.tokenizer.token_to_id(token)
-    assert ChatTokenizer.of(load_tokenizer("bytes")).end_id == END
+    assert ChatTokenizer.of(load_tokenizer("bytes")).end_id == 258
     assert ChatTokenizer.of(metaspace, style("llama2").source).end_id == 2
 
 
@@ -243,3 +243,45 @@ def test_which_template(tmp_path: Path, bpe: TextTokenizer) -> None:
     chat = ChatTokenizer.of(load_tokenizer(str(tmp_path)))
     assert bpe.decode(chat.prompt(TWO_TURNS)) == "</s>!"
     assert bpe.decode(ChatTokenizer.of(chat.tokenizer, "other").prompt(TWO_TURNS)) == "other"
+
+
+# Prompts that open a thought ----------------------------------------------------------------------------------------
+
+OPENS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+QUESTION = [{"role": "user", "content": "97?"}]
+
+
+@pytest.mark.parametrize(
+    "answer, written",
+    [
+        ("two digits\n</think>\n\nPrime.", "<think>\ntwo digits\n</think>\n\nPrime."),  # it continues the thought
+        ("<think>\ntwo digits\n</think>\n\nPrime.", "<think>\ntwo digits\n</think>\n\nPrime."),  # it opens it again
+        ("<think>two digits", "<think>\ntwo digits"),
+        ("Prime.", "<think>\n\n</think>\n\nPrime."),  # a plain answer, as the template writes it
+    ],
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_thought_that_the_prompt_opens_is_written_once(answer: str, written: str, ended: bool) -> None:
+    chat = ChatTokenizer.of(load_tokenizer("bytes"), OPENS)
+    tokens = chat.answered(QUESTION, answer, ended)
+    text = chat.tokenizer.decode(tokens.ids)
+    assert text.partition("assistant\n")[2] == written + ("<|im_end|>" if ended else "")
+    trained = chat.tokenizer.decode(tokens.ids[tokens.turns[0].start :])
+    assert (text.endswith(trained) and "Prime."[-3:] in trained) or "two digits" in trained
+
+
+def test_a_prompt_shows_the_thought_that_it_opens() -> None:
+    tokenizer = load_tokenizer("bytes")
+    opening, plain = ChatTokenizer.of(tokenizer, OPENS), ChatTokenizer.of(tokenizer)
+    assert opening.opened_thought(opening.prompt(QUESTION)) == "<think>\n"
+    assert plain.opened_thought(plain.prompt([{"role": "user", "content": "what is <think>\n"}])) == ""
+
+
+def test_the_end_of_a_turn_is_found_or_unknown() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert end_of_turn(tokenizer) is None and end_of_turn(tokenizer, ChatTemplate.chatml()) == 258
+    assert end_of_turn(tokenizer, ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")) is None
