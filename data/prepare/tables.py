@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,10 @@ class Table:
         return self._batches([column], lambda batch: batch.column(column).cast("large_binary").to_pylist())
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any] | None]:
-        """Read the fields of each row among `columns`; None stands for a row with a string that is not UTF-8."""
+        """Read the fields of each row among `columns`, as they were written; see `_as_written`.
+
+        None stands for a row with a string that is not UTF-8.
+        """
         present = [name for name in self.schema.names if name in columns]
         if not present:
             raise ValueError(
@@ -82,8 +86,46 @@ class Table:
 
 def _rows(batch: Any) -> list[dict[str, Any] | None]:
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [None]
         return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+    kinds = {field.name: field.type for field in batch.schema}
+    return [{name: _objects_in(_as_written(value, kinds[name])) for name, value in row.items()} for row in rows]
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """Undo what a table does to nested JSON.
+
+    All rows of a struct have the same keys: those that only other rows have are null, and are left out. A null in a
+    list was written by someone and stays. A value of the JSON type (`datasets.Json`) is the text of its JSON.
+
+    Args:
+        kind: the Arrow type of `value`.
+    """
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return _parse_json(value)
+    if isinstance(value, dict):
+        return {key: _as_written(item, kind.field(key).type) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and hasattr(kind, "key_type"):  # a map, which has the keys of its own row only
+        return {key: _as_written(item, kind.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [_as_written(item, kind.value_type) for item in value]
+    return value
+
+
+def _objects_in(value: Any) -> Any:
+    """Parse the items of a list that are the JSON of an object: messages or tools in a column of strings."""
+    if not isinstance(value, list):
+        return value
+    parsed = [_parse_json(item) for item in value]
+    return [new if isinstance(new, dict) else old for new, old in zip(parsed, value)]
+
+
+def _parse_json(value: Any) -> Any:
+    """Parse a string of JSON; what is not one stays as it is, and is refused where an object is expected."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
