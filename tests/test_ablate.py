@@ -136,6 +136,7 @@ def test_a_run_is_read_before_its_first_step_and_at_its_end(tmp_path: Path) -> N
         ablate.read_perplexity(tmp_path, "code")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", ablate.shipped_ablations())
 def test_every_arm_that_is_shipped_composes(name: str) -> None:
     for run in ablate.plan_runs(name, ablate.read_ablation(name), [0], [], "outputs"):

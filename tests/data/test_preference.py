@@ -114,6 +114,7 @@ def fields(steps: list[StepBatch]) -> list[list[list[int]]]:
     return [[getattr(micro, n).flatten().tolist() for n in names] for step in steps for micro in step.micro_batches]
 
 
+@pytest.mark.runs
 def test_resume_anywhere_with_any_workers_and_world_size(made: Path, data: PreferenceData) -> None:
     whole = [data.steps()[step] for step in range(len(data.steps()))]
     again = opened(made, made)
@@ -136,6 +137,7 @@ def test_held_out_rows_and_batches_that_count_nothing(data: PreferenceData) -> N
     assert all(int(count) > 0 for count in held_out[0].counts.values())
 
 
+@pytest.mark.runs
 def test_a_row_of_pairs_is_not_for_sft_nor_others_for_dpd(made: Path, corpus: Path, tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl", "x", 20)
     settings = SourceSettings("bytes", val_fraction=0.3, chat=ChatSettings())

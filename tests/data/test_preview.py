@@ -61,6 +61,7 @@ def test_mistakes_are_one_line(source: str, corpus: Path) -> None:
         assert error in str(ended.value) and "\n" not in str(ended.value)
 
 
+@pytest.mark.runs
 def test_demo_sources_follow_their_tasks_and_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"chats/train": 30, "tasks/train": 2, "val": 5}
     monkeypatch.setattr(tasks.build_demo_tasks, "__defaults__", (("maths_sort", "tools_calls"), counts, 0))

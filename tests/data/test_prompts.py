@@ -12,6 +12,8 @@ from data.prompts import PromptData
 from nb_lightning.rewards.tasks import read_tasks
 from tests.rl_harness import make, opened
 
+pytestmark = pytest.mark.runs
+
 KEPT = {"stem": {"words": ["words/1", "words/4", "words/5"], "digits": [f"digits/{i}" for i in range(0, 12, 2)]}}
 
 

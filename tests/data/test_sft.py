@@ -120,6 +120,7 @@ def test_the_mixture_is_exact_at_every_row(data: SFTData) -> None:
 # One integer ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_resume_anywhere_with_any_workers_and_world_size(chats: Path, data: SFTData) -> None:
     whole = [data.steps()[step] for step in range(len(data.steps()))]
     again = opened(chats)
@@ -241,6 +242,7 @@ def test_held_out_rows(data: SFTData) -> None:
     assert train.isdisjoint(tuple(i) for i, labels in samples_of(held_out[0]) if set(labels) != {IGNORE})
 
 
+@pytest.mark.runs
 def test_what_does_not_fit_is_named(chats: Path, corpus: Path) -> None:
     for more, error in (
         (["data.over_long=cut"], "data.over_long is 'cut'; allowed: drop, truncate, split"),

@@ -44,6 +44,7 @@ def test_memory_of_weights_and_optimizer(overrides: tuple[str, ...], weights: fl
     assert memory["head"] / GIB < 3
 
 
+@pytest.mark.runs
 def test_a_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     overrides = ["model=nanbeige4_3b", "trainer=fsdp", "dry_run=true", f"paths.root={tmp_path}"]
     done = subprocess.run(

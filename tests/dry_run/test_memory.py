@@ -25,6 +25,8 @@ from tests.losses.pairs_harness import pack_pairs
 from tests.memory_harness import RandomWeights, StoragePeak, build_config, build_on_cpu, build_step
 from tests.model.harness import ids
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.mark.parametrize(
     "adapter, precision, checkpointing",

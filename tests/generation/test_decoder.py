@@ -87,6 +87,7 @@ def test_a_stop_token_in_the_last_place_is_a_stop(model: Transformer) -> None:
 # Log-probabilities --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(200, temperature=1.5, top_k=5)], ids=str)
 def test_logprobs_are_the_teacher_forced_ones(model: Transformer, sampling: Sampling) -> None:
     """At temperature 1 and over the whole vocabulary, whatever the sampling; also past the cache's first capacity."""
@@ -170,6 +171,7 @@ def test_a_rows_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert completion.ids == (np.random.default_rng([9, 4]).random(50) * TINY.vocab_size).astype(int).tolist()
 
 
+@pytest.mark.runs
 def test_rows_of_any_sampling_in_one_batch(model: Transformer) -> None:
     samplings = [GREEDY, SAMPLED, Sampling(20), Sampling(30, 0.7, top_k=4), Sampling(9, 2.0, top_p=0.3)] * 2
     alone = [generate(model, [p], s, [[1, i]])[0] for i, (p, s) in enumerate(zip(prompts(), samplings))]

@@ -14,6 +14,8 @@ from nb_lightning.recipe.plans import check_configs, show_plans
 from nb_lightning.recipe.steps import Step, read_recipe
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.runs
+
 
 def dry_run(root: Path, *words: str) -> str:
     command = [sys.executable, "-m", "nb_lightning.recipe", *words, "--dry-run"]

@@ -18,6 +18,8 @@ from nb_lightning.report.__main__ import fenced, gather, points, short, write
 from nb_lightning.report.results import results_of_evaluation, results_of_training
 from nb_lightning.report.runs import read_runs
 
+pytestmark = pytest.mark.runs
+
 FAMILIES = ("maths_sort", "code_functions")
 TASKS = 20
 PLAN = [

@@ -63,6 +63,7 @@ def test_all_instructions_count() -> None:
     assert scores[2].info["status"] == scores[4].info["status"] == "no_answer"
 
 
+@pytest.mark.runs
 @pytest.mark.timeout(120)
 def test_hostile_text_costs_little() -> None:
     instructions = [{"name": name, **arguments} for name, arguments, _, _ in CASES]

@@ -111,6 +111,7 @@ DEEP = [
 ]  # fmt: skip
 
 
+@pytest.mark.runs
 def test_a_hostile_answer_stays_within_its_limit() -> None:
     """All at once, good answers among them: every one is judged, and the good ones are paid."""
     maths = Guarded("math", Math(item_seconds=0.25))

@@ -16,6 +16,8 @@ from nb_lightning.serve.__main__ import arguments as arguments_of
 from nb_lightning.serve.__main__ import default_sampling, serve
 from tests.serve.harness import CHAT, CONTEXT, PLACE, REPLIES, ROWS, TOOLS, Running, ask
 
+pytestmark = pytest.mark.runs
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"model": 1}, "model: "),
     ({"messages": []}, "messages: "),
