@@ -1,6 +1,6 @@
 """The chunked head: losses and statistics of `hidden @ head_weight.T` without ever holding [tokens, vocabulary].
 
-At 64 K tokens x 166 144 words that tensor is 43 GB in float32; here it is [chunk_size, V] for any number of tokens.
+At 64 K tokens x 166 144 words that tensor is 44 GB in float32; here it is [chunk_size, V] for any number of tokens.
 
     grpo_loss, dpd_loss    a loss as a function of log p(label): objective(logprobs [n], chunk) -> 0-d
         v
