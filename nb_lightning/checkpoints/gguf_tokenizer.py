@@ -162,8 +162,12 @@ def _merges(model: Mapping[str, Any]) -> list[str]:
 def _pieces(content: Mapping[str, Any], tokens: list[str], types: list[int]) -> sentencepiece.Pieces:
     """Turn a byte-fallback BPE back into SentencePiece's pieces: scores fall in the order of the merges."""
     model = content["model"]
-    prefix = next((prefix for prefix in (True, False) if _space_normalizer(prefix) == content["normalizer"]), None)
-    if prefix is None or content["pre_tokenizer"] is not None:
+    spaces = (content["normalizer"], content["pre_tokenizer"])
+    prefix = next((prefix for prefix in (True, False) if spaces == (_space_normalizer(prefix), None)), None)
+    if spaces == (None, _metaspace_first()):
+        # llama.cpp puts a space in front of every part of a text or of none. None: a chat begins with a special token.
+        prefix = False
+    if prefix is None:
         raise ValueError("the tokenizer is byte-fallback BPE, but does not treat spaces as SentencePiece does")
     score_of: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -181,6 +185,13 @@ def _space_normalizer(add_dummy_prefix: bool) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = sentencepiece.space_normalizer(add_dummy_prefix)
     return json.loads(tokenizer.to_str())["normalizer"]
+
+
+def _metaspace_first() -> Any:
+    """As a tokenizer.json spells it: a space in front of a text, and none after its added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(sentencepiece.SPACE, prepend_scheme="first", split=False)
+    return json.loads(tokenizer.to_str())["pre_tokenizer"]
 
 
 def _without_generation_blocks(template: str) -> str:

@@ -1,17 +1,18 @@
 """SentencePiece tokenizers (byte-fallback BPE, as in Llama 2 and Nanbeige4) as a `tokenizers.Tokenizer`.
 
 The pieces come from a `tokenizer.model`, read with the model class of the package `sentencepiece`, or from the metadata
-of a GGUF file. Most of these models put a space in front of a text, and in front of what follows a special token.
+of a GGUF file. Most of these models put a space in front of a text. SentencePiece itself, and transformers with
+`legacy: true`, also put one in front of what follows an added token; with `legacy: false` transformers does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces; llama.cpp has the same numbers
 SPACE = "▁"
@@ -26,12 +27,14 @@ class Pieces:
         scores: BPE merges the pair whose result has the highest score.
         types: `NORMAL`, `UNKNOWN`, ... of each piece.
         add_dummy_prefix: put a space in front of every text.
+        prefix_after_added: put that space also in front of the text after an added token.
     """
 
     tokens: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
     add_dummy_prefix: bool
+    prefix_after_added: bool = True
 
 
 def read_pieces(path: Path) -> Pieces:
@@ -60,6 +63,19 @@ def read_pieces(path: Path) -> Pieces:
     return Pieces(tokens, scores, types, rules.add_dummy_prefix)
 
 
+def follow_config(pieces: Pieces, config: Mapping[str, Any]) -> Pieces:
+    """Choose where a space is put in front of a text, as transformers' LlamaTokenizer reads a tokenizer_config.json.
+
+    With `legacy: true` the model's `add_dummy_prefix` holds, and every text between two added tokens gets the space.
+    With `legacy: false` the space is put in front of the first text only, whatever the model says.
+    `add_prefix_space: false` removes it in both. transformers 5 takes a missing `legacy` for false; a config that does
+    not name a `tokenizer_class` is not transformers', and SentencePiece's own rule, `legacy: true`, holds.
+    """
+    is_legacy = bool(config.get("legacy", "tokenizer_class" not in config))
+    add_prefix = config.get("add_prefix_space") is not False and (pieces.add_dummy_prefix or not is_legacy)
+    return replace(pieces, add_dummy_prefix=add_prefix, prefix_after_added=is_legacy)
+
+
 def build_tokenizer(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origin: str | Path) -> Tokenizer:
     """Build a tokenizer that gives the same ids as SentencePiece.
 
@@ -79,7 +95,11 @@ def build_tokenizer(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origi
         vocab=vocabulary, merges=_merges(pieces, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = space_normalizer(pieces.add_dummy_prefix)
+    if pieces.add_dummy_prefix and not pieces.prefix_after_added:
+        # As in transformers: a text that already begins with a space gets no second one.
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = space_normalizer(pieces.add_dummy_prefix)
     tokenizer.decoder = _decoder(pieces.add_dummy_prefix)
     marked = {
         id: (token, type != USER_DEFINED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +86,7 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
 
 def _read_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Read a tokenizer.model and the added tokens of a tokenizer_config.json, as transformers' LlamaTokenizer does."""
-    pieces = sentencepiece.read_pieces(path)
-    if config.get("add_prefix_space") is False:
-        pieces = replace(pieces, add_dummy_prefix=False)
+    pieces = sentencepiece.follow_config(sentencepiece.read_pieces(path), config)
     try:
         entries = config.get("added_tokens_decoder", {})
         added = {int(id): (token["content"], token["special"]) for id, token in entries.items()}

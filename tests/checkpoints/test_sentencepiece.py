@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaTokenizer
 
 from nb_lightning.checkpoints import sentencepiece as spm
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
@@ -51,6 +52,83 @@ def test_added_tokens_and_the_first_one(trained: tuple[Path, Any]) -> None:
     assert tokenizer.tokenizer.encode(text, add_special_tokens=False).ids == expected[1:]
     assert tokenizer.vocab_size == 1005 and tokenizer.eos_id == 1002
     assert tokenizer.special["eos_token"] == "<|im_end|>" and tokenizer.chat_template
+
+
+CHATS = [
+    "<|im_start|>system\n你是一个助手。<|im_end|>\n<|im_start|>user\n写一个函数<|im_end|>\n<|im_start|>assistant\n<think>\n",
+    "<|im_start|>assistant\n<think>\n\n</think>\n\ndef f(x):\n    return  x<|im_end|>\n",
+    "text before <|im_end|> and after<think>x</think><|im_end|><|im_end|>\n\n\n",
+    "<think> a</think>  two<|im_end|> ",
+    " one<|im_start|>",
+    "\n<|im_start|>\n",
+    *(f"<|im_start|>{part}<|im_end|>{part}<think>" for part in ("a", "é你", "😀\t", "\n\n", "▁", "x = [1,\n     2]")),
+]
+
+
+def write_config(folder: Path, **flags: Any) -> None:
+    """A tokenizer_config.json as transformers writes it."""
+    decoder = {
+        str(1000 + i): {"content": token, "special": special, "normalized": False}
+        for i, (token, special) in enumerate(ADDED.items())
+    }
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+              "unk_token": "<unk>", "added_tokens_decoder": decoder, **flags}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("legacy", [{}, {"legacy": True}, {"legacy": False}], ids=["default", "legacy", "new"])
+@pytest.mark.parametrize("prefix", [{}, {"add_prefix_space": True}, {"add_prefix_space": False}], ids=["", "yes", "no"])
+@pytest.mark.parametrize("has_json", [False, True], ids=["model alone", "beside tokenizer.json"])
+def test_the_same_ids_as_transformers(legacy: Any, prefix: Any, has_json: bool, tmp_path: Path) -> None:
+    """With `legacy: true` except where a part begins with a space: there SentencePiece puts one more.
+
+    A tokenizer.json holds the rule itself, whatever the config beside it says.
+    """
+    train(tmp_path)
+    write_config(tmp_path, **legacy, **prefix)
+    theirs = LlamaTokenizer.from_pretrained(tmp_path)
+    if has_json:
+        theirs.save_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").is_file()
+    ours = load_tokenizer(str(tmp_path))
+    doubles_spaces = not has_json and legacy == {"legacy": True} and prefix != {"add_prefix_space": False}
+    compared = 0
+    for text in [*CHATS, *texts()]:
+        if doubles_spaces and re.search(r"(^|>)[ ▁]", text):
+            continue
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.tokenizer.encode(text, add_special_tokens=False).ids == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        compared += 1
+    assert compared > len(CHATS) / 2
+
+
+def test_no_space_after_added_tokens_without_legacy(tmp_path: Path) -> None:
+    """A chat has fewer tokens; the tokenizer that is saved with a run and its GGUF file agree on it."""
+    train(tmp_path)
+    chat = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    ids = {}
+    for legacy in (True, False):
+        write_config(tmp_path, legacy=legacy)
+        ids[legacy] = load_tokenizer(str(tmp_path)).tokenizer.encode(chat, add_special_tokens=False).tokens
+    spaces = [ids[legacy].count("▁") for legacy in (True, False)]
+    assert spaces[1] == 0 < spaces[0]
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.save(tmp_path / "saved")
+    metadata = tokenizer_to_gguf(tokenizer, 1005)
+    assert metadata["tokenizer.ggml.add_space_prefix"] is False
+    for other in (load_tokenizer(str(tmp_path / "saved")), tokenizer_from_gguf(metadata, Path("x.gguf"))):
+        assert other.tokenizer.encode(chat).ids == tokenizer.tokenizer.encode(chat).ids
+
+
+def test_legacy_true_is_sentencepiece_as_for_a_bare_model(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = trained
+    bare = load_tokenizer(str(folder))
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    write_config(tmp_path, legacy=True)
+    legacy = load_tokenizer(str(tmp_path))
+    assert legacy.tokenizer.encode(" a b", add_special_tokens=False).ids == model.encode(" a b")
+    assert legacy.digest == bare.digest
 
 
 def test_saved_as_json_and_in_a_gguf_file(trained: tuple[Path, Any], tmp_path: Path) -> None:
