@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from nb_lightning.checkpoints import sentencepiece
 from nb_lightning.files import read_json
 from nb_lightning.run_folder import TOKENIZER
+from nb_lightning.text.chat_template import choose_by_tools, refusing_template
 from nb_lightning.text.tokenizer import (
+    ROLES,
     SPECIAL,
     TextTokenizer,
     begin_with,
@@ -21,6 +23,8 @@ from nb_lightning.text.tokenizer import (
 )
 
 CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"  # of older folders
+TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 LLAMA_TOKENIZER = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -62,6 +66,7 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
             tokenizer = _read_sentencepiece(path, config)
         else:
             tokenizer = _read_json_tokenizer(path)
+            _add_missing_tokens(tokenizer, path.parent, config)
     return text_tokenizer(tokenizer, config, template, spec, eos_token)
 
 
@@ -102,13 +107,72 @@ def _read_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Read the tokenizer_config.json and the chat template in a tokenizer's folder; both may be missing."""
+    """Read the tokenizer_config.json and the chat template in a tokenizer's folder, as transformers does.
+
+    A tokenizer_config.json without `added_tokens_decoder` is an older one: special_tokens_map.json then names the
+    special tokens, and added_tokens.json the added ones. All files may be missing.
+    """
     config = read_json(folder / CONFIG, {})
-    path = folder / "chat_template.jinja"
-    try:
-        template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
-    if isinstance(template, list):  # several, each with a name
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return config, template if isinstance(template, str) else None
+    if "added_tokens_decoder" not in config:
+        config |= read_json(folder / SPECIAL_TOKENS_MAP, {})
+        if added := read_json(folder / ADDED_TOKENS, {}):
+            special = _special_contents(config)
+            config["added_tokens_decoder"] = {
+                id: {"content": token, "special": token in special} for token, id in added.items()
+            }
+    return config, _read_template(folder, config.get("chat_template"))
+
+
+def _special_contents(config: Mapping[str, Any]) -> set[str]:
+    """Collect the text of every special token that a tokenizer's config names."""
+    tokens = [config.get(role) for role in (*ROLES, "sep_token", "cls_token", "mask_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or []
+        tokens += more.values() if isinstance(more, dict) else more
+    contents = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return {content for content in contents if isinstance(content, str)}
+
+
+def _add_missing_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
+    """Add the tokens of added_tokens.json that tokenizer.json does not have.
+
+    Raises:
+        ValueError: an id is not the next free one, so that the token cannot get it.
+    """
+    special = _special_contents(config)
+    ids = {token: id for token, id in read_json(folder / ADDED_TOKENS, {}).items() if isinstance(id, int)}
+    for token in sorted(ids, key=lambda token: ids[token]):
+        if tokenizer.token_to_id(token) is None:
+            is_special = token in special
+            tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=not is_special)])
+            if (id := tokenizer.token_to_id(token)) != ids[token]:
+                raise ValueError(
+                    f"{folder / ADDED_TOKENS} gives {token!r} the id {ids[token]}; the next free one is {id}"
+                )
+
+
+def _read_template(folder: Path, in_config: Any) -> str | None:
+    """Read the chat template: from files, else from the config. Several have names, as in transformers.
+
+    With tools, a conversation is written by the template `tool_use`, else by `default`.
+    """
+    files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
+    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    templates: dict[str, Any] = {}
+    for name, path in files.items():
+        try:
+            templates[name] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not readable: {error}") from error
+    if not templates:
+        if isinstance(in_config, str) or in_config is None:
+            return in_config
+        try:
+            templates = {entry["name"]: entry["template"] for entry in in_config}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG}: chat_template is neither a text nor a list of named ones") from error
+    default = templates.get("default")
+    if default is None:
+        names = ", ".join(sorted(templates)) or "none"
+        default = refusing_template(f"{folder} has several chat templates ({names}), but none is named default")
+    return choose_by_tools(default, templates["tool_use"]) if "tool_use" in templates else default

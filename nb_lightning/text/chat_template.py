@@ -11,6 +11,7 @@ guess.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -23,6 +24,12 @@ from typing import Any, NamedTuple
 from nb_lightning.text.messages import THINK, ChatError, Message, check_messages, or_raise, outcome
 from nb_lightning.text.template_process import TemplateProcess
 
+# A template made of two, see `choose_by_tools`.
+WITH_TOOLS, WITHOUT_TOOLS, END = (
+    "{% if tools %}{# tool_use #}\n",
+    "{{ '' }}{% else %}{# default #}\n",
+    "{{ '' }}{% endif %}",
+)
 CPU_S = 2.0  # CPU seconds of one call; a long conversation takes about a millisecond
 
 
@@ -53,7 +60,7 @@ class ChatTemplate:
     ) -> None:
         self.source, self.special, self.now, self.cpu_s = source, dict(special), now, cpu_s
         self._workers: dict[int, TemplateProcess] = {}  # process id -> worker
-        self.probed: tuple[str, str] | None = None  # see `_Replacement`
+        self.probed: dict[bool, tuple[str, str]] = {}  # see `_Replacement._probe`
 
     @classmethod
     def chatml(cls) -> ChatTemplate:
@@ -112,9 +119,9 @@ class ChatTemplate:
         ]
         rendered = iter(self._render([jobs for jobs in groups if not isinstance(jobs, ChatError)]))
         results: list[Any] = []
-        for messages, jobs in zip(checked, groups):
+        for messages, (_, tools), jobs in zip(checked, conversations, groups):
             texts = jobs if isinstance(jobs, ChatError) else next(rendered)
-            results.append(texts if isinstance(texts, ChatError) else outcome(finder.turns, messages, texts))
+            results.append(texts if isinstance(texts, ChatError) else outcome(finder.turns, messages, tools, texts))
         return results
 
     @property
@@ -137,6 +144,21 @@ class ChatTemplate:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_workers": {}}
+
+
+def choose_by_tools(default: str, tool_use: str) -> str:
+    """Make one template of two: `tool_use` writes conversations with tools, `default` all others.
+
+    Each writes what it does alone: Jinja ignores a newline at a template's end, and the empty expressions keep white
+    space there from being taken for the indentation of a tag.
+    """
+    tool_use, default = (re.sub(r"(\r\n|\r|\n)\Z", "", source) for source in (tool_use, default))
+    return WITH_TOOLS + tool_use + WITHOUT_TOOLS + default + END
+
+
+def refusing_template(reason: str) -> str:
+    """Make a template that raises `reason` for every conversation."""
+    return f"{{{{ raise_exception({json.dumps(reason)}) }}}}"
 
 
 def read_template(spec: str | Path, named: str) -> str:
@@ -177,7 +199,7 @@ class _Blocks:
     def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
         return [_Job(messages, tools), _Job(messages, tools, marks=self.marks)]
 
-    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
+    def turns(self, messages: list[dict[str, Any]], tools: Any, texts: list[str]) -> tuple[str, list[Turn]]:
         indices, (text, marked) = _assistant_indices(messages), texts
         pieces = self.any_mark.split(marked)
         marks = [mark for mark in pieces if mark in self.marks]
@@ -206,7 +228,7 @@ class _Replacement:
         self.template, self.word = template, f"W{secrets.token_hex(12)}"
 
     def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
-        prompt, _ = self._probe()
+        prompt, _ = self._probe(tools)
         indices, word = _assistant_indices(messages), {"role": "assistant", "content": self.word}
         jobs = [_Job(messages, tools)]
         jobs += [_Job([*messages[:i], word, *messages[i + 1 :]], tools) for i in indices]
@@ -214,8 +236,8 @@ class _Replacement:
             jobs += [_Job(messages[:i], tools) for i in indices]
         return jobs
 
-    def turns(self, messages: list[dict[str, Any]], texts: list[str]) -> tuple[str, list[Turn]]:
-        prompt, end = self._probe()
+    def turns(self, messages: list[dict[str, Any]], tools: Any, texts: list[str]) -> tuple[str, list[Turn]]:
+        prompt, end = self._probe(tools)
         indices, (text, *others) = _assistant_indices(messages), texts
         turns = []
         for number, i in enumerate(indices):
@@ -241,18 +263,22 @@ class _Replacement:
             turns.append(Turn(i, start, content_end + len(end)))
         return text, turns
 
-    def _probe(self) -> tuple[str, str]:
-        """Find the generation prompt, and the end of a turn without white space after it, in a small conversation."""
-        if self.template.probed is None:
+    def _probe(self, tools: Any) -> tuple[str, str]:
+        """Find the generation prompt, and the end of a turn without white space after it, in a small conversation.
+
+        It has no tools, unless another template writes conversations with tools.
+        """
+        tools = tools if self.template.source.startswith(WITH_TOOLS) else None
+        if bool(tools) not in self.template.probed:
             question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": self.word}
-            jobs = [_Job([question]), _Job([question], add_generation_prompt=True), _Job([question, answer])]
+            jobs = [_Job([question], tools), _Job([question], tools, True), _Job([question, answer], tools)]
             asked, prompted, answered = or_raise(self.template._render([jobs])[0])
             if not prompted.startswith(asked) or self.word not in answered:
                 raise ChatError(
                     "the template's generation prompt cannot be told; give one with {% generation %} blocks"
                 )
-            self.template.probed = prompted[len(asked) :], answered.partition(self.word)[2].rstrip()
-        return self.template.probed
+            self.template.probed[bool(tools)] = prompted[len(asked) :], answered.partition(self.word)[2].rstrip()
+        return self.template.probed[bool(tools)]
 
 
 def _assistant_indices(messages: list[dict[str, Any]]) -> list[int]:
