@@ -19,16 +19,18 @@ from tests.harness import SOURCES, Train, run_train
 
 
 def tier_of(item: pytest.Item) -> str:
-    """Return "slow" or "runs" if the test has that marker, else "unit"."""
-    return next((name for name in ("slow", "runs") if item.get_closest_marker(name)), "unit")
+    """Return "slow" or "runs" if the test is marked so, else "unit". A test that asks for a corpus trains: "runs"."""
+    if item.get_closest_marker("slow"):
+        return "slow"
+    trains = "corpus" in getattr(item, "fixturenames", ())
+    return "runs" if trains or item.get_closest_marker("runs") else "unit"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the unit tests, and run the tiers one after the other."""
+    """Mark every test with its tier, and run the tiers one after the other."""
     for item in items:
-        if tier_of(item) == "unit":
-            item.add_marker("unit")
+        item.add_marker(tier_of(item))
     items.sort(key=lambda item: ("unit", "runs", "slow").index(tier_of(item)))
 
 
