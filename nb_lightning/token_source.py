@@ -44,6 +44,7 @@ class SourceManifest:
 
     Attributes:
         chunks: {filename, tokens, bytes, sha256} of each chunk.
+        spelled: number of documents that spell a special token, which is text in them; only written if there are any.
         template: digest of the chat template; only conversations have one, and the following attributes.
         trained: number of tokens to train on.
         samples: {bytes, sha256} of the file `SAMPLES`.
@@ -61,6 +62,7 @@ class SourceManifest:
     trained: int = 0
     samples: dict[str, Any] | None = None
     pairs: bool = False
+    spelled: int = 0
 
     @property
     def is_chat(self) -> bool:
@@ -78,7 +80,10 @@ class SourceManifest:
         return hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        write_json(folder / MANIFEST, asdict(self))
+        content = asdict(self)
+        if not self.spelled:
+            del content["spelled"]
+        write_json(folder / MANIFEST, content)
 
     @classmethod
     def read(cls, folder: str) -> SourceManifest:

@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", required=True, help="folder or s3:// prefix of the source; gets train/ and val/")
     add("--tokenizer", default="bytes", help="'bytes' (default), a tokenizer.json, or a folder that holds one")
     add("--eos", metavar="TOKEN", help="token that ends a document (default: the tokenizer's usual one)")
+    add("--special-tokens", choices=("text", "control"), default="text", help="what a special token becomes that a "
+        "document spells (default: %(default)s)")  # fmt: skip
     add("--field", default="text", help="field or column that holds the text (default: %(default)s)")
     add("--hf-split", "--split", metavar="NAME", help="split of a datasets folder that has several")
     add("--text-suffix", nargs="*", default=[], metavar=".py", help="further suffixes read as one document a file")
@@ -47,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         if a.pairs and (a.chat or not a.think):
             raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
         chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
-        settings = SourceSettings(a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs)
+        settings = SourceSettings(
+            a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs, a.special_tokens
+        )
         prepared = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
             staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,

@@ -55,6 +55,7 @@ class Chats:
     """
 
     fields = FIELDS
+    spelled = 0  # counted in documents only
 
     def __init__(self, settings: SourceSettings) -> None:
         assert settings.chat is not None

@@ -16,7 +16,13 @@ from data.prepare.source_writer import SourceWriter
 
 
 class Form(Protocol):
-    """Turns the records of a part into token sequences: documents, or samples of marked tokens."""
+    """Turns the records of a part into token sequences: documents, or samples of marked tokens.
+
+    Attributes:
+        spelled: number of documents read so far that spell a special token, which is text in them.
+    """
+
+    spelled: int
 
     def open_writer(self, folder: Path) -> SourceWriter:
         """Open an empty split of this form in `folder`."""

@@ -76,7 +76,7 @@ def prepare(
 
 
 def _require_valid_settings(settings: SourceSettings, workers: int, holds_out_by_fraction: bool) -> None:
-    if holds_out_by_fraction and not 0 < settings.val_fraction < 1:
+    if holds_out_by_fraction and not 0 <= settings.val_fraction < 1:
         raise ValueError(f"--val-fraction is {settings.val_fraction}; it must lie between 0 and 1")
     for name, value, least in (("chunk-tokens", settings.chunk_tokens, PAGE), ("workers", workers, 1)):
         if value < least:

@@ -35,6 +35,8 @@ class Prepared:
         for reason, count in sorted(dropped.items()):
             shown = self.origins[reason]
             lines.append(f"{count:>24,} {reason}: {', '.join(shown)}{', ...' if count > len(shown) else ''}")
+        if spelled := self.manifests["train"].spelled:
+            lines.append(f"  as text {spelled:>14,} documents spell special tokens, which are text in them")
         if self.ignored:
             kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(self.ignored.items()))
             lines.append(f"  not read{sum(self.ignored.values()):>14,} files of other kinds: {kinds}")

@@ -41,6 +41,7 @@ class SourceSettings:
         seed: another seed holds out other records.
         chunk_tokens: tokens in a chunk of the source.
         chat: how conversations are written; None prepares documents.
+        special_tokens: "text" or "control": what a special token becomes that a document spells.
         pairs: with `chat`, each record has two responses to one prompt (data/prepare/pairs.py).
     """
 
@@ -52,6 +53,7 @@ class SourceSettings:
     chunk_tokens: int = CHUNK_TOKENS
     chat: ChatSettings | None = None
     pairs: bool = False
+    special_tokens: str = "text"
 
     def load_tokenizer(self) -> TextTokenizer:
         """Load the tokenizer with the end token `eos`."""

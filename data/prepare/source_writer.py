@@ -127,11 +127,12 @@ def merge_parts(parts: list[Path], folder: Path) -> SourceManifest:
     for number, part in enumerate(parts):
         manifest = SourceManifest.read(str(part))
         if merged is None:
-            merged = replace(manifest, documents=0, chunks=[], dropped={}, trained=0, samples=None)
+            merged = replace(manifest, documents=0, chunks=[], dropped={}, trained=0, samples=None, spelled=0)
         made_by = [(m.tokenizer, m.template, m.page) for m in (merged, manifest)]
         assert made_by[0] == made_by[1], part
         merged.documents += manifest.documents
         merged.trained += manifest.trained
+        merged.spelled += manifest.spelled
         for reason, count in manifest.dropped.items():
             merged.dropped[reason] = merged.dropped.get(reason, 0) + count
         if not manifest.chunks:

@@ -117,6 +117,7 @@ def tokenize_part(job: Job) -> dict[str, Any]:
             for tokens in sequences:
                 (val if is_held_out or part.held_out else train).add(tokens)
     train.manifest.dropped.update(dropped)
+    train.manifest.spelled = form.spelled
     total = sum(writer.close().tokens for writer in (train, val))
     summary = {"tokens": total, "lines": lines, "dropped": dict(dropped)}
     write_json(unfinished / DONE, summary)

@@ -9,10 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from nb_lightning.text.messages import ChatError
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 END_OF_TURN = "<|im_end|>"
@@ -46,6 +49,32 @@ class TextTokenizer:
         """Tokenize each text, and append the end token."""
         batch = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [[*encoding.ids, self.eos_id] for encoding in batch]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens of the tokenizer that are special: text must not contain them."""
+        return frozenset(id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Tokenize a text as `encode` does, but the special tokens that it spells as text.
+
+        Raises:
+            ChatError: the tokenizer has no other tokens for such a text.
+        """
+        ids = self._literal.encode(text, add_special_tokens=False).ids
+        added = self.tokenizer.get_added_tokens_decoder()
+        for token in (added[id].content for id in self.special_ids.intersection(ids)):
+            # The unknown token also stands for characters that are not in the vocabulary.
+            if token != self.special.get("unk_token") and token in text:
+                raise ChatError("a text spells a special token that this tokenizer cannot write as text")
+        return [*ids, self.eos_id]
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """A copy of the tokenizer that does not look for special tokens in a text."""
+        literal = Tokenizer.from_str(self.tokenizer.to_str())
+        literal.encode_special_tokens = True
+        return literal
 
     def decode(self, ids: list[int]) -> str:
         """Turn token ids into text, special tokens included."""
