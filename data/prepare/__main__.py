@@ -18,7 +18,13 @@ from nb_lightning.text.chat_template import read_template
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help=".jsonl(.gz|.zst), .parquet, datasets folder, texts")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".jsonl(.gz|.zst|.xz), .json, .ndjson, .parquet, datasets folder, texts",
+    )
     add("--output", required=True, help="folder or s3:// prefix of the source; gets train/ and val/")
     add("--tokenizer", default="bytes", help="'bytes' (default), a tokenizer.json, or a folder that holds one")
     add("--eos", metavar="TOKEN", help="token that ends a document (default: the tokenizer's usual one)")

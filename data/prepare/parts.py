@@ -2,8 +2,9 @@
 
 | input | one record is | cut at |
 |---|---|---|
-| `.jsonl` | a line, or one field of it | lines, every 64 MiB |
-| `.jsonl.gz`, `.jsonl.zst` | a line, or one field of it | files |
+| `.jsonl`, `.ndjson` | a line, or one field of it | lines, every 64 MiB |
+| `.jsonl.gz`, `.jsonl.zst`, `.jsonl.xz` | a line, or one field of it | files |
+| `.json` | an item of the array, or one field of it; without an array, as `.jsonl` | files |
 | `.parquet` | a row, or one field of it | row groups |
 | a folder of `datasets.save_to_disk` | a row, or one field of it | every 10,000 rows |
 | `.txt`, `.md` and any suffix passed as text | a file | files, every 64 MiB |
@@ -24,8 +25,16 @@ from data.prepare.tables import open_dataset, open_parquet
 PART_BYTES = 2**26
 PART_ROWS = 10_000
 TEXT_SUFFIXES = (".txt", ".md")
-KINDS = {".jsonl": "jsonl", ".jsonl.gz": "gzip", ".jsonl.zst": "zstd", ".parquet": "parquet"}
-ARCHIVES = ("gzip", "zstd")
+KINDS = {
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "gzip",
+    ".jsonl.zst": "zstd",
+    ".jsonl.xz": "xz",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+ARCHIVES = ("gzip", "zstd", "xz")
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Part:
     """A piece of the input that one worker tokenizes.
 
     Attributes:
-        kind: jsonl, gzip, zstd, parquet, dataset or text.
+        kind: jsonl, gzip, zstd, xz, json, parquet, dataset or text.
         files: the file or dataset folder to read; of text, all files of the part.
         start, stop: range to read, in bytes (jsonl), row groups (parquet) or rows (dataset).
         split: of a dataset that has several.
@@ -83,6 +92,8 @@ def cut_inputs(
             continue
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         kinds = {file: _kind_of(file, suffixes) for file in files}
+        if path.is_dir():  # other .json files there are mostly no records: settings, or what a download is
+            kinds = {file: None if kind == "json" and not _holds_array(file) else kind for file, kind in kinds.items()}
         if not any(kinds.values()):
             more = " (--text-suffix adds to them)" if suffixes else ""
             raise ValueError(f"--input {name}: nothing to read; known are {', '.join((*KINDS, *suffixes))}{more}")
@@ -93,7 +104,7 @@ def cut_inputs(
             _require_new(file, seen)
             if kind == "text":
                 text_files.append(file)
-            elif kind == "jsonl":
+            elif kind == "jsonl" or (kind == "json" and not _holds_array(file)):
                 parts += _cut_lines(file)
             elif kind == "parquet":
                 parts += _cut_row_groups(file)
@@ -124,6 +135,11 @@ def _kind_of(file: Path, text_suffixes: tuple[str, ...]) -> str | None:
         if file.name.endswith(suffix):
             return kind
     return "text" if file.suffix in text_suffixes else None
+
+
+def _holds_array(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _require_new(path: Path, seen: set[Path]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Record:
 
     Attributes:
         file: where it lies.
-        line: counts from 1 within the part: lines, or rows of a table; always 1 for text files.
+        line: counts from 1 within the part: lines, items of an array, or rows of a table; always 1 for text files.
         value: the text or the object; None in a bad record.
         bad: the reason by which bad records are counted; None in a good one.
         detail: more about this one bad record.
@@ -89,6 +90,9 @@ def read_objects(part: Part, fields: Sequence[str]) -> Iterator[Record]:
 
 
 def _read_json(part: Part, decoder: json.JSONDecoder) -> Iterator[Record]:
+    if part.kind == "json":
+        yield from _read_array(part.files[0], decoder)
+        return
     for number, line in enumerate(_read_lines(part), start=1):
         value, bad = None, "empty line"
         if line.strip():
@@ -100,6 +104,15 @@ def _read_json(part: Part, decoder: json.JSONDecoder) -> Iterator[Record]:
             except (ValueError, RecursionError):  # also a number that Python refuses
                 bad = "invalid JSON"
         yield Record(part.files[0], number, value if bad is None else None, bad)
+
+
+def _read_array(name: str, decoder: json.JSONDecoder) -> Iterator[Record]:
+    """Read the items of a file that is one JSON array. A fault anywhere in it makes all of it unreadable."""
+    with read_errors_of(name):
+        items = decoder.decode(Path(name).read_text(encoding="utf-8-sig"))
+    for number, item in enumerate(items, start=1):
+        is_object = isinstance(item, dict)
+        yield Record(name, number, item if is_object else None, None if is_object else "not a JSON object")
 
 
 def _read_lines(part: Part) -> Iterator[bytes]:
@@ -121,7 +134,7 @@ def _read_lines(part: Part) -> Iterator[bytes]:
                 yield from lines
         else:
             rest = b""
-            for block in _zstd_blocks(file):
+            for block in _zstd_blocks(file) if part.kind == "zstd" else _xz_blocks(file):
                 *lines, rest = (rest + block).split(b"\n")
                 yield from lines
             if rest:
@@ -140,6 +153,20 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
             block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
         raise EOFError("its last frame has no end")
+
+
+def _xz_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress all streams. The library's own reader takes what follows a stream and is none for the end."""
+    stream = None
+    while block := file.read(2**16):
+        while block:
+            if stream is None and not (block := block.lstrip(b"\0")):  # zeros may follow a stream
+                break
+            stream = stream or lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            yield stream.decompress(block)
+            block, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None:
+        raise EOFError("its last stream has no end")
 
 
 def _decode(file: str, line: int, raw: bytes) -> Record:

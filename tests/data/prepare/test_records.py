@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,13 +18,17 @@ import zstandard
 import data.prepare.parts
 from data.prepare.dropped import log_dropped, merge_dropped
 from data.prepare.parts import Part, count_lines_before, cut_inputs
-from data.prepare.records import Record, read_texts
+from data.prepare.records import Record, read_objects, read_texts
 
 TEXTS = [f"document {i} ü 漢 " + "word " * (7 * i % 40) for i in range(60)]
 
 
 def as_lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def as_array(texts: list[str]) -> bytes:
+    return json.dumps([{"n": i, "text": text} for i, text in enumerate(texts)], indent=1).encode()
 
 
 def records(path: Path, **options: object) -> list[Record]:
@@ -56,6 +61,45 @@ def test_archives_of_several_members(tmp_path: Path) -> None:
     compressed = zstandard.ZstdCompressor(compression_params=long_window).compress(lines)
     (tmp_path / "c.jsonl.zst").write_bytes(compressed)
     assert texts(tmp_path / "c.jsonl.zst") == TEXTS
+
+
+def test_xz_and_ndjson(tmp_path: Path) -> None:
+    lines = as_lines(TEXTS)
+    half = len(lines) // 2
+    (tmp_path / "a.jsonl.xz").write_bytes(
+        lzma.compress(lines[:half]) + bytes(8) + lzma.compress(lines[half:]) + bytes(4)
+    )
+    (tmp_path / "b.ndjson").write_bytes(lines)
+    assert texts(tmp_path / "a.jsonl.xz") == texts(tmp_path / "b.ndjson") == TEXTS
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n  "])
+def test_a_json_file_is_an_array_of_records_or_lines(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(mark + as_array(TEXTS) + b"\n")
+    (tmp_path / "b.json").write_bytes(mark.rstrip() + as_lines(TEXTS))
+    assert texts(tmp_path / "a.json") == texts(tmp_path / "b.json") == TEXTS
+
+
+def test_bad_items_of_an_array_are_numbered(tmp_path: Path) -> None:
+    items = [{"text": "a"}, 5, {"txt": "b"}, {"text": "c"}, {"text": ""}]
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    assert [(r.line, r.bad) for r in records(tmp_path / "a.json")] == [
+        (1, None),
+        (2, "not a JSON object"),
+        (3, "no field 'text'"),
+        (4, None),
+        (5, "empty text"),
+    ]
+    (part,) = cut_inputs([str(tmp_path / "a.json")])[0]
+    assert count_lines_before(part) == 0
+    assert [record.value for record in read_objects(part, ("text",))][:2] == [{"text": "a"}, None]
+
+
+def test_in_a_folder_only_arrays_are_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(as_array(TEXTS))
+    (tmp_path / "dataset_infos.json").write_text('{"text": "no record"}')
+    parts, ignored = cut_inputs([str(tmp_path)])
+    assert [Path(part.files[0]).name for part in parts] == ["a.json"] and ignored == {".json": 1}
 
 
 def test_tables(tmp_path: Path) -> None:
@@ -186,6 +230,11 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
         ("a.jsonl.zst", zstandard.compress(lines)[:-100]),
         ("b.jsonl.zst", zstandard.compress(lines) + b"garbage"),
         ("c.jsonl.zst", b""),
+        ("a.jsonl.xz", lzma.compress(lines)[:-100]),
+        ("b.jsonl.xz", lzma.compress(lines) + b"garbage"),
+        ("c.jsonl.xz", b""),
+        ("a.json", as_array(TEXTS)[:-9]),
+        ("b.json", as_array(TEXTS).replace(b"document 7", b"\xff")),
         ("a.parquet", table[:-9]),
         ("b.parquet", flipped(table, 60)),
     ):
@@ -206,7 +255,10 @@ def test_mistakes_in_the_input(tmp_path: Path) -> None:
     for inputs, words in (
         ([tmp_path / "c.parquet"], r"c.parquet: the tables have no rows"),
         (["nowhere.jsonl"], "--input nowhere.jsonl: no such file or folder"),
-        ([tmp_path / "empty"], r"nothing to read; known are .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md"),
+        (
+            [tmp_path / "empty"],
+            r"nothing to read; known are .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz, .ndjson, .json, .parquet, .txt, .md",
+        ),
         ([path, tmp_path / "empty" / ".." / "a.jsonl"], "a.jsonl is given twice"),
         ([tmp_path, path], "a.jsonl is given twice"),
     ):
