@@ -21,6 +21,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from nb_lightning.text.borders import BorderCutter, crossed_borders
 from nb_lightning.text.chat_template import ChatTemplate, Turn, opened_thought
 from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome
 from nb_lightning.text.tokenizer import TextTokenizer
@@ -192,24 +193,32 @@ class ChatTokenizer:
         ids, offsets = encoding.ids, encoding.offsets  # each access builds a list
         ends = [end for _, end in offsets]
         before = [bisect_right(ends, border) for border in borders]
-        if any(n < len(ids) and offsets[n][0] < border for n, border in zip(before, borders)):
-            # A token reaches across a border: tokenize the pieces between the borders one by one.
+        if crossed_borders(offsets, borders):
             pieces = [text[a:b] for a, b in pairwise([0, *borders, len(text)])]
             piece_ids = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
+            uncut = tokenizer.decode(ids, skip_special_tokens=False)
             ids = [id for ids in piece_ids for id in ids]
             before = list(accumulate(map(len, piece_ids[:-1])))
-            if tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(
-                encoding.ids, skip_special_tokens=False
-            ):
-                raise ChatError(
-                    "a token reaches across the border of an assistant turn, where this tokenizer cannot cut"
-                )
+            if tokenizer.decode(ids, skip_special_tokens=False) != uncut:  # a space is put in front of each piece
+                ids, before = (self._renamed_cutter if guarded else self._cutter).encode(text, borders)
+                if tokenizer.decode(ids, skip_special_tokens=False) != uncut:
+                    raise ChatError(
+                        "a token reaches across the border of an assistant turn, where this tokenizer cannot cut"
+                    )
         if guarded:
             written = sum(CONTROL <= ord(character) < CONTROL + PLANE for character in text)
             ids = [renumbered.get(id, id) for id in ids]
             if sum(id in self._special_ids for id in ids) != written:
                 raise ChatError("a message spells a special token that this tokenizer cannot write as text")
         return ids, before
+
+    @cached_property
+    def _cutter(self) -> BorderCutter:
+        return BorderCutter(self.tokenizer.tokenizer)
+
+    @cached_property
+    def _renamed_cutter(self) -> BorderCutter:
+        return BorderCutter(self._renamed[0])
 
     # A message that spells a special token ----------------------------------------------------------------------------
 
@@ -254,7 +263,8 @@ class ChatTokenizer:
         return frozenset(vocabulary[token] for token in self._special)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_renamed"}
+        rebuilt = ("_renamed", "_cutter", "_renamed_cutter")
+        return {key: value for key, value in self.__dict__.items() if key not in rebuilt}
 
 
 def end_of_turn(tokenizer: TextTokenizer, template: ChatTemplate | None = None) -> int | None:

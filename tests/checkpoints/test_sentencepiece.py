@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 from transformers import LlamaTokenizer
 
 from nb_lightning.checkpoints import sentencepiece as spm
@@ -101,6 +103,22 @@ def test_the_same_ids_as_transformers(legacy: Any, prefix: Any, has_json: bool, 
         assert ours.decode(ids) == theirs.decode(ids)
         compared += 1
     assert compared > len(CHATS) / 2
+
+
+def test_legacy_false_is_sentencepiece_without_its_space(tmp_path: Path) -> None:
+    """As transformers' slow tokenizer defined it: the library gets each part as it is, the first after a "▁"."""
+    train(tmp_path)
+    write_config(tmp_path, legacy=False)
+    tokenizer = load_tokenizer(str(tmp_path)).tokenizer
+    proto = ModelProto.FromString((tmp_path / "tokenizer.model").read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = False
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    for text in [*CHATS, *texts()]:
+        expected: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, ADDED))})", text):
+            first = not expected and not part.startswith((" ", "▁"))
+            expected += [1000 + list(ADDED).index(part)] if part in ADDED else model.encode(part and "▁" * first + part)
+        assert tokenizer.encode(text, add_special_tokens=False).ids == expected
 
 
 def test_no_space_after_added_tokens_without_legacy(tmp_path: Path) -> None:

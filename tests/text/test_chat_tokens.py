@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
@@ -202,13 +202,23 @@ def test_metaspace(metaspace: TextTokenizer) -> None:
     (turn,) = encoded.turns
     tokens = [metaspace.tokenizer.id_to_token(id) for id in encoded.ids[turn.start : turn.stop]]
     assert tokens == ["▁a", "H", "a", "▁", "</s>"]
-    # ChatML's border lies inside "\n" + "a": this tokenizer cannot begin a piece of text without a space.
+    # Here the border lies inside "he": it is cut, and the answer begins without a space.
     joined = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}h{% else %}</s>{% endif %}{% endfor %}"
     joined += "{% if add_generation_prompt %}{% endif %}"
+    chat = ChatTokenizer.of(metaspace, joined)
+    encoded = chat.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "el"}])
+    assert [metaspace.tokenizer.id_to_token(id) for id in encoded.ids] == ["▁a", "h", "el", "</s>"]
+    assert encoded.turns[0].start == 2
+
+
+def test_a_tokenizer_that_cannot_be_cut_is_refused(metaspace: TextTokenizer) -> None:
+    """Its normalizer writes one letter for the two around the border."""
+    tokenizer = Tokenizer.from_str(metaspace.tokenizer.to_str())
+    tokenizer.normalizer = normalizers.Replace("he", "l")
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    chat = ChatTokenizer.of(text_tokenizer(tokenizer, {"eos_token": "</s>"}, None, "test"), template)
     with pytest.raises(ChatError, match="reaches across the border"):
-        ChatTokenizer.of(metaspace, joined).encode(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "el"}]
-        )
+        chat.encode([{"role": "user", "content": "ah"}, {"role": "assistant", "content": "el"}])
 
 
 def test_where_generation_stops(bpe: TextTokenizer, metaspace: TextTokenizer) -> None:
