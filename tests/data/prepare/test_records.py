@@ -8,6 +8,7 @@ import lzma
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -31,11 +32,11 @@ def as_array(texts: list[str]) -> bytes:
     return json.dumps([{"n": i, "text": text} for i, text in enumerate(texts)], indent=1).encode()
 
 
-def records(path: Path, **options: object) -> list[Record]:
+def records(path: Path, **options: Any) -> list[Record]:
     return [record for part in cut_inputs([str(path)], **options)[0] for record in read_texts(part, "text")]
 
 
-def texts(path: Path, **options: object) -> list[str | None]:
+def texts(path: Path, **options: Any) -> list[str | None]:
     return [record.value for record in records(path, **options)]
 
 
