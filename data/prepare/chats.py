@@ -7,14 +7,16 @@
 | `prompt` and `completion` | two texts (a user's and an assistant's turn), or two lists of messages |
 
 and may have `tools` (a list, or its JSON) and `system` (a text). Only the assistant's turns are trained on, end of turn
-included. A sample ends with its last trained token, because nothing learns from what follows.
+included, and of `prompt` and `completion` only those of the completion. A sample ends with its last trained token,
+because nothing learns from what follows.
+
+A record whose reasoning, tool calls or tools the template does not write is bad: nothing is left out silently.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,27 +27,45 @@ from data.prepare.parts import Part
 from data.prepare.records import Record, read_objects
 from data.prepare.settings import SourceSettings
 from data.prepare.source_writer import SampleWriter
-from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.chat_template import ChatTemplate, Turn
 from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens, TurnTokens
-from nb_lightning.text.messages import ChatError, check_messages, outcome
+from nb_lightning.text.messages import (
+    END_OF_THINK,
+    ChatError,
+    check_json,
+    check_messages,
+    is_trained,
+    outcome,
+    split_thought,
+    thought_of,
+    without_thought,
+)
 from nb_lightning.token_source import TRAINED, SourceManifest
 
 FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")
 RENDER_BATCH = 64  # conversations rendered at a time
 HISTORY = ("expand", "mask", "keep")  # see `Chats._samples`
 SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
+SHAREGPT_CALLS = ("function_call", "tool_call")
 
 
 Parsed = tuple[str, list[list[int]]]  # of a record: its question, and the marked tokens of each of its samples
+Rendered = tuple[str, list[Turn]]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A checked conversation."""
+    """A checked conversation.
+
+    Attributes:
+        trained: indices of the messages to train on.
+        question: number of messages before the first answer to a user, by which conversations are held out.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    trained: frozenset[int]  # indices of the messages to train on
+    trained: frozenset[int]
+    question: int
 
 
 class Chats:
@@ -94,9 +114,12 @@ class Chats:
 
     def parse_many(self, records: list[Mapping[str, Any]]) -> list[Parsed | ChatError]:
         """Parse records; a bad one gives its error. All are rendered at once, which is faster than one by one."""
-        chats = [outcome(chat_of, fields) for fields in records]
+        chats = [outcome(chat_of, fields, self.chat.think) for fields in records]
         good = [chat for chat in chats if not isinstance(chat, ChatError)]
-        encodings = iter(self.encoder.encode_many([(self._messages(chat), chat.tools) for chat in good]))
+        spelled = iter(self._spell_thoughts(good))
+        chats = [chat if isinstance(chat, ChatError) else next(spelled) for chat in chats]
+        good = [chat for chat in chats if not isinstance(chat, ChatError)]
+        encodings = iter(self.encoder.encode_many([(chat.messages, chat.tools) for chat in good]))
         parsed: list[Parsed | ChatError] = []
         for chat in chats:
             if isinstance(chat, ChatError):
@@ -107,16 +130,37 @@ class Chats:
         return parsed
 
     def _parse(self, chat: Chat, tokens: ChatTokens) -> Parsed:
-        first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        return question_of(chat.messages[:first], chat.tools), self._samples(chat, tokens)
+        return question_of(chat.messages[: chat.question], chat.tools), self._samples(chat, tokens)
 
     def encode(self, values: Iterator[Parsed]) -> Iterator[tuple[bool, list[list[int]]]]:
-        """Hold out by the question, the messages before the first answer: all answers to it share a split."""
+        """Hold out by the question, the messages before the first answer to a user: its answers share a split."""
         for question, samples in values:
             yield self.settings.is_held_out(question), samples
 
-    def _messages(self, chat: Chat) -> list[dict[str, Any]]:
-        return chat.messages if self.chat.think else [_without_reasoning(message) for message in chat.messages]
+    def _spell_thoughts(self, chats: list[Chat]) -> list[Chat]:
+        """Move thoughts in the content to `reasoning_content` where the template does not write them as they stand.
+
+        A template may leave such a thought out, or write an empty one before it. Where it does not know
+        `reasoning_content`, they stay. What it does shows in the conversation up to the last thought.
+        """
+        spelled = list(chats)
+        inline = [
+            i
+            for i, chat in enumerate(chats)
+            if any(END_OF_THINK in message["content"] and thought_of(message) for message in chat.messages)
+        ]
+        texts = self._render([chats[i] for i in inline])
+        changed = [i for i, text in zip(inline, texts) if not _writes_as_it_stands(chats[i], text)]
+        split = [replace(chats[i], messages=[split_thought(message) for message in chats[i].messages]) for i in changed]
+        stands, moved = (self._render([_up_to_last_thought(chat) for chat in side])
+                         for side in ([chats[i] for i in changed], split))  # fmt: skip
+        for i, chat, stand, move in zip(changed, split, stands, moved):
+            if _writes_last_thought(chat, move) or not _writes_last_thought(chats[i], stand):
+                spelled[i] = chat
+        return spelled
+
+    def _render(self, chats: list[Chat]) -> list[Rendered | ChatError]:
+        return self.encoder.template.render_many([(chat.messages, chat.tools) for chat in chats])
 
     def _samples(self, chat: Chat, tokens: ChatTokens) -> list[list[int]]:
         """Build the samples of a conversation.
@@ -139,7 +183,7 @@ class Chats:
         samples = []
         if self.chat.history == "expand":
             for turn in without_reasoning:
-                beginning = self.encoder.encode(self._messages(chat)[: turn.index + 1], chat.tools)
+                beginning = self.encoder.encode(chat.messages[: turn.index + 1], chat.tools)
                 if not beginning.turns[-1].thought:
                     raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
                 samples.append(mark_trained(beginning, beginning.turns[-1:]))
@@ -150,13 +194,17 @@ class Chats:
         return samples
 
 
-def chat_of(record: Mapping[str, Any]) -> Chat:
+def chat_of(record: Mapping[str, Any], think: bool = True) -> Chat:
     """Check a record's conversation.
+
+    Args:
+        think: False takes the reasoning out.
 
     Raises:
         ChatError: the record has no conversation, or a bad one.
     """
     fields = {key: value for key, value in record.items() if value is not None}
+    context = 0  # number of messages before the completion
     if "messages" in fields:
         messages = fields["messages"]
     elif "conversations" in fields:
@@ -164,24 +212,60 @@ def chat_of(record: Mapping[str, Any]) -> Chat:
     elif "prompt" in fields and "completion" in fields:
         prompt = messages_of(fields["prompt"], "user", "prompt")
         messages = [*prompt, *messages_of(fields["completion"], "assistant", "completion")]
+        context = len(prompt)
     else:
         raise ChatError("no messages", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
-    checked = check_messages(messages)
+    checked = check_messages(messages, strict=True)
     if fields.get("system"):
         if checked[0]["role"] == "system":
             raise ChatError("two system prompts")
         messages = [{"role": "system", "content": fields["system"]}, *messages]
-        checked = check_messages(messages)
-    assistant = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
+        checked = check_messages(messages, strict=True)
+        context += 1
+    if not think:
+        checked = [without_thought(message) for message in checked]
+    roles = [message["role"] for message in checked]
+    assistant = [i for i, role in enumerate(roles) if role == "assistant" and i >= context]
     if not assistant:
         raise ChatError("no assistant turn")
-    trained = frozenset(i for i in assistant if messages[i].get("train") is not False)
+    trained = frozenset(i for i in assistant if is_trained(messages[i]))
     if not trained:
         raise ChatError("every assistant turn is marked train: false")
     for i in trained:
         if not any(checked[i].get(key) for key in ("content", "reasoning_content", "tool_calls")):
             raise ChatError("an empty assistant turn", f"message {i}")
-    return Chat(checked, tools_of(fields.get("tools")), trained)
+    answers = [i for i in assistant if "user" in roles[:i]] or assistant
+    return Chat(checked, tools_of(fields.get("tools")), trained, answers[0])
+
+
+def _last_thought(chat: Chat) -> int:
+    return max(i for i, message in enumerate(chat.messages) if thought_of(message))
+
+
+def _up_to_last_thought(chat: Chat) -> Chat:
+    return replace(chat, messages=chat.messages[: _last_thought(chat) + 1])
+
+
+def _writes_last_thought(chat: Chat, rendered: Rendered | ChatError) -> bool:
+    """Whether the text of a conversation up to its last thought has that thought."""
+    if isinstance(rendered, ChatError):
+        return False
+    text, turns = rendered
+    return thought_of(chat.messages[turns[-1].index]) in text[turns[-1].start : turns[-1].end]
+
+
+def _writes_as_it_stands(chat: Chat, rendered: Rendered | ChatError) -> bool:
+    """Whether a text has each content that begins with a thought, and no other thought beside it."""
+    if isinstance(rendered, ChatError):
+        return True  # encoding it raises the error
+    text, turns = rendered
+    for turn in turns:
+        message, written = chat.messages[turn.index], text[turn.start : turn.end]
+        content = message["content"].strip()
+        is_inline = END_OF_THINK in content and not message.get("reasoning_content") and thought_of(message)
+        if is_inline and (content not in written or written.count(END_OF_THINK) > content.count(END_OF_THINK)):
+            return False
+    return True
 
 
 def template_digest(template: ChatTemplate) -> str:
@@ -200,14 +284,27 @@ def _from_sharegpt(turns: Any) -> Any:
     for turn in turns:
         if isinstance(turn, Mapping) and "from" in turn:
             role = turn["from"]
-            role = SHAREGPT.get(role, role) if isinstance(role, str) else role
-            turn = {
-                **{k: v for k, v in turn.items() if k not in ("from", "value")},
-                "role": role,
-                "content": turn.get("value"),
-            }
+            rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            if role in SHAREGPT_CALLS:
+                turn = {**rest, "role": "assistant", "tool_calls": _calls_of(turn.get("value"))}
+            else:
+                role = SHAREGPT.get(role, role) if isinstance(role, str) else role
+                turn = {**rest, "role": role, "content": turn.get("value")}
         messages.append(turn)
     return messages
+
+
+def _calls_of(value: Any) -> list[Any]:
+    """Read the value of ShareGPT's `function_call`: a call or a list of calls, or their JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ChatError("a function_call is not JSON") from None
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise ChatError("a function_call is empty")
+    return calls
 
 
 def messages_of(value: Any, role: str, name: str) -> list[Any]:
@@ -224,25 +321,19 @@ def tools_of(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ChatError("tools are not JSON") from None
     if value is None or value == "":
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise ChatError("tools are not a list of objects")
+    check_json(value, "tools")
     return value
 
 
 def question_of(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
     """Write the messages before the first answer, and the tools, as one text."""
     return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
-
-
-def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    if message["role"] != "assistant":
-        return message
-    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return {**rest, "content": re.sub(r"\A\s*<think>.*?</think>\s*", "", message["content"], flags=re.DOTALL)}
 
 
 def mark_trained(tokens: ChatTokens, turns: list[TurnTokens]) -> list[int]:

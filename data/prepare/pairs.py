@@ -1,7 +1,7 @@
 """Turn preference pairs into samples of marked tokens: `data.prepare --pairs`.
 
-A record has the prompt, as `messages` or `prompt` (a list of messages, or a text), and two responses, `chosen` and
-`rejected`. A response is
+A record has the prompt, as `messages`, `prompt` or `question` (a list of messages, or a text), and two responses,
+`chosen` and `rejected`. `messages` that equal `chosen`, as in UltraFeedback, are not the prompt. A response is
 
 * a text: what the assistant wrote after the prompt, letter for letter, as `python -m data.pairs` writes it. The end of
   turn is added, unless `chosen_finish` or `rejected_finish` is "length"; or
@@ -9,7 +9,7 @@ A record has the prompt, as `messages` or `prompt` (a list of messages, or a tex
   both begin with it needs no `messages` and no `prompt`.
 
 A record may have `tools` and `system`, as conversations do. A pair becomes two samples, the chosen one first. Each
-holds prompt and response, and trains on the response.
+holds prompt and response, and trains on the response, without turns that are marked `train: false`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.prepare.chats import Chats, Parsed, mark_trained, messages_of, question_of, tools_of
+from data.prepare.chats import Chat, Chats, Parsed, mark_trained, messages_of, question_of, tools_of
 from data.prepare.source_writer import SampleWriter
-from nb_lightning.text.messages import ChatError, check_messages, outcome
+from nb_lightning.text.messages import ChatError, check_json, check_messages, is_trained, outcome
 from nb_lightning.token_source import TRAINED
 
 SIDES = ("chosen", "rejected")
@@ -30,7 +30,7 @@ FINISHES = ("stop", "length")
 class Pairs(Chats):
     """A form of records: a pair becomes two samples. See data/prepare/forms.py."""
 
-    fields = ("messages", "prompt", "tools", "system", *SIDES, *(f"{side}_finish" for side in SIDES))
+    fields = ("messages", "prompt", "question", "tools", "system", *SIDES, *(f"{side}_finish" for side in SIDES))
 
     def open_writer(self, folder: Path) -> SampleWriter:
         writer = super().open_writer(folder)
@@ -51,6 +51,8 @@ class Pairs(Chats):
         for side in SIDES:
             if side not in fields:
                 raise ChatError(f"no {side}", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
+        if _are_chosen(fields):
+            del fields["messages"]
         prompt, tools = _prompt_of(fields), tools_of(fields.get("tools"))
         chosen, rejected = (self._sample(prompt, fields, side, tools) for side in SIDES)
         if chosen == rejected:
@@ -65,12 +67,22 @@ class Pairs(Chats):
             finish = fields.get(f"{side}_finish", "stop")
             if finish not in FINISHES:
                 raise ChatError(f"{side}_finish is neither {' nor '.join(FINISHES)}")
+            check_json(response, side)
             tokens = self.encoder.answered(prompt, response, finish == "stop", tools)
             turns = tokens.turns
         else:
             messages = _response_messages(prompt, response, side)
-            tokens = self.encoder.encode([*prompt, *messages], tools)
-            turns = [turn for turn in tokens.turns if turn.index >= len(prompt)]
+            marks = response[len(response) - len(messages) :]
+            trained = frozenset(
+                len(prompt) + i
+                for i, message in enumerate(messages)
+                if message["role"] == "assistant" and is_trained(marks[i])
+            )
+            if not trained:
+                raise ChatError("every assistant turn is marked train: false", side)
+            (chat,) = self._spell_thoughts([Chat([*prompt, *messages], tools, trained, len(prompt))])
+            tokens = self.encoder.encode(chat.messages, tools)
+            turns = [turn for turn in tokens.turns if turn.index in trained]
             if not all(turn.thought for turn in turns):
                 raise ChatError("the template leaves out the reasoning", side)
         marked = mark_trained(tokens, turns)
@@ -79,10 +91,21 @@ class Pairs(Chats):
         return marked
 
 
+def _are_chosen(fields: Mapping[str, Any]) -> bool:
+    """Whether `messages` is the chosen conversation, beside two responses that are lists of messages."""
+    messages, (chosen, rejected) = fields.get("messages"), (fields[side] for side in SIDES)
+    if not all(isinstance(value, list) and value for value in (messages, chosen, rejected)):
+        return False
+    return check_messages(messages, strict=True) == check_messages(chosen, strict=True)
+
+
 def _prompt_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Check the prompt of a record; without one, take the messages with which both responses begin."""
-    if "messages" in fields or "prompt" in fields:
-        messages = fields["messages"] if "messages" in fields else messages_of(fields["prompt"], "user", "prompt")
+    name = next((name for name in ("messages", "prompt", "question") if name in fields), None)
+    if name == "messages":
+        messages = fields["messages"]
+    elif name is not None:
+        messages = messages_of(fields[name], "user", name)
     else:
         responses = [fields[side] for side in SIDES]
         if not all(isinstance(response, list) for response in responses):
@@ -91,11 +114,11 @@ def _prompt_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
         messages = responses[0][: [*equal, False].index(False)]
         if not messages:
             raise ChatError("neither messages nor prompt, and the responses do not begin alike")
-    checked = check_messages(messages)
+    checked = check_messages(messages, strict=True)
     if fields.get("system"):
         if checked[0]["role"] == "system":
             raise ChatError("two system prompts")
-        checked = check_messages([{"role": "system", "content": fields["system"]}, *checked])
+        checked = check_messages([{"role": "system", "content": fields["system"]}, *checked], strict=True)
     if checked[-1]["role"] == "assistant":
         raise ChatError("the prompt ends with the assistant")
     return checked
@@ -105,7 +128,7 @@ def _response_messages(prompt: list[dict[str, Any]], response: Any, side: str) -
     """Check the messages of a response, and remove the prompt before them."""
     if not isinstance(response, list):
         raise ChatError(f"{side} is neither a text nor a list of messages")
-    messages = check_messages(response)
+    messages = check_messages(response, strict=True)
     without_system = [message for message in prompt if message["role"] != "system"]
     for beginning in (prompt, without_system):
         if messages[: len(beginning)] == beginning:

@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nb_lightning.text.messages import THINK, ChatError, Message, check_messages, or_raise, outcome
+from nb_lightning.text.messages import THINK, ChatError, Message, check_messages, is_trained, or_raise, outcome
 from nb_lightning.text.template_process import TemplateProcess
 
 # A template made of two, see `choose_by_tools`.
@@ -93,7 +93,7 @@ class ChatTemplate:
             ChatError: as `render`; or the assistant's turns cannot be located.
         """
         text, turns = self.render_turns(messages, tools)
-        return text, [(turn.start, turn.end) for turn in turns if messages[turn.index].get("train") is not False]
+        return text, [(turn.start, turn.end) for turn in turns if is_trained(messages[turn.index])]
 
     def render_turns(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Turn]]:
         """Render a conversation, and locate each assistant turn in it, in order.

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from nb_lightning.text.borders import BorderCutter, crossed_borders
 from nb_lightning.text.chat_template import ChatTemplate, Turn, opened_thought
-from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome
+from nb_lightning.text.left_out import check_calls_written, check_tools_written
+from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome, thought_of
 from nb_lightning.text.tokenizer import TextTokenizer
 
 # Private-use characters that stand for special tokens, used only for conversations in which a message spells one.
@@ -35,8 +36,8 @@ CONTROL, LITERAL, PLANE = 0xF0000, 0x100000, 0xFFFE
 class TurnTokens:
     """An assistant turn: message number `index` wrote the tokens [start, stop), its end of turn included.
 
-    `thought` is False if the message has `reasoning_content` that the template left out, as many templates do in turns
-    before the last question.
+    `thought` is False if the message has reasoning (in `reasoning_content`, or at the beginning of the content) that
+    the template left out, as many templates do in turns before the last question.
     """
 
     index: int
@@ -91,8 +92,8 @@ class ChatTokenizer:
         """Tokenize a conversation, and locate the assistant's turns in it.
 
         Raises:
-            ChatError: as `ChatTemplate.render_turns`; or a turn does not end with a token of its own, so that no model
-                could learn to stop.
+            ChatError: as `ChatTemplate.render_turns`; the template leaves out the tools, a call, or the content beside
+                one; or a turn does not end with a token of its own, so that no model could learn to stop.
         """
         return or_raise(self.encode_many([(messages, tools)])[0])
 
@@ -112,13 +113,19 @@ class ChatTokenizer:
             if isinstance(g, ChatError):
                 results.append(g)
                 continue
-            messages, _, is_guarded = g
+            messages, tools, is_guarded = g
             text = next(rendered)
-            results.append(text if isinstance(text, ChatError) else outcome(self._tokens, messages, *text, is_guarded))
+            if isinstance(text, ChatError):
+                results.append(text)
+            else:
+                results.append(outcome(self._tokens, messages, tools, *text, is_guarded))
         return results
 
-    def _tokens(self, messages: Sequence[Message], text: str, turns: list[Turn], guarded: bool) -> ChatTokens:
+    def _tokens(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, text: str, turns: list[Turn], guarded: bool
+    ) -> ChatTokens:
         """Tokenize a rendered conversation; its turns end at borders between tokens."""
+        check_tools_written(tools, text)
         ids, borders = self._encode(text, [border for turn in turns for border in (turn.start, turn.end)], guarded)
         tokens = []
         for number, turn in enumerate(turns):
@@ -129,9 +136,9 @@ class ChatTokenizer:
                     f"message {turn.index}",
                     f", but in {written[-20:]!r}; is the template this tokenizer's?",
                 )
-            reasoning = messages[turn.index].get("reasoning_content") or ""
+            check_calls_written(messages[turn.index], turn.index, written)
             start, stop = borders[2 * number : 2 * number + 2]
-            tokens.append(TurnTokens(turn.index, start, stop, reasoning.strip() in written))
+            tokens.append(TurnTokens(turn.index, start, stop, thought_of(messages[turn.index]) in written))
         return ChatTokens(ids, tokens)
 
     @cached_property
@@ -158,10 +165,11 @@ class ChatTokenizer:
             ended: append the token that ends a turn.
 
         Raises:
-            ChatError: as `ChatTemplate.render`, and `end_id`.
+            ChatError: as `ChatTemplate.render`, and `end_id`; or the template leaves out the tools.
         """
         (asked, text), tools_guarded, guarded = self._guard([messages, answer], tools)
         prompt = self.template.render(asked, tools_guarded, add_generation_prompt=True)
+        check_tools_written(tools_guarded, prompt)
         if opening := opened_thought(prompt):
             if text.startswith(THINK):
                 text = text.removeprefix(opening if text.startswith(opening) else THINK)

@@ -2,16 +2,36 @@
 
 A message is {"role": "system|user|assistant|tool", "content": str}. An assistant's may also have `reasoning_content`
 (its thinking), `tool_calls` (as in OpenAI's API) and `train: false` (not to be trained on). Other fields are passed on.
+
+These spellings of other programs are read too:
+
+| spelling | is |
+|---|---|
+| the roles `developer` and `function` | `system` and `tool` |
+| content that is a list of parts of type text | the joined texts |
+| `thinking`, `reasoning` | `reasoning_content` |
+| `function_call` | one of `tool_calls` |
+| `loss: false`, `weight: 0` | `train: false` |
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 THINK, END_OF_THINK = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
+OTHER_ROLES = {"developer": "system", "function": "tool"}
+REASONING = ("reasoning_content", "thinking", "reasoning")
+MARKS = {  # fields that say whether to train on a turn -> their values, "yes" first
+    "train": ((True, False), "train is neither true nor false"),
+    "loss": ((True, False), "loss is neither true nor false"),
+    "weight": ((1, 0), "weight is neither 0 nor 1"),
+}
+# A thought at the beginning of the content. Without the opening tag it is the thought of a prompt that ends in it.
+INLINE_THOUGHT = re.compile(r"\A\s*(?:<think>(.*?)|((?:(?!<think>).)*?))</think>\s*", re.DOTALL)
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -42,10 +62,14 @@ def or_raise(result: T | ChatError) -> T:
     return result
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any, strict: bool = False) -> list[dict[str, Any]]:
     """Check messages, and return them as templates expect them.
 
     Null fields and `train` are left out; the arguments of calls are objects.
+
+    Args:
+        strict: refuse what another spelling says but nothing can be made of, as records to train on need it. Otherwise
+            such a field is passed on.
 
     Raises:
         ChatError: names the first invalid message, and why.
@@ -54,20 +78,67 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         raise ChatError("messages are not a list")
     if not messages:
         raise ChatError("no messages")
-    checked = [_check_message(message, f"message {number}") for number, message in enumerate(messages)]
-    try:
-        json.dumps(checked, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        raise ChatError("not UTF-8") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ChatError("messages are not JSON", detail=f": {error}") from None
+    checked = [_check_message(message, f"message {number}", strict) for number, message in enumerate(messages)]
+    check_json(checked, "messages")
     return checked
 
 
-def _check_message(message: Any, where: str) -> dict[str, Any]:
+def check_json(value: Any, name: str) -> None:
+    """Check that a value can be written as JSON in UTF-8: no half surrogate pairs, no NaN, no endless nesting.
+
+    Raises:
+        ChatError: it cannot; the reason names the value by `name`.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ChatError("not UTF-8") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"{name} are not JSON", detail=f": {error}") from None
+
+
+def is_trained(message: Message) -> bool:
+    """Whether no mark of a message (`train`, `loss`, `weight`) says not to train on it."""
+    return all(message.get(key) is None or bool(message[key]) for key in MARKS)
+
+
+def split_thought(message: Message) -> dict[str, Any]:
+    """Move a thought at the beginning of an assistant's content to `reasoning_content`, if that is empty."""
+    out = dict(message)
+    match = None if out.get("reasoning_content") else _inline_thought(message)
+    if match is not None:
+        out |= {"content": message["content"][match.end() :], "reasoning_content": (match[1] or match[2] or "").strip()}
+    return out
+
+
+def without_thought(message: Message) -> dict[str, Any]:
+    """Remove an assistant's reasoning: `reasoning_content`, and a thought at the beginning of the content."""
+    out = {k: v for k, v in message.items() if k != "reasoning_content" or message["role"] != "assistant"}
+    match = _inline_thought(message)
+    return out if match is None else {**out, "content": message["content"][match.end() :]}
+
+
+def thought_of(message: Message) -> str:
+    """Return an assistant's reasoning, whichever of the two places it is in; "" without any."""
+    return (split_thought(message).get("reasoning_content") or "").strip()
+
+
+def _inline_thought(message: Message) -> re.Match[str] | None:
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str) or END_OF_THINK not in content:
+        return None
+    return INLINE_THOUGHT.match(content)
+
+
+def _check_message(message: Any, where: str, strict: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ChatError("not an object", where)
     out = {key: value for key, value in message.items() if value is not None}
+    try:
+        out = _unify_spellings(out, where)
+    except ChatError:
+        if strict:
+            raise
     if "role" not in out:
         raise ChatError("no role", where)
     if out["role"] not in ROLES:
@@ -93,6 +164,38 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     return out
 
 
+def _unify_spellings(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Write a message, which has no null fields, in the one spelling that the rest of the code knows."""
+    out = dict(message)
+    role = out.get("role")
+    if isinstance(role, str):
+        out["role"] = OTHER_ROLES.get(role, role)
+    if isinstance(content := out.get("content"), list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+            raise ChatError("content has parts that are not text", where)
+        out["content"] = "".join(texts)
+    if thoughts := {key: out.pop(key) for key in REASONING if out.get(key)}:
+        for key, thought in thoughts.items():
+            if not isinstance(thought, str):
+                raise ChatError(f"{key} is not a string", where)
+            if role != "assistant":
+                raise ChatError(f"{key} outside an assistant turn", where)
+        if len(set(thoughts.values())) > 1:
+            raise ChatError(f"{' and '.join(thoughts)} differ", where)
+        out["reasoning_content"] = next(iter(thoughts.values()))
+    if call := out.pop("function_call", None):
+        if role != "assistant":
+            raise ChatError("function_call outside an assistant turn", where)
+        if out.get("tool_calls"):
+            raise ChatError("both function_call and tool_calls", where)
+        out["tool_calls"] = [_check_call(call, f"{where}, function_call")]
+    for key, (values, problem) in MARKS.items():
+        if key in out and out[key] not in values:
+            raise ChatError(problem, where)
+    return out
+
+
 def _check_call(call: Any, where: str) -> dict[str, Any]:
     """Return `{"type": "function", "function": {"name", "arguments"}}`; `call` may be the inner object alone."""
     outer = call if isinstance(call, Mapping) else {}
@@ -103,7 +206,7 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):  # JSON, as OpenAI's API sends them
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ChatError("arguments are not JSON", where) from None
     if not isinstance(arguments, Mapping | None):
         raise ChatError("arguments are not an object", where)
