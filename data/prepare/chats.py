@@ -130,6 +130,8 @@ class Chats:
         return parsed
 
     def _parse(self, chat: Chat, tokens: ChatTokens) -> Parsed:
+        if tokens.left_out is not None:
+            raise tokens.left_out
         return question_of(chat.messages[: chat.question], chat.tools), self._samples(chat, tokens)
 
     def encode(self, values: Iterator[Parsed]) -> Iterator[tuple[bool, list[list[int]]]]:

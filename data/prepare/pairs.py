@@ -85,6 +85,8 @@ class Pairs(Chats):
             turns = [turn for turn in tokens.turns if turn.index in trained]
             if not all(turn.thought for turn in turns):
                 raise ChatError("the template leaves out the reasoning", side)
+        if tokens.left_out is not None:
+            raise tokens.left_out
         marked = mark_trained(tokens, turns)
         if not any(token & TRAINED for token in marked):
             raise ChatError("an empty response", side)

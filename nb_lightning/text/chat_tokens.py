@@ -14,7 +14,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from nb_lightning.text.borders import BorderCutter, crossed_borders
 from nb_lightning.text.chat_template import ChatTemplate, Turn, opened_thought
-from nb_lightning.text.left_out import check_calls_written, check_tools_written
+from nb_lightning.text.left_out import missing_call, missing_tool
 from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome, thought_of
 from nb_lightning.text.tokenizer import TextTokenizer
 
@@ -48,10 +48,14 @@ class TurnTokens:
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """The token ids of a conversation, and the assistant's turns in it."""
+    """The token ids of a conversation, and the assistant's turns in it.
+
+    `left_out` says which tool, tool call, or content beside a call the template did not write.
+    """
 
     ids: list[int]
     turns: list[TurnTokens]
+    left_out: ChatError | None = field(default=None, compare=False)
 
 
 class ChatTokenizer:
@@ -92,8 +96,8 @@ class ChatTokenizer:
         """Tokenize a conversation, and locate the assistant's turns in it.
 
         Raises:
-            ChatError: as `ChatTemplate.render_turns`; the template leaves out the tools, a call, or the content beside
-                one; or a turn does not end with a token of its own, so that no model could learn to stop.
+            ChatError: as `ChatTemplate.render_turns`; or a turn does not end with a token of its own, so that no model
+                could learn to stop.
         """
         return or_raise(self.encode_many([(messages, tools)])[0])
 
@@ -125,7 +129,7 @@ class ChatTokenizer:
         self, messages: Sequence[Message], tools: Sequence[Any] | None, text: str, turns: list[Turn], guarded: bool
     ) -> ChatTokens:
         """Tokenize a rendered conversation; its turns end at borders between tokens."""
-        check_tools_written(tools, text)
+        left_out = missing_tool(tools, text)
         ids, borders = self._encode(text, [border for turn in turns for border in (turn.start, turn.end)], guarded)
         tokens = []
         for number, turn in enumerate(turns):
@@ -136,10 +140,10 @@ class ChatTokenizer:
                     f"message {turn.index}",
                     f", but in {written[-20:]!r}; is the template this tokenizer's?",
                 )
-            check_calls_written(messages[turn.index], turn.index, written)
+            left_out = left_out or missing_call(messages[turn.index], turn.index, written)
             start, stop = borders[2 * number : 2 * number + 2]
             tokens.append(TurnTokens(turn.index, start, stop, thought_of(messages[turn.index]) in written))
-        return ChatTokens(ids, tokens)
+        return ChatTokens(ids, tokens, left_out)
 
     @cached_property
     def end_id(self) -> int:
@@ -165,11 +169,10 @@ class ChatTokenizer:
             ended: append the token that ends a turn.
 
         Raises:
-            ChatError: as `ChatTemplate.render`, and `end_id`; or the template leaves out the tools.
+            ChatError: as `ChatTemplate.render`, and `end_id`.
         """
         (asked, text), tools_guarded, guarded = self._guard([messages, answer], tools)
         prompt = self.template.render(asked, tools_guarded, add_generation_prompt=True)
-        check_tools_written(tools_guarded, prompt)
         if opening := opened_thought(prompt):
             if text.startswith(THINK):
                 text = text.removeprefix(opening if text.startswith(opening) else THINK)
@@ -177,14 +180,14 @@ class ChatTokenizer:
                 return self._plain_turn(messages, answer, ended, tools)
         ids, (start,) = self._encode(prompt + text, [len(prompt)], guarded)
         ids = [*ids, self.end_id] if ended else ids
-        return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))])
+        return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))], missing_tool(tools_guarded, prompt))
 
     def _plain_turn(self, messages: Sequence[Message], answer: str, ended: bool, tools: Any) -> ChatTokens:
         """Tokenize an answer as the last message of a conversation."""
         tokens = self.encode([*messages, {"role": "assistant", "content": answer}], tools)
         turn = tokens.turns[-1]
         stop = turn.stop if ended else max(i for i in range(turn.stop) if tokens.ids[i] == self.end_id)
-        return ChatTokens(tokens.ids[:stop], [replace(turn, stop=stop)])
+        return ChatTokens(tokens.ids[:stop], [replace(turn, stop=stop)], tokens.left_out)
 
     def opened_thought(self, prompt_ids: Sequence[int]) -> str:
         """Return the `<think>` that the tokens of a prompt end with, and the white space after it; "" without one."""

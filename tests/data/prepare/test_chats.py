@@ -162,6 +162,125 @@ def test_history_whose_reasoning_the_template_leaves_out() -> None:
     assert samples({"messages": PAIR}, template=silent, think=False) == ["[2<|im_end|>]"]
 
 
+DROPS_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1].strip() if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ONLY_CONTENT = DROPS_THOUGHTS.replace(".split('</think>')[-1].strip()", "")
+INLINE = "<think>\nAdd.\n</think>\n\n2"
+USER2 = {"role": "user", "content": "2+2?"}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+
+
+def assistant(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **fields}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_in_any_field_is_trained_on(key: str) -> None:
+    assert samples({"messages": [ASK, assistant("2", **{key: "Add."})]}) == [f"[{INLINE}<|im_end|>]"]
+
+
+def test_a_thought_in_the_content_that_the_template_drops_is_no_silent_loss() -> None:
+    for written in (INLINE, "Add.\n</think>\n\n2"):
+        with pytest.raises(ChatError, match="message 1: the template leaves out the reasoning"):
+            samples({"messages": [ASK, assistant(written)]}, template=DROPS_THOUGHTS)
+    assert samples({"messages": [ASK, assistant(INLINE)]}, template=DROPS_THOUGHTS, think=False) == ["[2<|im_end|>]"]
+    only_last = DROPS_THOUGHTS.replace("m.role == 'assistant'", "m.role == 'assistant' and not loop.last")
+    both = [ASK, assistant(INLINE), USER2, assistant("4")]  # knows no reasoning_content
+    assert samples({"messages": both}, template=only_last) == [f"[{INLINE}<|im_end|>]", "[4<|im_end|>]"]
+
+
+@pytest.mark.parametrize("style", ["qwen3", "nanbeige"])
+def test_a_thought_in_the_content_is_written_as_in_its_own_field(style: str) -> None:
+    template = (ROOT / f"tests/templates/{style}_style.jinja").read_text()
+    for first in (assistant("2"), assistant(INLINE)):
+        records = [
+            {"messages": [ASK, first, USER2, last]}
+            for last in (assistant("<think>Sum.</think>4"), assistant("4", reasoning_content="Sum."))
+        ]
+        if first["content"] == INLINE:
+            records[1]["messages"][1] = ANSWER
+        inline, field = (samples_of(record, template=template) for record in records)
+        assert inline == field
+
+
+def test_templates_that_leave_out_calls_or_tools_are_named() -> None:
+    tool = {"type": "function", "function": {"name": "get_weather"}}
+    messages = [ASK, assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "4"}, assistant("4")]
+    with pytest.raises(ChatError, match="message 1: the template leaves out a tool call: 'get_weather'"):
+        samples({"messages": messages}, template=ONLY_CONTENT)
+    with pytest.raises(ChatError, match="the template leaves out the tools: 'get_weather'"):
+        samples({"messages": [ASK, assistant("2")], "tools": [tool]}, template=ONLY_CONTENT)
+    first_call = ONLY_CONTENT.replace("{{ m.content", "{{ m.tool_calls[0] | tojson if m.tool_calls else m.content")
+    for calls, beside in (([CALL, CALL], ""), ([CALL], "Let me look.")):
+        with pytest.raises(ChatError, match=r"message 1: the template leaves out (a tool call|the content beside)"):
+            samples({"messages": [ASK, assistant(beside, tool_calls=calls)]}, template=first_call)
+    assert len(samples({"messages": messages, "tools": [tool]}, template=None)) == 1
+
+
+def test_calls_in_every_spelling_are_trained_on() -> None:
+    written = '[<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>]'
+    inner = CALL["function"]
+    for value in (inner, [inner], json.dumps(inner), json.dumps([inner])):
+        turns = [{"from": "human", "value": "?"}, {"from": "function_call", "value": value}]
+        assert samples({"conversations": [*turns, {"from": "observation", "value": "4"}]}) == [written]
+    assert samples({"messages": [ASK, assistant(None, function_call=inner)]}) == [written]
+    assert samples({"messages": [ASK, assistant("Look.", function_call=inner)]}) == ["[Look.\n" + written[1:]]
+    for value, problem in (("look", "is not JSON"), ([], "is empty"), ("[" * 100_000, "is not JSON")):
+        with pytest.raises(ChatError, match=f"a function_call {problem}"):
+            chat_of({"conversations": [{"from": "function_call", "value": value}]})
+
+
+def test_without_thoughts_nothing_of_a_thought_is_trained_on() -> None:
+    assert samples({"messages": [ASK, assistant("Add.\n</think>\n\n2")]}, think=False) == ["[2<|im_end|>]"]
+    for turn in (assistant("<think>only</think>"), assistant("only</think>"), assistant("", reasoning_content="only")):
+        with pytest.raises(ChatError, match="message 1: an empty assistant turn"):
+            samples({"messages": [ASK, turn]}, think=False)
+        assert "only" in samples({"messages": [ASK, turn]})[0]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_marked_turns_are_not_trained_on(mark: dict[str, Any]) -> None:
+    assert samples({"messages": [ASK, assistant("5", **mark), USER2, assistant("4")]}) == ["[4<|im_end|>]"]
+    shared = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", **mark}]}
+    with pytest.raises(ChatError, match="every assistant turn is marked train: false"):
+        samples(shared)
+
+
+def test_examples_in_a_prompt_are_not_trained_on() -> None:
+    prompt = [ASK, assistant("2"), USER2]
+    for extra in ({}, {"system": "Be brief."}):
+        assert samples({"prompt": prompt, "completion": "4", **extra}) == ["[4<|im_end|>]"]
+        assert samples({"prompt": prompt, "completion": [assistant("4")], **extra}) == ["[4<|im_end|>]"]
+    with pytest.raises(ChatError, match="no assistant turn"):
+        samples({"prompt": prompt, "completion": [USER2]})
+
+
+@pytest.mark.parametrize(
+    "tools, problem",
+    [
+        ([{"name": "f", "description": "\ud83d"}], "not UTF-8"),
+        ([{"name": "f", "limit": float("nan")}], "tools are not JSON"),
+        ('[{"name": "f", "limit": Infinity}]', "tools are not JSON"),
+        ("[" * 100_000, "tools are not JSON"),
+    ],
+)  # fmt: skip
+def test_tools_are_checked_as_messages_are(tools: Any, problem: str) -> None:
+    with pytest.raises(ChatError, match=problem):
+        samples({"messages": PAIR, "tools": tools})
+
+
+def test_conversations_that_begin_with_a_greeting_are_held_out_by_their_question() -> None:
+    greeting = assistant("Hi!")
+    chats = [chat_of({"messages": [greeting, {"role": "user", "content": q}, assistant(a)]}) for q, a in ("xy", "xz")]
+    assert [chat.question for chat in chats] == [2, 2] and chats[0].messages[:2] == chats[1].messages[:2]
+    assert chat_of({"messages": [{"role": "system", "content": "s"}, *PAIR]}).question == 2
+    assert chat_of({"messages": [greeting]}).question == 0
+    assert chat_of({"prompt": [ASK, assistant("2"), USER2], "completion": "4"}).question == 3
+
+
 def dialogue(i: int) -> dict[str, Any]:
     answer = {"role": "assistant", "content": f"{2 * i} " * (i % 9 + 1)}
     return {"messages": [{"role": "user", "content": f"{i}+{i}?"}, answer]}

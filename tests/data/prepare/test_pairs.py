@@ -57,6 +57,26 @@ def shown(form: Pairs, marked: list[int]) -> tuple[str, str]:
             f"5{END}",
             f"x{END}",
         ),
+        ({"question": "2 + 3 = ?", "chosen": "5", "rejected": "6"}, f"5{END}", f"6{END}"),
+        (
+            {
+                "prompt": "2 + 3 = ?",
+                "messages": [*ASKED, ANSWER],
+                "chosen": [*ASKED, ANSWER],
+                "rejected": [*ASKED, ANSWER | {"content": "6"}],
+            },
+            f"5{END}",
+            f"6{END}",
+        ),
+        (
+            {
+                "messages": [*ASKED, ANSWER],
+                "chosen": [*ASKED, ANSWER],
+                "rejected": [*ASKED, ANSWER | {"content": "6"}],
+            },
+            f"5{END}",
+            f"6{END}",
+        ),
     ],
 )  # fmt: skip
 def test_forms(form: Pairs, record: dict[str, Any], chosen: str, rejected: str) -> None:
@@ -87,6 +107,27 @@ def test_system_tools_and_calls(form: Pairs) -> None:
     trained = form.tokenizer.decode([token & ~TRAINED for token in chosen if token & TRAINED])
     assert text.startswith(prompt) and "<|im_start|>tool\n5<|im_end|>" in text
     assert trained == '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>5<|im_end|>'
+
+
+def test_a_marked_turn_of_a_response_is_not_trained_on(form: Pairs) -> None:
+    marked = ANSWER | {"content": "7", "weight": 0}
+    _, samples = form.parse({"messages": ASKED, "chosen": [marked, *ASKED, ANSWER], "rejected": "6"})
+    trained = [token & ~TRAINED for token in samples[0] if token & TRAINED]
+    assert form.tokenizer.decode(trained) == f"5{END}"
+
+
+def test_a_template_that_leaves_out_the_tools_is_named() -> None:
+    template = Path("tests/templates/llama3_style.jinja").read_text().replace("<|eot_id|>", END)
+    record = {"prompt": "2 + 3 = ?", "rejected": "6", "tools": [{"name": "add"}]}
+    llama = Pairs(SourceSettings("bytes", chat=ChatSettings(template), pairs=True))
+    for chosen in ("5", [ANSWER]):
+        with pytest.raises(ChatError, match="the template leaves out the tools: 'add'"):
+            llama.parse({**record, "chosen": chosen})
+
+
+def test_system_and_question_are_the_prompt(form: Pairs) -> None:
+    question, _ = form.parse({"system": "Be brief.", "question": "2 + 3 = ?", "chosen": "5", "rejected": "6"})
+    assert json.loads(question) == [[{"role": "system", "content": "Be brief."}, *ASKED], None]
 
 
 def test_what_spells_a_special_token_is_text(form: Pairs) -> None:
@@ -120,6 +161,9 @@ def test_the_prompt_is_what_generation_goes_on_from() -> None:
         ({"messages": ASKED, "chosen": 5, "rejected": "6"}, "chosen is neither a text nor a list of messages"),
         ({"messages": ASKED, "chosen": ASKED, "rejected": "6"}, "chosen: a response is not from the assistant's turn"),
         ({"messages": [], "chosen": "5", "rejected": "6"}, "no messages"),
+        ({"messages": ASKED, "chosen": "5\ud83d", "rejected": "6"}, "not UTF-8"),
+        ({"messages": ASKED, "chosen": [ANSWER | {"loss": False}], "rejected": "6"}, "chosen: every assistant turn is"),
+        ({"messages": ASKED, "chosen": [ANSWER | {"weight": 2}], "rejected": "6"}, "weight is neither 0 nor 1"),
         (
             {"messages": [*ASKED, {"role": "assistant", "content": "5"}], "chosen": "5", "rejected": "6"},
             "the prompt ends with the assistant",
