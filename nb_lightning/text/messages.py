@@ -171,8 +171,9 @@ def _unify_spellings(message: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(role, str):
         out["role"] = OTHER_ROLES.get(role, role)
     if isinstance(content := out.get("content"), list):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        parts = (part for part in content if isinstance(part, Mapping) and part.get("type") == "text")
+        texts = [text for part in parts if isinstance(text := part.get("text"), str)]
+        if len(texts) < len(content):
             raise ChatError("content has parts that are not text", where)
         out["content"] = "".join(texts)
     if thoughts := {key: out.pop(key) for key in REASONING if out.get(key)}:
