@@ -22,8 +22,7 @@ from nb_lightning.rewards.tasks import Task
 from nb_lightning.rewards.verifier import Verifier
 from nb_lightning.rollouts.attempts import Attempts, Prompt
 from nb_lightning.rollouts.ranks import gather_shares, rank_and_world_size
-from nb_lightning.text.chat_template import opened_thought
-from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.chat_tokens import ChatTokenizer, thought_opened_by
 
 SCORING_THREADS = 4
 OnScored = Callable[[Attempts], object]  # called from a scoring thread; what it returns is ignored
@@ -125,7 +124,7 @@ class RolloutSampler:
         self, attempts: Attempts, prompt: Prompt, completions: Iterable[Completion], keep_completions: bool
     ) -> None:
         tokenizer = self.pretrained.tokenizer
-        opening = opened_thought(tokenizer.decode(list(prompt.ids[-16:])))
+        opening = thought_opened_by(tokenizer, prompt.ids)
         for completion in completions:
             ids = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
             attempts.texts.append(opening + tokenizer.decode(ids))

@@ -191,7 +191,7 @@ class ChatTokenizer:
 
     def opened_thought(self, prompt_ids: Sequence[int]) -> str:
         """Return the `<think>` that the tokens of a prompt end with, and the white space after it; "" without one."""
-        return opened_thought(self.tokenizer.decode(list(prompt_ids[-16:])))
+        return thought_opened_by(self.tokenizer, prompt_ids)
 
     def _encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
         """Tokenize `text`, and count the tokens before each border (character positions, in order)."""
@@ -276,6 +276,11 @@ class ChatTokenizer:
     def __getstate__(self) -> dict[str, Any]:
         rebuilt = ("_renamed", "_cutter", "_renamed_cutter")
         return {key: value for key, value in self.__dict__.items() if key not in rebuilt}
+
+
+def thought_opened_by(tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> str:
+    """Do `opened_thought` for the tokens of a prompt."""
+    return opened_thought(tokenizer.decode(list(prompt_ids[-16:])))
 
 
 def end_of_turn(tokenizer: TextTokenizer, template: ChatTemplate | None = None) -> int | None:
