@@ -12,6 +12,7 @@ from typing import Any
 from nb_lightning.generation.decoder import NewToken
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.serve.text_stream import END, TOOL_CALL, TagSplitter, TextStream, TokenBytes
+from nb_lightning.text.tool_calls import parse_call
 
 CHAT, TEXT = "chat.completion", "text_completion"
 LEAST_LOGPROB = -9999.0  # nats; JSON has no infinity
@@ -61,12 +62,12 @@ class Choice:
 
     def _tool_call(self, text: str) -> tuple[str, Any]:
         """Parse a tool call; text that is not one stays content."""
+        call = parse_call(text, strict=False)
         try:
-            call = json.loads(text)
-            function = {"name": call["name"], "arguments": json.dumps(call.get("arguments", {}))}
-            if not isinstance(call["name"], str):
-                raise TypeError("a tool's name is a string")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            function = {"name": call["name"], "arguments": json.dumps(call["arguments"])} if call else None
+        except RecursionError:  # writing needs a deeper stack than reading
+            function = None
+        if function is None:
             return "content", f"{TOOL_CALL}{text}{END[TOOL_CALL]}"
         index, self._tool_calls = self._tool_calls, self._tool_calls + 1
         return "tool_calls", {

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer
 
 from nb_lightning.generation.decoder import NewToken
+from nb_lightning.text.messages import END_OF_THINK, THINK
+from nb_lightning.text.tool_calls import CLOSE, OPEN, CallEnd
 
-REASONING, TOOL_CALL = "<think>", "<tool_call>"
-END = {REASONING: "</think>", TOOL_CALL: "</tool_call>"}
+REASONING, TOOL_CALL = THINK, OPEN
+END = {REASONING: END_OF_THINK, TOOL_CALL: CLOSE}
 FIELD = {"": "content", REASONING: "reasoning_content", TOOL_CALL: "tool_calls"}
 
 
@@ -102,6 +104,7 @@ class TagSplitter:
     """Splits the text of a reply at its tags into pairs: a field of OpenAI's message, and text for it.
 
     Reasoning is returned as it comes, a tool call when it is complete. A tool call that never ends is content.
+    nb_lightning/text/tool_calls.py says where a call ends.
 
     Args:
         tags: the ones of REASONING and TOOL_CALL to look for.
@@ -110,25 +113,27 @@ class TagSplitter:
 
     def __init__(self, tags: Sequence[str] = (), inside: str = "") -> None:
         self._tags, self._inside = tags, inside
-        self._pending = ""  # may be the beginning of a tag
+        self._call_end = CallEnd()
+        self._pending = ""  # a call that is not closed, or what may be the beginning of a tag
         self._strip = bool(inside)  # line breaks around tags belong to neither side
 
     def add(self, text: str, final: bool) -> list[tuple[str, str]]:
         """Add text; with `final` it is the last. Return the pairs that are complete now."""
         self._pending += text
         pairs: list[tuple[str, str]] = []
-        while True:
-            tags = [END[self._inside]] if self._inside else self._tags
-            places = [(place, tag) for tag in tags if (place := self._pending.find(tag)) >= 0]
-            if not places:
-                break
-            place, tag = min(places)
+        while (next_tag := self._next_tag(final)) is not None:
+            place, tag = next_tag
             before, self._pending = self._pending[:place], self._pending[place + len(tag) :]
-            self._append(pairs, before.rstrip("\n") if self._inside else before)
+            if self._inside == TOOL_CALL:
+                pairs.append((FIELD[TOOL_CALL], before))
+            else:
+                self._append(pairs, before.rstrip("\n") if self._inside else before)
             self._inside = "" if self._inside else tag
             self._strip = True
+            self._call_end.begin()
         if self._inside == TOOL_CALL and not final:
             return pairs
+        tags = [END[self._inside]] if self._inside else self._tags
         if self._inside == TOOL_CALL:
             self._pending, self._inside, self._strip = TOOL_CALL + self._pending, "", False
         text = self._pending if final else self._pending[: len(self._pending) - partial_match(self._pending, tags)]
@@ -137,6 +142,14 @@ class TagSplitter:
         self._pending = self._pending[len(text) :]
         self._append(pairs, text)
         return pairs
+
+    def _next_tag(self, final: bool) -> tuple[int, str] | None:
+        """Find the next tag of the pending text: its position, and which it is."""
+        if self._inside == TOOL_CALL:
+            place = self._call_end.find(self._pending, is_complete=final)
+            return (place, CLOSE) if place >= 0 else None
+        tags = [END[self._inside]] if self._inside else self._tags
+        return min(((place, tag) for tag in tags if (place := self._pending.find(tag)) >= 0), default=None)
 
     def _append(self, pairs: list[tuple[str, str]], text: str) -> None:
         if self._strip:

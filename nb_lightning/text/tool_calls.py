@@ -6,7 +6,7 @@ Coder):
     <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>
     <tool_call><function=weather><parameter=city>Rome</parameter></function></tool_call>
 
-A call is parsed, not searched: a closing tag inside a JSON string is text.
+A call is parsed, not searched: a closing tag inside a JSON string or a parameter's value is text.
 """
 
 from __future__ import annotations
@@ -18,37 +18,64 @@ from typing import Any
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
+_NOT_SPACE = re.compile(r"\S")
+# What to look for outside and inside a string, in which a closing tag is text: the value of a parameter in XML.
+_JSON_QUOTES = re.compile(f'"|{CLOSE}'), re.compile(r'"|\\.', re.DOTALL)
+_XML_QUOTES = re.compile(f"<parameter=|{CLOSE}"), re.compile("</parameter>")
+_LONGEST = len(CLOSE)  # of what these match
 
 
-def find_close(text: str, start: int = 0, is_complete: bool = True) -> int:
-    """Find the tag that closes the call whose text begins at `start`. Return its position, or -1 without one.
+class CallEnd:
+    """Finds the tag that closes a call, in text that may come in pieces; reads each character about once.
 
-    Args:
-        is_complete: no more text comes. Then a JSON string that never ends hides no tag.
+    After a call whose string never ends, tags are searched: no later call costs another walk to the end of the text.
     """
-    if text[start : start + 100].lstrip().startswith("<"):
-        return text.find(CLOSE, start)
-    in_string = is_escaped = False
-    for position in range(start, len(text)):
-        character = text[position]
-        if is_escaped:
-            is_escaped = False
-        elif in_string:
-            is_escaped, in_string = character == "\\", character != '"'
-        elif character == '"':
-            in_string = True
-        elif character == "<" and text.startswith(CLOSE, position):
-            return position
-    return text.find(CLOSE, start) if in_string and is_complete else -1
+
+    def __init__(self) -> None:
+        self._position = self._start = 0
+        self._quotes: tuple[re.Pattern[str], re.Pattern[str]] | None = None  # of the call's form, once that is known
+        self._in_string = self._only_searches = False
+
+    def begin(self, start: int = 0) -> None:
+        """Begin with the call whose text begins at `start`."""
+        self._position = self._start = start
+        self._quotes, self._in_string = None, False
+
+    def find(self, text: str, is_complete: bool = True) -> int:
+        """Find the closing tag. Return its position, or -1 without one.
+
+        Args:
+            text: what the last `find` since `begin` was given, and perhaps more.
+            is_complete: no more text comes. Then a string that never ends hides no tag.
+        """
+        if self._only_searches:
+            return text.find(CLOSE, self._start)
+        if self._quotes is None:
+            if (first := _NOT_SPACE.search(text, self._start)) is None:
+                return -1
+            self._quotes = _XML_QUOTES if first[0] == "<" else _JSON_QUOTES
+        while match := self._quotes[self._in_string].search(text, self._position):
+            if match[0] == CLOSE:
+                return match.start()
+            self._position = match.end()
+            if not match[0].startswith("\\"):
+                self._in_string = not self._in_string
+        # What may begin a match is read again with the text that follows.
+        self._position = max(self._position, len(text) - _LONGEST)
+        if is_complete and self._in_string:
+            self._only_searches = True
+            return text.find(CLOSE, self._start)
+        return -1
 
 
 def split_calls(text: str) -> list[str]:
     """Return the text of each closed call, in order."""
     calls: list[str] = []
-    position = 0
+    call_end, position = CallEnd(), 0
     while (opening := text.find(OPEN, position)) >= 0:
         start = opening + len(OPEN)
-        end = find_close(text, start)
+        call_end.begin(start)
+        end = call_end.find(text)
         if end < 0:
             break
         calls.append(text[start:end])
@@ -56,29 +83,34 @@ def split_calls(text: str) -> list[str]:
     return calls
 
 
-def parse_call(text: str) -> dict[str, Any] | None:
+def parse_call(text: str, strict: bool = True) -> dict[str, Any] | None:
     """Parse the text between the tags into {"name": str, "arguments": dict}; None if it is no call.
 
     Arguments may be an object, or the JSON of one as a string (OpenAI's form). In the XML form a value that is JSON
     other than a string is read as JSON.
+
+    Args:
+        strict: refuse other keys, and arguments that are no object, as a verifier must. Otherwise other keys are
+            ignored, and arguments may be any value: a client can tell the model what is wrong with them.
     """
     if text.lstrip().startswith("<"):
         return _parse_xml(text)
-    call = _parse_json(text)
-    if not isinstance(call, dict) or not {"name"} <= call.keys() <= {"name", "arguments"}:
+    call = _parse_json(text, strict)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _parse_json(arguments or "{}")
-    if not isinstance(call["name"], str) or not isinstance(arguments, dict):
+        parsed = _parse_json(arguments or "{}", strict)
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    if strict and not (isinstance(arguments, dict) and call.keys() <= {"name", "arguments"}):
         return None
     return {"name": call["name"], "arguments": arguments}
 
 
-def _parse_json(text: str) -> Any:
-    """Parse JSON; None if it is not JSON. NaN and infinity are not JSON."""
+def _parse_json(text: str, strict: bool = True) -> Any:
+    """Parse JSON; None if it is not JSON. NaN and infinity are not, if `strict`."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant if strict else None)
     except (ValueError, RecursionError):
         return None
 

@@ -8,9 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nb_lightning.generation.decoder import NewToken
+from nb_lightning.rewards.tool_call import calls_of
 from nb_lightning.serve.replies import Choice, Delta
 from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, TagSplitter, TextStream, TokenBytes, partial_match
 from nb_lightning.text.tokenizer import byte_tokenizer
+from nb_lightning.text.tool_calls import parse_call
 
 SAMPLE = "Zürich, 東京 and 🏔🏔: <think>naïve</think> résumé -- ééé. " * 3
 
@@ -118,7 +120,7 @@ REPLIES = [
     ("<think>\na <b\n</think>\n\nc", [("reasoning_content", "a <b"), ("content", "c")]),
     ("x <think>a</think>b<think>c", [("content", "x b"), ("reasoning_content", "ac")]),
     ('d\n<tool_call>\n{"name": "f"}\n</tool_call>\n<tool_call>{}</tool_call>', [
-        ("content", "d\n"), ("tool_calls", '{"name": "f"}'), ("tool_calls", "{}"),
+        ("content", "d\n"), ("tool_calls", '\n{"name": "f"}\n'), ("tool_calls", "{}"),
     ]),
     ("<tool_call>\n{", [("content", "<tool_call>\n{")]),
     ("a</think>b</tool_call><thin", [("content", "a</think>b</tool_call><thin")]),
@@ -161,8 +163,21 @@ def test_a_reply_may_begin_inside_reasoning() -> None:
         ("null", None, None),
         ("{", None, None),
         ("[" * 5_000, None, None),
+        ("", None, None),
+        ("\n", None, None),
+        ("\n{}\n", None, None),
+        (f'{{"name": "f", "arguments": {"[" * 900}1{"]" * 900}}}', "f", "[" * 900 + "1" + "]" * 900),
+        ('{"name": "f", "arguments": {"html": "<b></tool_call>"}}', "f", '{"html": "<b></tool_call>"}'),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', "f", '{"a": 1}'),  # the JSON of an object, as a string
+        ('{"id": "call_1", "type": "function", "name": "f", "arguments": {"a": 1}}', "f", '{"a": 1}'),
+        ('{"name": "f", "arguments": [1]}', "f", "[1]"),  # wrong, but the client can tell the model why
+        ('{"name": "f", "arguments": "Rome"}', "f", '"Rome"'),
+        ("\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n", "f", '{"a": 1}'),
+        ("<function=f><parameter=s>not \"closed </tool_call></parameter></function>", "f",
+         '{"s": "not \\"closed </tool_call>"}'),
+        ("<function=f", None, None),
     ],
-)
+)  # fmt: skip
 def test_text_that_is_no_tool_call_stays_content(call: str, name: str | None, arguments: str | None) -> None:
     """A call becomes OpenAI's object; what is none stays text."""
     tokenizer = byte_tokenizer()
@@ -176,3 +191,41 @@ def test_text_that_is_no_tool_call_stays_content(call: str, name: str | None, ar
         ((field, value),) = whole.fields
         assert field == "tool_calls" and whole.finish_reason == "tool_calls"
         assert value["function"] == {"name": name, "arguments": arguments} and value["id"].startswith("call_")
+
+
+CALLS = [
+    'a\n<tool_call>\n{"name": "f", "arguments": {"s": "</tool_call> \\"<tool_call>\\\\"}}\n</tool_call>\nb',
+    '<think>x\n</think>\n<tool_call><function=f><parameter=s>\n</tool_call>"\n</parameter></function></tool_call>',
+    '<tool_call>{"name": "f</tool_call>\n<tool_call>{"name": "g"}</tool_call> c',  # a string that never ends
+    '<tool_call>{"name": "f", "arguments": {"s": "</tool_call>',
+    "<tool_call> \n</tool_call><tool_call>{</tool_call>\\",
+]
+
+
+@pytest.mark.parametrize("text", CALLS)
+def test_deltas_add_up_to_the_whole_reply_wherever_it_is_cut(text: str) -> None:
+    """Cut at every two places, and into single characters."""
+    whole = joined([text])
+    assert joined(list(text)) == whole
+    for a in range(len(text) + 1):
+        for b in range(a, len(text) + 1):
+            assert joined([text[:a], text[a:b], text[b:]]) == whole
+
+
+@pytest.mark.parametrize("text", CALLS[:3])
+def test_a_reply_has_the_calls_that_the_verifier_reads(text: str) -> None:
+    calls = [parse_call(call, strict=False) for name, call in joined([text]) if name == "tool_calls"]
+    assert calls == calls_of(text) and any(calls)
+
+
+def joined(pieces: list[str]) -> list[tuple[str, str]]:
+    """Split a reply that comes in pieces; join what follows one another in one field."""
+    splitter = TagSplitter([REASONING, TOOL_CALL])
+    fields: list[tuple[str, str]] = []
+    for i, piece in enumerate(pieces):
+        for name, value in splitter.add(piece, final=i == len(pieces) - 1):
+            if fields and fields[-1][0] == name != "tool_calls":
+                fields[-1] = (name, fields[-1][1] + value)
+            else:
+                fields.append((name, value))
+    return fields

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nb_lightning.text.tool_calls import find_close, parse_call, split_calls
+from nb_lightning.text.tool_calls import CLOSE, CallEnd, parse_call, split_calls
 
 CALL = {"name": "write", "arguments": {"text": "close it with </tool_call> please", "n": 2}}
 XML = """
@@ -38,7 +38,7 @@ def test_an_escaped_quote_does_not_end_a_string() -> None:
 
 def test_a_call_that_is_not_closed_is_none() -> None:
     assert split_calls(f"<tool_call>{json.dumps(CALL)}") == []
-    assert find_close('{"name": "f", "arguments": {"s": "</tool_call>', is_complete=False) == -1
+    assert CallEnd().find('{"name": "f", "arguments": {"s": "</tool_call>', is_complete=False) == -1
 
 
 @pytest.mark.timeout(60)
@@ -50,8 +50,14 @@ def test_hostile_text_costs_little() -> None:
         '<tool_call>"</tool_call>',
         "<tool_call><</tool_call>",
         '<tool_call>\\"',
+        '<tool_call>"\\"</tool_call>',  # no string ends where its call does
+        "<tool_call><parameter=</tool_call>",
     ):
         split_calls(text * 50_000)
+    call_end, text = CallEnd(), ""
+    for _ in range(20_000):  # a token at a time
+        text += '"\\" x'
+        assert call_end.find(text, is_complete=False) == -1
 
 
 def test_a_string_that_never_ends_stops_at_the_next_tag() -> None:
@@ -94,3 +100,26 @@ def test_the_xml_form_gives_text_and_json_values() -> None:
 def test_a_quote_in_the_xml_form_hides_no_closing_tag() -> None:
     call = '<function=f>\n<parameter=s>\nan "open quote\n</parameter>\n</function>'
     assert len(split_calls(f"<tool_call>{call}</tool_call><tool_call>{call}</tool_call>")) == 2
+
+
+def test_a_closing_tag_inside_the_value_of_a_parameter_is_text() -> None:
+    call = "<function=f><parameter=s>write </tool_call> here</parameter></function>"
+    assert [parse_call(c) for c in split_calls(f"<tool_call>{call}</tool_call>")] == [
+        {"name": "f", "arguments": {"s": "write </tool_call> here"}}
+    ]
+
+
+@pytest.mark.parametrize("call", [json.dumps(CALL), XML, f"  \n{json.dumps(CALL)}", '{"s": "\\\\"}'])
+def test_the_end_is_the_same_however_the_text_comes(call: str) -> None:
+    text = f"{call}{CLOSE} and more"
+    for first in range(len(text) + 1):
+        call_end = CallEnd()
+        ends = [call_end.find(text[:end], is_complete=False) for end in (first, *range(first, len(text) + 1))]
+        assert {end for end in ends if end >= 0} == {len(call)}
+        assert all(end < 0 for end, length in zip(ends, (first, *range(first, len(text)))) if length < len(call))
+
+
+def test_what_only_a_lenient_reader_takes_for_a_call() -> None:
+    for text, arguments in (('{"name": "f", "id": 1}', {}), ('{"name": "f", "arguments": [1]}', [1])):
+        assert parse_call(text) is None
+        assert parse_call(text, strict=False) == {"name": "f", "arguments": arguments}
