@@ -24,7 +24,8 @@ from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.run_folder import CHECKPOINTS
 from nb_lightning.text.chat_template import opened_thought
 from nb_lightning.text.chat_tokens import ChatTokenizer
-from nb_lightning.text.messages import ChatError
+from nb_lightning.text.left_out import missing_call
+from nb_lightning.text.messages import REASONING, ChatError, check_messages, thought_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Response:
     status: str
 
 
-MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls")  # what templates read of a reply
+MESSAGE_FIELDS = ("role", "content", *REASONING, "tool_calls", "function_call")  # what is read of a reply
 OnAnswered = Callable[[Task, list[Response]], None]  # called from any thread
 
 
@@ -184,16 +185,25 @@ class EndpointSampler:
             fields = {"content": "", **choice.message.model_dump(exclude_none=True), "role": "assistant"}
         message = {key: fields[key] for key in MESSAGE_FIELDS if key in fields}
         try:
-            text = render_last([*task.messages, message], self.chat)
+            text = render_last(check_messages([*task.messages, message], strict=True), self.chat)
         except ChatError as error:
             raise ValueError(f"{self.url}: the template cannot write an answer to task {task.id!r}: {error}") from error
         return text, "length" if choice.finish_reason == "length" else "stop"
 
 
 def render_last(messages: list[Any], chat: ChatTokenizer) -> str:
-    """Render the last message as the template writes it, with its whole thought, without the token that ends a turn."""
+    """Render the last message as the template writes it, with its whole thought, without the token that ends a turn.
+
+    Raises:
+        ChatError: as `ChatTemplate.render_turns`; or the template leaves out the reasoning or a call.
+    """
     text, turns = chat.template.render_turns(messages)
     end = chat.tokenizer.tokenizer.id_to_token(chat.end_id)
     assert end is not None
     turn = turns[-1]
-    return opened_thought(text[: turn.start]) + text[turn.start : turn.end].rstrip().removesuffix(end)
+    written = text[turn.start : turn.end]
+    if thought_of(messages[-1]) not in written:
+        raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
+    if left_out := missing_call(messages[-1], turn.index, written):
+        raise left_out
+    return opened_thought(text[: turn.start]) + written.rstrip().removesuffix(end)

@@ -42,18 +42,22 @@ def main(arguments: list[str] | None = None) -> None:
     add("--staging", type=Path, metavar="FOLDER", help="for unfinished work (default: beside the output, or /tmp)")
     add("--overwrite", action="store_true", help="replace a finished source or other unfinished work")
     chat = parser.add_argument_group("conversations").add_argument
-    chat("--chat", action="store_true", help="records have messages, conversations, or prompt and completion")
+    chat(
+        "--chat",
+        action="store_true",
+        help="records have messages, conversations, prompt and completion, or instruction and output",
+    )
     chat("--pairs", action="store_true", help="records have messages or prompt, and chosen and rejected responses")
     chat("--template", type=Path, metavar="FILE", help="chat template (default: the tokenizer's own, else ChatML)")
-    chat("--no-think", dest="think", action="store_false", help="remove the reasoning from the conversations")
+    chat("--no-think", dest="think", action="store_false", help="remove the reasoning from conversations and pairs")
     chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: train "
          "on each in a further sample, mask them, or keep them without it (default: %(default)s)")  # fmt: skip
     chat("--date", default=ChatSettings.date, help="for templates that write it (default: %(default)s)")
     a = parser.parse_args(arguments)
     try:
         template = read_template(a.template, f"--template {a.template}") if a.template else None
-        if a.pairs and (a.chat or not a.think):
-            raise ValueError("--pairs takes responses as they are: without --chat and --no-think")
+        if a.pairs and a.chat:
+            raise ValueError("--chat and --pairs are two forms of records; give one of them")
         chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
         settings = SourceSettings(
             a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs, a.special_tokens

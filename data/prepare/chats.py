@@ -5,6 +5,7 @@
 | `messages` | a list of {role, content, ...} (nb_lightning/text/messages.py) |
 | `conversations` | ShareGPT's list of {from, value} |
 | `prompt` and `completion` | two texts (a user's and an assistant's turn), or two lists of messages |
+| `instruction` and `output` | Alpaca's texts (data/prepare/other_forms.py) |
 
 and may have `tools` (a list, or its JSON) and `system` (a text). Only the assistant's turns are trained on, end of turn
 included, and of `prompt` and `completion` only those of the completion. A sample ends with its last trained token,
@@ -23,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from data.prepare.other_forms import ALPACA, alpaca_prompt, from_sharegpt
 from data.prepare.parts import Part
 from data.prepare.records import Record, read_objects
 from data.prepare.settings import SourceSettings
@@ -42,13 +44,9 @@ from nb_lightning.text.messages import (
 )
 from nb_lightning.token_source import TRAINED, SourceManifest
 
-FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "system")
+FIELDS = ("messages", "conversations", "prompt", "completion", *ALPACA, "tools", "system")
 RENDER_BATCH = 64  # conversations rendered at a time
 HISTORY = ("expand", "mask", "keep")  # see `Chats._samples`
-SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
-SHAREGPT_CALLS = ("function_call", "tool_call")
-
-
 Parsed = tuple[str, list[list[int]]]  # of a record: its question, and the marked tokens of each of its samples
 Rendered = tuple[str, list[Turn]]
 
@@ -210,11 +208,13 @@ def chat_of(record: Mapping[str, Any], think: bool = True) -> Chat:
     if "messages" in fields:
         messages = fields["messages"]
     elif "conversations" in fields:
-        messages = _from_sharegpt(fields["conversations"])
+        messages = from_sharegpt(fields["conversations"])
     elif "prompt" in fields and "completion" in fields:
         prompt = messages_of(fields["prompt"], "user", "prompt")
         messages = [*prompt, *messages_of(fields["completion"], "assistant", "completion")]
         context = len(prompt)
+    elif "instruction" in fields and "output" in fields:
+        messages = [*alpaca_prompt(fields), {"role": "assistant", "content": fields["output"]}]
     else:
         raise ChatError("no messages", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
     checked = check_messages(messages, strict=True)
@@ -277,36 +277,6 @@ def template_digest(template: ChatTemplate) -> str:
     """
     special = {key: token for key, token in template.special.items() if key in template.source}
     return hashlib.sha256(json.dumps([template.source, special], sort_keys=True).encode()).hexdigest()
-
-
-def _from_sharegpt(turns: Any) -> Any:
-    if not isinstance(turns, list):
-        return turns  # `check_messages` raises
-    messages = []
-    for turn in turns:
-        if isinstance(turn, Mapping) and "from" in turn:
-            role = turn["from"]
-            rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-            if role in SHAREGPT_CALLS:
-                turn = {**rest, "role": "assistant", "tool_calls": _calls_of(turn.get("value"))}
-            else:
-                role = SHAREGPT.get(role, role) if isinstance(role, str) else role
-                turn = {**rest, "role": role, "content": turn.get("value")}
-        messages.append(turn)
-    return messages
-
-
-def _calls_of(value: Any) -> list[Any]:
-    """Read the value of ShareGPT's `function_call`: a call or a list of calls, or their JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ChatError("a function_call is not JSON") from None
-    calls = value if isinstance(value, list) else [value]
-    if not calls:
-        raise ChatError("a function_call is empty")
-    return calls
 
 
 def messages_of(value: Any, role: str, name: str) -> list[Any]:

@@ -1,15 +1,18 @@
 """Turn preference pairs into samples of marked tokens: `data.prepare --pairs`.
 
-A record has the prompt, as `messages`, `prompt` or `question` (a list of messages, or a text), and two responses,
-`chosen` and `rejected`. `messages` that equal `chosen`, as in UltraFeedback, are not the prompt. A response is
+A record has the prompt, as `messages`, `prompt` or `question` (a list of messages, or a text) or in a form of
+data/prepare/other_forms.py, and two responses, `chosen` and `rejected`. `messages` that equal `chosen`, as in
+UltraFeedback, are not the prompt. A response is
 
 * a text: what the assistant wrote after the prompt, letter for letter, as `python -m data.pairs` writes it. The end of
   turn is added, unless `chosen_finish` or `rejected_finish` is "length"; or
-* a list of messages that begins with the assistant's. The prompt may stand before them; a record whose two responses
-  both begin with it needs no `messages` and no `prompt`.
+* one message, or a list of messages that begins with the assistant's. The prompt may stand before them; a record whose
+  two responses both begin with it needs no `messages` and no `prompt`; or
+* a text of turns, prompt included, as in hh-rlhf.
 
 A record may have `tools` and `system`, as conversations do. A pair becomes two samples, the chosen one first. Each
-holds prompt and response, and trains on the response, without turns that are marked `train: false`.
+holds prompt and response, and trains on the response, without turns that are marked `train: false`. `--no-think` takes
+the reasoning out of both.
 """
 
 from __future__ import annotations
@@ -19,18 +22,29 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.chats import Chat, Chats, Parsed, mark_trained, messages_of, question_of, tools_of
+from data.prepare.other_forms import alpaca_prompt, from_sharegpt, from_transcript, is_transcript
 from data.prepare.source_writer import SampleWriter
-from nb_lightning.text.messages import ChatError, check_json, check_messages, is_trained, outcome
+from nb_lightning.text.messages import (
+    THINK,
+    ChatError,
+    check_json,
+    check_messages,
+    is_trained,
+    outcome,
+    without_thought,
+)
 from nb_lightning.token_source import TRAINED
 
 SIDES = ("chosen", "rejected")
+PROMPTS = ("messages", "prompt", "question", "conversations", "instruction")  # the first one that a record has
 FINISHES = ("stop", "length")
+SPEAKS = {"role": "assistant", "content": ""}  # the end of a transcript that the assistant is to go on with
 
 
 class Pairs(Chats):
     """A form of records: a pair becomes two samples. See data/prepare/forms.py."""
 
-    fields = ("messages", "prompt", "question", "tools", "system", *SIDES, *(f"{side}_finish" for side in SIDES))
+    fields = (*PROMPTS, "input", "history", "tools", "system", *SIDES, *(f"{side}_finish" for side in SIDES))
 
     def open_writer(self, folder: Path) -> SampleWriter:
         writer = super().open_writer(folder)
@@ -51,9 +65,10 @@ class Pairs(Chats):
         for side in SIDES:
             if side not in fields:
                 raise ChatError(f"no {side}", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
+        fields |= _responses_of(fields)
         if _are_chosen(fields):
             del fields["messages"]
-        prompt, tools = _prompt_of(fields), tools_of(fields.get("tools"))
+        prompt, tools = self._without_thoughts(_prompt_of(fields)), tools_of(fields.get("tools"))
         chosen, rejected = (self._sample(prompt, fields, side, tools) for side in SIDES)
         if chosen == rejected:
             raise ChatError("chosen equals rejected")
@@ -68,10 +83,11 @@ class Pairs(Chats):
             if finish not in FINISHES:
                 raise ChatError(f"{side}_finish is neither {' nor '.join(FINISHES)}")
             check_json(response, side)
+            response = self._without_thought(response, side)
             tokens = self.encoder.answered(prompt, response, finish == "stop", tools)
             turns = tokens.turns
         else:
-            messages = _response_messages(prompt, response, side)
+            messages = self._response_messages(prompt, response, side)
             marks = response[len(response) - len(messages) :]
             trained = frozenset(
                 len(prompt) + i
@@ -92,6 +108,50 @@ class Pairs(Chats):
             raise ChatError("an empty response", side)
         return marked
 
+    def _response_messages(self, prompt: list[dict[str, Any]], response: Any, side: str) -> list[dict[str, Any]]:
+        """Check the messages of a response, and remove the prompt before them."""
+        if not isinstance(response, list):
+            raise ChatError(f"{side} is neither a text nor a list of messages")
+        with_thoughts = check_messages(response, strict=True)
+        messages = self._without_thoughts(with_thoughts)
+        without_system = [message for message in prompt if message["role"] != "system"]
+        for beginning in (prompt, without_system):
+            if messages[: len(beginning)] == beginning:
+                messages = messages[len(beginning) :]
+        if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
+            raise ChatError("a response is not from the assistant's turn to the assistant's", side)
+        for before, after in zip(with_thoughts[-len(messages) :], messages):
+            if before != after and not (after["content"].strip() or after.get("tool_calls")):
+                raise ChatError("an assistant turn is a thought alone", side)
+        return messages
+
+    def _without_thoughts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Take the reasoning out of messages, if the settings say so."""
+        return messages if self.chat.think else [without_thought(message) for message in messages]
+
+    def _without_thought(self, response: str, side: str) -> str:
+        """Take the reasoning out of the text of a response, if the settings say so."""
+        (message,) = self._without_thoughts([{"role": "assistant", "content": response}])
+        text = message["content"]
+        if not self.chat.think and (text.lstrip().startswith(THINK) or (response.strip() and not text.strip())):
+            raise ChatError("an assistant turn is a thought alone", side)
+        return text
+
+
+def _responses_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read both responses, each a text or a list of messages; texts of turns (hh-rlhf) are lists of messages.
+
+    Where the prompt is a text of turns too, which ends with "Assistant:", return it as well.
+    """
+    responses = {side: fields[side] for side in SIDES}
+    if is_transcript(prompt := fields.get("prompt")) and (messages := from_transcript(prompt))[-1] == SPEAKS:
+        texts = {side: response.strip() for side, response in responses.items() if isinstance(response, str)}
+        return {**responses, **texts, "prompt": messages[:-1]}
+    if not any(name in fields for name in PROMPTS) and all(map(is_transcript, responses.values())):
+        return {side: from_transcript(response) for side, response in responses.items()}
+    lists = {side: [value] if isinstance(value, Mapping) else value for side, value in responses.items()}
+    return {side: from_sharegpt(value) for side, value in lists.items()}
+
 
 def _are_chosen(fields: Mapping[str, Any]) -> bool:
     """Whether `messages` is the chosen conversation, beside two responses that are lists of messages."""
@@ -103,9 +163,13 @@ def _are_chosen(fields: Mapping[str, Any]) -> bool:
 
 def _prompt_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Check the prompt of a record; without one, take the messages with which both responses begin."""
-    name = next((name for name in ("messages", "prompt", "question") if name in fields), None)
+    name = next((name for name in PROMPTS if name in fields), None)
     if name == "messages":
         messages = fields["messages"]
+    elif name == "conversations":
+        messages = from_sharegpt(fields["conversations"])
+    elif name == "instruction":
+        messages = alpaca_prompt(fields)
     elif name is not None:
         messages = messages_of(fields[name], "user", name)
     else:
@@ -124,17 +188,3 @@ def _prompt_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     if checked[-1]["role"] == "assistant":
         raise ChatError("the prompt ends with the assistant")
     return checked
-
-
-def _response_messages(prompt: list[dict[str, Any]], response: Any, side: str) -> list[dict[str, Any]]:
-    """Check the messages of a response, and remove the prompt before them."""
-    if not isinstance(response, list):
-        raise ChatError(f"{side} is neither a text nor a list of messages")
-    messages = check_messages(response, strict=True)
-    without_system = [message for message in prompt if message["role"] != "system"]
-    for beginning in (prompt, without_system):
-        if messages[: len(beginning)] == beginning:
-            messages = messages[len(beginning) :]
-    if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise ChatError("a response is not from the assistant's turn to the assistant's", side)
-    return messages

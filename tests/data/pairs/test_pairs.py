@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from data.pairs.__main__ import main
+from data.pairs.endpoint import connect
 from data.pairs.judge import Comparison, EndpointJudge
-from data.pairs.responses import Response
+from data.pairs.responses import EndpointSampler, Response
 from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, Rule
 from data.prepare.__main__ import main as prepare
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.rewards.tasks import Task, write_tasks
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.token_source import Source
 from tests.dpd_harness import save_model
 
@@ -299,6 +302,43 @@ def test_a_teacher_behind_an_endpoint(models: Path, tmp_path: Path, endpoint: En
     assert responses["sums\nt13"][0]["text"] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     pairs = lines(tmp_path / "pairs/pairs.jsonl")
     assert pairs and all(pair["provenance"]["teacher"] == {"name": "big", "url": endpoint.url} for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{key: "It is 7."} for key in ("reasoning_content", "reasoning", "thinking")]
+    + [{"reasoning": "It is 7.", "reasoning_content": "It is 7.", "reasoning_details": [{"text": "It is 7."}]}],
+)  # fmt: skip
+def test_a_teachers_reasoning_is_read_under_any_of_its_names(endpoint: Endpoint, reply: dict[str, Any]) -> None:
+    endpoint.answer = lambda request: {"content": "7", "refusal": None, **reply}
+    assert answer_of(endpoint) == ("<think>\nIt is 7.\n</think>\n\n7", "stop")
+
+
+def test_a_teachers_call_in_the_old_form_is_written(endpoint: Endpoint) -> None:
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    endpoint.answer = lambda request: {"content": None, "function_call": call}
+    assert answer_of(endpoint)[0] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def test_a_teachers_reasoning_that_the_students_template_leaves_out_is_named(endpoint: Endpoint) -> None:
+    plain = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    endpoint.answer = lambda request: {"content": "7", "reasoning": "It is 7."}
+    with pytest.raises(ValueError) as error:
+        answer_of(endpoint, plain)
+    assert str(error.value) == (
+        f"{endpoint.url}: the template cannot write an answer to task 't': message 1: the template leaves out the "
+        "reasoning"
+    )
+
+
+def answer_of(endpoint: Endpoint, template: str | None = None) -> tuple[str, str]:
+    chat = ChatTokenizer.of(load_tokenizer("bytes"), template)
+    sampler = EndpointSampler(endpoint.url, "big", Sampling(8), 1, 0, chat)
+    with connect(endpoint.url) as client:
+        return sampler._answer(client, Task("t", "s", [{"role": "user", "content": "3 + 4?"}], "exact", "7"), 0)
 
 
 def test_a_judge_is_asked_both_ways_round(models: Path, tmp_path: Path, endpoint: Endpoint) -> None:

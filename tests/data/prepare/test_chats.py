@@ -88,10 +88,23 @@ def test_only_what_the_assistant_wrote_is_trained_and_nothing_follows_it() -> No
         {"conversations": PAIR, "messages": None},
         {"prompt": "1+1?", "completion": "<think>\nAdd.\n</think>\n\n2"},
         {"prompt": [ASK], "completion": [ANSWER]},
+        {"instruction": "1+1?", "output": "<think>\nAdd.\n</think>\n\n2"},
+        {"instruction": "1+1?", "input": "", "output": "<think>\nAdd.\n</think>\n\n2", "history": [], "system": ""},
     ],
 )  # fmt: skip
 def test_forms_of_records(record: dict) -> None:
     assert samples(record) == ["[<think>\nAdd.\n</think>\n\n2<|im_end|>]"]
+
+
+def test_alpaca_records() -> None:
+    record = {"instruction": "Add.", "input": "1 and 1", "output": "2", "system": "Be exact.",
+              "history": [["Hi", "Hello"], ["Ready?", "Yes"]]}  # fmt: skip
+    (marked,) = samples_of(record)
+    messages = [("system", "Be exact."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Ready?"),
+                ("assistant", "Yes"), ("user", "Add.\n1 and 1"), ("assistant", "2")]  # fmt: skip
+    as_messages = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    assert marked == samples_of(as_messages)[0]
+    assert trained(marked) == "[Hello<|im_end|>][Yes<|im_end|>][2<|im_end|>]"
 
 
 def test_system_and_tools_are_written() -> None:
@@ -108,6 +121,13 @@ def test_system_and_tools_are_written() -> None:
         ({}, "no messages: it has nothing"),
         ({"text": "x", "prompt": "y"}, "no messages: it has text, prompt"),
         ({"messages": None, "id": 1}, "no messages: it has id"),
+        ({"instruction": "x"}, "no messages: it has instruction"),
+        ({"instruction": "x", "output": ""}, "message 1: an empty assistant turn"),
+        ({"instruction": ["x"], "output": "y"}, "instruction is not a text"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "input is not a text"),
+        ({"instruction": "x", "output": {"a": 1}}, "message 1: content is not a string"),
+        ({"instruction": "x", "output": "y", "history": "z"}, "history is not a list of pairs of texts"),
+        ({"instruction": "x", "output": "y", "history": [["z"]]}, "history is not a list of pairs of texts"),
         ({"messages": "x"}, "messages are not a list"),
         ({"messages": []}, "no messages"),
         ({"messages": [ASK]}, "no assistant turn"),

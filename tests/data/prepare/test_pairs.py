@@ -21,6 +21,7 @@ SETTINGS = SourceSettings("bytes", chat=ChatSettings(), pairs=True)
 END = "<|im_end|>"
 ASKED = [{"role": "user", "content": "2 + 3 = ?"}]
 ANSWER = {"role": "assistant", "content": "5"}
+HUMAN = "\n\nHuman: 2 + 3 = ?\n\nAssistant:"
 PROMPT = "<|im_start|>user\n2 + 3 = ?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -77,12 +78,105 @@ def shown(form: Pairs, marked: list[int]) -> tuple[str, str]:
             f"5{END}",
             f"6{END}",
         ),
+        ({"chosen": f"{HUMAN} 5", "rejected": f"{HUMAN} 6"}, f"5{END}", f"6{END}"),
+        ({"prompt": HUMAN, "chosen": " 5", "rejected": " 6\n"}, f"5{END}", f"6{END}"),
+        ({"instruction": "2 + 3 = ?", "input": "", "chosen": "5", "rejected": "6"}, f"5{END}", f"6{END}"),
+        (
+            {
+                "conversations": [{"from": "human", "value": "2 + 3 = ?"}],
+                "chosen": {"from": "gpt", "value": "5"},
+                "rejected": {"from": "gpt", "value": "6"},
+            },
+            f"5{END}",
+            f"6{END}",
+        ),
     ],
 )  # fmt: skip
 def test_forms(form: Pairs, record: dict[str, Any], chosen: str, rejected: str) -> None:
     question, samples = form.parse(record)
     assert [shown(form, marked) for marked in samples] == [(PROMPT, chosen), (PROMPT, rejected)]
     assert json.loads(question) == [ASKED, None]
+
+
+def test_turns_before_the_last_are_the_prompt_of_a_transcript(form: Pairs) -> None:
+    before = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nTwo\nparagraphs. \n\nHuman: Who?"
+    record = {"chosen": f"{before}\n\nAssistant: A model.", "rejected": f"{before}\n\nAssistant: Nobody\n\nknows."}
+    question, (chosen, rejected) = form.parse(record)
+    messages = [("user", "Hi"), ("assistant", "Hello.\n\nTwo\nparagraphs."), ("user", "Who?")]
+    assert json.loads(question) == [[{"role": role, "content": content} for role, content in messages], None]
+    assert shown(form, chosen)[1] == f"A model.{END}" and shown(form, rejected)[1] == f"Nobody\n\nknows.{END}"
+
+
+def test_a_transcript_that_does_not_end_with_the_assistant_is_bad(form: Pairs) -> None:
+    with pytest.raises(ChatError, match="a response is not from the assistant's turn to the assistant's"):
+        form.parse({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: x"})
+
+
+THOUGHT = "<think>\nthree more\n</think>\n\n"
+
+
+@pytest.mark.parametrize("style", ["chatml", "qwen3_style", "r1"])
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{THOUGHT}5",
+        THOUGHT.removeprefix("<think>") + "5",  # the prompt of the model that wrote it opened the thought
+        [{"role": "assistant", "content": f"{THOUGHT}5"}],
+        [{"role": "assistant", "content": THOUGHT.removeprefix("<think>\n") + "5"}],
+        [{"role": "assistant", "content": "5", "reasoning_content": "three more"}],
+        [*ASKED, {"role": "assistant", "content": "5", "thinking": "three more"}],
+    ],
+)
+def test_without_thoughts_none_is_left_on_either_side(style: str, response: Any) -> None:
+    templates = {"chatml": None, "r1": R1}
+    template = templates[style] if style in templates else Path(f"tests/templates/{style}.jinja").read_text()
+    form = Pairs(SourceSettings("bytes", chat=ChatSettings(template, think=False), pairs=True))
+    for record in ({"chosen": response, "rejected": "6"}, {"chosen": "6", "rejected": response}):
+        _, samples = form.parse({"prompt": ASKED, **record})
+        texts = [form.tokenizer.decode([token & ~TRAINED for token in marked]) for marked in samples]
+        assert not any("three more" in text for text in texts)
+        assert sorted(text.removesuffix(END)[-1] for text in texts) == ["5", "6"]
+
+
+R1 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [THOUGHT, "<think>\nthree", [{"role": "assistant", "content": "", "reasoning": "three more"}],
+     [{"role": "assistant", "content": THOUGHT}]],
+)  # fmt: skip
+def test_without_thoughts_a_response_that_is_one_is_bad(response: Any) -> None:
+    form = Pairs(SourceSettings("bytes", chat=ChatSettings(think=False), pairs=True))
+    for record in ({"chosen": response, "rejected": "6"}, {"chosen": "6", "rejected": response}):
+        with pytest.raises(ChatError, match=r"(chosen|rejected): an assistant turn is a thought alone"):
+            form.parse({"prompt": ASKED, **record})
+
+
+def test_without_thoughts_the_prompt_has_none(form: Pairs) -> None:
+    record = {"messages": [*ASKED, {"role": "assistant", "content": f"{THOUGHT}5"}, {"role": "user", "content": "?"}],
+              "chosen": f"{THOUGHT}yes", "rejected": f"{THOUGHT}no"}  # fmt: skip
+    assert "three more" in shown(form, form.parse(record)[1][0])[0]
+    without = Pairs(SourceSettings("bytes", chat=ChatSettings(think=False), pairs=True))
+    (chosen, _) = without.parse(record)[1]
+    assert shown(without, chosen) == (
+        f"{PROMPT}5{END}\n<|im_start|>user\n?{END}\n<|im_start|>assistant\n", f"yes{END}"
+    )  # fmt: skip
+
+
+def test_bad_records_without_thoughts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"prompt": f"q{n}", "chosen": f"{THOUGHT}yes", "rejected": f"{THOUGHT}no"} for n in range(20)]
+    pairs += [{"prompt": "a", "chosen": THOUGHT, "rejected": "no"}]
+    pairs += [{"prompt": "b", "chosen": f"{THOUGHT}yes", "rejected": "yes"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    main(["--pairs", "--no-think", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out"),
+          "--workers", "1"])  # fmt: skip
+    report = capsys.readouterr().out
+    assert f"1 an assistant turn is a thought alone: {tmp_path}/pairs.jsonl:21" in report
+    assert f"1 chosen equals rejected: {tmp_path}/pairs.jsonl:22" in report
 
 
 def test_system_tools_and_calls(form: Pairs) -> None:
