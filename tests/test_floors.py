@@ -28,7 +28,7 @@ FLOORS = [
     ["nb_lightning.model"],
     ["nb_lightning.checkpoints", "nb_lightning.generation", "nb_lightning.phase_callback"],
     ["nb_lightning.rewards", "nb_lightning.serve", "nb_lightning.export", "nb_lightning.dry_run",
-     "nb_lightning.checkout", "data.prepare"],
+     "nb_lightning.checkout", "data.prepare", "data.calls"],
     ["nb_lightning.rollouts", "nb_lightning.recipe", "nb_lightning.submit", "data.demo"],
     ["nb_lightning.stages", "nb_lightning.evaluate", "data"],
     ["nb_lightning.report", "nb_lightning.ablate", "callbacks", "data.pairs"],
