@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from nb_lightning.text.borders import BorderCutter, crossed_borders
 from nb_lightning.text.chat_template import ChatTemplate, Turn, opened_thought
-from nb_lightning.text.left_out import missing_call, missing_tool
+from nb_lightning.text.left_out import missing_call, missing_part, missing_tool
 from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome, thought_of
 from nb_lightning.text.tokenizer import TextTokenizer
 
@@ -50,7 +50,7 @@ class TurnTokens:
 class ChatTokens:
     """The token ids of a conversation, and the assistant's turns in it.
 
-    `left_out` says which tool, tool call, or content beside a call the template did not write.
+    `left_out` says which turn, tool, tool call, or content beside a call the template did not write.
     """
 
     ids: list[int]
@@ -143,7 +143,8 @@ class ChatTokenizer:
             left_out = left_out or missing_call(messages[turn.index], turn.index, written)
             start, stop = borders[2 * number : 2 * number + 2]
             tokens.append(TurnTokens(turn.index, start, stop, thought_of(messages[turn.index]) in written))
-        return ChatTokens(ids, tokens, left_out)
+        spans = {turn.index: (turn.start, turn.end) for turn in turns}
+        return ChatTokens(ids, tokens, left_out or missing_part(messages, tools, text, spans))
 
     @cached_property
     def end_id(self) -> int:
@@ -180,7 +181,8 @@ class ChatTokenizer:
                 return self._plain_turn(messages, answer, ended, tools)
         ids, (start,) = self._encode(prompt + text, [len(prompt)], guarded)
         ids = [*ids, self.end_id] if ended else ids
-        return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))], missing_tool(tools_guarded, prompt))
+        left_out = missing_tool(tools_guarded, prompt) or missing_part(asked, tools_guarded, prompt, {})
+        return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))], left_out)
 
     def _plain_turn(self, messages: Sequence[Message], answer: str, ended: bool, tools: Any) -> ChatTokens:
         """Tokenize an answer as the last message of a conversation."""

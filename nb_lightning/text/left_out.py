@@ -1,10 +1,10 @@
-"""Find what a template left out of a conversation: tool calls, content beside calls, and tools."""
+"""Find what a template left out of a conversation: turns, tool calls, content beside calls, and tools."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nb_lightning.text.messages import INLINE_THOUGHT, ChatError, Message
@@ -40,3 +40,85 @@ def _occurrences(name: str, text: str) -> int:
 def _without_space(text: str) -> str:
     """Leave out white space, which templates change."""
     return "".join(text.split())
+
+
+def missing_part(
+    messages: Sequence[Message], tools: Sequence[Any] | None, text: str, spans: Mapping[int, tuple[int, int]]
+) -> ChatError | None:
+    """Find the content of another's turn, an argument of a call or a part of a tool that a text does not have.
+
+    Args:
+        spans: index of each assistant turn -> its characters [start, end).
+    """
+    ends = [0, *(end for span in sorted(spans.values()) for end in span), len(text)]
+    context = "\0".join(text[start:end] for start, end in zip(ends[::2], ends[1::2]))
+    missing = _missing_turn(messages, _without_space(context)) or _missing_tool_part(tools, _without_space(context))
+    for index, (start, end) in spans.items():
+        missing = missing or _missing_argument(messages[index], index, _without_space(text[start:end]))
+    return missing
+
+
+def _missing_turn(messages: Sequence[Message], context: str) -> ChatError | None:
+    """Find a system, user or tool turn whose content is not in the context: each takes a place of its own."""
+    others = [(i, m, str(m.get("content") or "")) for i, m in enumerate(messages) if m["role"] != "assistant"]
+    for index, message, content in sorted(others, key=lambda other: -len(other[2])):
+        written = next((form for form in _spellings(content) if form in context), None)
+        if written is None:
+            return ChatError(f"the template leaves out the content of a {message['role']} turn", f"message {index}")
+        context = context.replace(written, "\0", 1)
+    return None
+
+
+def _missing_tool_part(tools: Sequence[Any] | None, context: str) -> ChatError | None:
+    """Find a description or a parameter of the tools that is not in the context."""
+    for part in _tool_parts(list(tools or [])):
+        if not any(form in context for form in _spellings(part)):
+            return ChatError("the template leaves out a part of the tools", detail=f": {part[:40]!r}")
+    return None
+
+
+def _tool_parts(value: Any) -> Iterator[str]:
+    """Yield the descriptions and the names of parameters in tools."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _tool_parts(item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key == "description" and isinstance(item, str):
+                yield item
+            elif key == "properties" and isinstance(item, Mapping):
+                yield from item
+                yield from _tool_parts(list(item.values()))
+            else:
+                yield from _tool_parts(item)
+
+
+def _missing_argument(message: Message, index: int, written: str) -> ChatError | None:
+    for call in message.get("tool_calls") or []:
+        for part in _leaves(call.get("function", call).get("arguments")):
+            if not any(form in written for form in _spellings(part)):
+                detail = f": {part!r:.40}"
+                return ChatError("the template leaves out an argument of a tool call", f"message {index}", detail)
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the keys, texts and numbers of a JSON value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _spellings(value: Any) -> list[str]:
+    """Return how templates write a value: as text, in JSON, in JSON in a string, as Python does."""
+    if not isinstance(value, str):
+        return [json.dumps(value), str(value)]
+    forms = [value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1]]
+    forms += [json.dumps(form, ensure_ascii=False)[1:-1] for form in forms[1:3]]
+    return [_without_space(form) for form in dict.fromkeys(forms)]
