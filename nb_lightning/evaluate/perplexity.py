@@ -1,7 +1,8 @@
 """How well a model predicts text: nats per token, perplexity, and bits per byte, which also compares tokenizers.
 
-Every token of a document is predicted exactly once, the end token too. A document follows an end token. A document of
-more than `seq_len` tokens is cut into windows; the first token of each is predicted from the token before it alone.
+Every token of a document is predicted exactly once, the end token too. A document follows an end token. Of a
+conversation, what is trained on is predicted. A document of more than `seq_len` tokens is cut into windows; the first
+token of each is predicted from the token before it alone.
 """
 
 from __future__ import annotations
@@ -33,11 +34,22 @@ class Document:
 
     Attributes:
         ids: token ids, the end token last.
-        bytes: the size of the text in UTF-8.
+        bytes: the size of the text in UTF-8; 0 if it is not known.
+        is_trained: of a conversation, which of `ids` are trained on; None: this is a text, and all are predicted.
     """
 
     ids: list[int]
     bytes: int
+    is_trained: list[bool] | None = None
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens of one document: `ids[0]` is only seen, and `ids[1 + i]` is predicted if `counts[i]`."""
+
+    document: int
+    ids: list[int]
+    counts: list[bool]
 
 
 def perplexity(
@@ -56,29 +68,32 @@ def perplexity(
 
     Returns:
         documents, tokens, bytes: how much was predicted; nats_per_token; interval: its 95 % bootstrap interval over
-        documents; perplexity; bits_per_byte (None for no bytes).
+        documents; perplexity; bits_per_byte (None if the bytes are not known).
 
     Raises:
         ValueError: no document.
     """
     nll: list[float] = []  # negative log-likelihood of each document, in nats
     sizes: list[tuple[int, int]] = []  # tokens and bytes of each document
-    pack: list[tuple[int, list[int]]] = []  # (number of the document, the window and the token before it)
+    pack: list[_Window] = []
     n_packed = 0
     for document in documents:
         if max_tokens is not None and sum(tokens for tokens, _ in sizes) >= max_tokens:
             break
         nll.append(0.0)
-        ids = [pretrained.tokenizer.eos_id, *document.ids]
-        for start in range(0, len(document.ids), seq_len):
-            window = ids[start : start + seq_len + 1]
-            if pack and n_packed + len(window) > PACKED_TOKENS:
+        ids, counts = document.ids, document.is_trained
+        if counts is None:
+            ids, counts = [pretrained.tokenizer.eos_id, *ids], [True] * (len(ids) + 1)
+        for start in range(0, len(ids) - 1, seq_len):
+            end = start + seq_len + 1
+            window = _Window(len(nll) - 1, ids[start:end], counts[start + 1 : end])
+            if pack and n_packed + len(window.ids) > PACKED_TOKENS:
                 _predict(pretrained.model, pack, nll)
                 pack, n_packed = [], 0
-            pack.append((len(nll) - 1, window))
-            n_packed += len(window)
-        sizes.append((len(document.ids), document.bytes))
-        on_tokens(len(document.ids))
+            pack.append(window)
+            n_packed += len(window.ids)
+        sizes.append((sum(counts[1:]), document.bytes))
+        on_tokens(sizes[-1][0])
     if not sizes:
         raise ValueError("no document to predict")
     _predict(pretrained.model, pack, nll)
@@ -96,18 +111,19 @@ def perplexity(
 
 
 @torch.no_grad()
-def _predict(model: Transformer, pack: list[tuple[int, list[int]]], nll: list[float]) -> None:
+def _predict(model: Transformer, pack: list[_Window], nll: list[float]) -> None:
     """Add the negative log-likelihood of each window to that of its document."""
     device = model.embedding.weight.device
-    lengths = [len(window) - 1 for _, window in pack]
-    ids = torch.tensor([id for _, window in pack for id in window[:-1]], device=device)  # [N]
-    labels = torch.tensor([id for _, window in pack for id in window[1:]], device=device)  # [N]
+    lengths = [len(window.counts) for window in pack]
+    ids = torch.tensor([id for window in pack for id in window.ids[:-1]], device=device)  # [N]
+    labels = torch.tensor([id for window in pack for id in window.ids[1:]], device=device)  # [N]
+    counts = torch.tensor([count for window in pack for count in window.counts])  # [N]
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device) if len(pack) > 1 else None
     head = partial(_logprobs, labels=labels)
     logprobs = model(ids[None], positions[None], ends, head=head)  # [N]
-    for (document, _), window_logprobs in zip(pack, logprobs.double().cpu().split(lengths)):
-        nll[document] -= float(window_logprobs.sum())
+    for window, window_logprobs in zip(pack, (logprobs.double().cpu() * counts).split(lengths)):
+        nll[window.document] -= float(window_logprobs.sum())
 
 
 def _logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
@@ -115,17 +131,26 @@ def _logprobs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def source_documents(folder: str, pretrained: Pretrained, split: str = "val") -> Iterator[Document]:
-    """Read the documents of a split of a tokenized source.
+    """Read the documents, or the conversations, of a split of a tokenized source.
 
     Raises:
-        ValueError: no data there, damaged data, or data of another tokenizer than the model's.
+        ValueError: no data there, damaged data, pairs, or data of another tokenizer than the model's.
     """
-    from nb_lightning.token_source import Source  # here: it imports litdata, which tasks and texts do not need
+    from nb_lightning.token_source import TRAINED, Source  # here: it imports litdata, which others do not need
 
     source = Source(f"{folder}/{split}")
     eos_id = source.manifest.eos_id
     if source.manifest.tokenizer != pretrained.tokenizer.digest:
         raise ValueError(f"{folder} was tokenized with another tokenizer than {pretrained.name}'s; evaluate its text")
+    if source.manifest.pairs:
+        raise ValueError(f"{folder} holds pairs; --source takes documents or conversations")
+    if source.manifest.is_chat:
+        start = 0
+        for length, _ in source.samples().tolist():
+            marked = source.read_on(start, length)
+            yield Document((marked & (TRAINED - 1)).tolist(), 0, ((marked & TRAINED) > 0).tolist())
+            start += length
+        return
     unfinished: list[int] = []  # the beginning of a document that the next read continues
     for chunk, tokens in enumerate(source.chunk_tokens.tolist()):
         for start in range(0, tokens, READ_TOKENS):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from data.prepare.source_writer import SourceWriter
+from data.prepare.source_writer import SampleWriter, SourceWriter
 from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.evaluate import perplexity as module
 from nb_lightning.evaluate.perplexity import Document, perplexity, source_documents, text_documents
 from nb_lightning.model.transformer import ModelShape
-from nb_lightning.token_source import SourceManifest
+from nb_lightning.token_source import TRAINED, SourceManifest
 from tests.evaluate.harness import TOKENIZER, chain, pretrained_of
 from tests.model.harness import random_model
 
@@ -97,6 +98,38 @@ def test_the_documents_of_a_source_are_its_texts(
         assert len(writer.close().chunks) > 3 or split == "train"
     monkeypatch.setattr(module, "READ_TOKENS", 700)
     assert list(source_documents(str(tmp_path), model)) == documents(texts)
+
+
+def chats(folder: Path, **kind: Any) -> list[list[tuple[str, bool]]]:
+    """A source of two conversations in spans of (text, is trained)."""
+    spans = [[("ask", False), ("answer", True), ("again", False), ("yes", True)], [("Q", False), ("é", True)]]
+    manifest = SourceManifest(TOKENIZER.digest, TOKENIZER.vocab_size, EOS, template="", **kind)
+    writer = SampleWriter(folder / "val", manifest)
+    for sample in spans:
+        marked = [id + TRAINED * trained for text, trained in sample for id in TOKENIZER.encode([text])[0][:-1]]
+        writer.add(marked)
+    writer.close()
+    return spans
+
+
+def test_of_a_conversation_what_is_trained_is_predicted_after_all_before_it(model: Pretrained, tmp_path: Path) -> None:
+    total = 0.0
+    for sample in chats(tmp_path):
+        ids = torch.tensor([id for text, _ in sample for id in TOKENIZER.encode([text])[0][:-1]])
+        trained = torch.tensor([trained for text, trained in sample for _ in text.encode()])
+        with torch.no_grad():
+            logprobs = model.model(ids[None])[0].double().log_softmax(-1)
+        nll = -logprobs[:-1].gather(1, ids[1:, None])[:, 0]
+        total += float(nll[trained[1:]].sum())
+    found = perplexity(model, source_documents(str(tmp_path), model), 99)
+    assert (found["documents"], found["tokens"], found["bits_per_byte"]) == (2, len("answer" + "yes") + 2, None)
+    assert found["nats_per_token"] == pytest.approx(total / found["tokens"], rel=1e-5)
+
+
+def test_a_source_of_pairs_is_refused(model: Pretrained, tmp_path: Path) -> None:
+    chats(tmp_path, pairs=True)
+    with pytest.raises(ValueError, match="holds pairs; --source takes documents or conversations"):
+        list(source_documents(str(tmp_path), model))
 
 
 def test_a_source_of_another_tokenizer_is_refused(model: Pretrained, tmp_path: Path) -> None:
