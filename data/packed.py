@@ -26,6 +26,7 @@ from nb_lightning.phases import PhasePlan
 from nb_lightning.text.chat_template import ChatTemplate, read_template
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.tokenizer import TextTokenizer
+from nb_lightning.text.variables import check_variables
 from nb_lightning.token_source import Source
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class PackedData(TokenizedData[ChatDataSettings]):
                 "data.mask_documents=false: samples in a row must not see one another; "
                 f"stage={cfg.stage.name} needs true"
             )
-        self.chat = chat_template(self.tokenizer, self.settings.template)
+        self.chat = chat_template(self.tokenizer, self.settings)
 
     @property
     def template_digest(self) -> str:
@@ -174,14 +175,19 @@ class PackedData(TokenizedData[ChatDataSettings]):
         return HeldOutRows(self.packed_val[name], phase.seq_len, rows, size, self.assemble)
 
 
-def chat_template(tokenizer: TextTokenizer, file: str | None) -> ChatTemplate:
-    """Return the template in `file` (the key data.template), else the tokenizer's, else ChatML.
+def chat_template(tokenizer: TextTokenizer, settings: ChatDataConfig) -> ChatTemplate:
+    """Return the template in the file `data.template`, else the tokenizer's, else ChatML; with its variables.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or `data.template_kwargs` has a reserved name.
     """
+    file = settings.template
     source = None if file is None else read_template(file, f"data.template={file}")
-    return ChatTokenizer.of(tokenizer, source).template
+    template = ChatTokenizer.of(tokenizer, source).template
+    template = template.with_variables(check_variables(settings.template_kwargs, "data.template_kwargs"))
+    if unread := template.describe_unread():
+        log.warning("data.template_kwargs: %s", unread)
+    return template
 
 
 def describe_packing(name: str, packing: Packing, count: int, unit: str = PackedSource.unit) -> str:

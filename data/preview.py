@@ -7,6 +7,7 @@ tokens are green (without colour: between brackets), the others dim, and a line 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 
@@ -40,6 +41,8 @@ def describe_source(name: str, source: Source, samples: np.ndarray, packing: Pac
         f"longer than a row {int((lengths - 1 > packing.seq_len).sum()):>9,}",
         describe_packing(name, packing, len(samples)),
     ]
+    if manifest.template_kwargs:
+        lines.append(f"variables of the template: {json.dumps(manifest.template_kwargs, ensure_ascii=False)}")
     if manifest.dropped:
         lines.append("left out by data.prepare: " + ", ".join(f"{n:,} {why}" for why, n in manifest.dropped.items()))
     return "\n".join(lines)

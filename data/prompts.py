@@ -57,7 +57,7 @@ class PromptData(PlannedData[PromptDataConfig]):
 
     def __init__(self, cfg: Config, plan: PhasePlan) -> None:
         super().__init__(cfg, plan)
-        self.chat = chat_template(self.tokenizer, self.settings.template)
+        self.chat = chat_template(self.tokenizer, self.settings)
         self.tasks: dict[str, dict[str, Task]] = {}
         self.fitting_tasks: dict[str, dict[str, list[str]]] = {}
         self.selected_tasks: dict[str, dict[str, list[str]]] = {}

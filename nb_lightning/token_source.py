@@ -47,6 +47,7 @@ class SourceManifest:
         spelled: number of documents that spell a special token, which is text in them; only written if there are any.
         template: digest of the chat template; only conversations have one, and the following attributes.
         trained: number of tokens to train on.
+        template_kwargs: variables of the template in all conversations; only written if there are any.
         samples: {bytes, sha256} of the file `SAMPLES`.
         pairs: the samples are the chosen and the rejected response of one pair after the other.
     """
@@ -63,6 +64,7 @@ class SourceManifest:
     samples: dict[str, Any] | None = None
     pairs: bool = False
     spelled: int = 0
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_chat(self) -> bool:
@@ -81,8 +83,9 @@ class SourceManifest:
 
     def write(self, folder: Path) -> None:
         content = asdict(self)
-        if not self.spelled:
-            del content["spelled"]
+        for name in ("spelled", "template_kwargs"):
+            if not content[name]:
+                del content[name]
         write_json(folder / MANIFEST, content)
 
     @classmethod

@@ -16,6 +16,7 @@ The result depends on the input, the settings and the seed alone.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.text.chat_template import read_template
+from nb_lightning.text.variables import check_variables
 
 DESCRIPTION = "Make preference pairs from verifiable tasks: a teacher's right response beside the student's wrong one."
 
@@ -59,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--max-new-tokens", type=int, default=512, help="(default: %(default)s)")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--chat-template", type=Path, metavar="FILE", help="of both models (default: the models' own)")
+    g.add_argument("--template-kwargs", metavar="JSON", help="variables of the local models' template, such as "
+                   "'{\"enable_thinking\": false}'")  # fmt: skip
     g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="responses generated at a time")
     g.add_argument("--concurrency", type=int, default=8, help="requests to an endpoint at a time")
     g.add_argument("--device", default="auto")
@@ -100,7 +104,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         "limit": a.limit,
         "teacher": teacher.about(),
         "student": student.about(),
-        "template": student.chat_tokenizer().template.source,
+        "template": (template := student.chat_tokenizer().template).source,
+        **({"template_kwargs": template.variables} if template.variables else {}),
         "sampling": {
             "k": teacher.k,
             "student_k": student.k,
@@ -141,9 +146,12 @@ def _samplers(a: argparse.Namespace) -> tuple[Sampler, LocalSampler]:
         raise ValueError("--student is an endpoint; it must be a local model: its template writes the pairs")
     sampling = Sampling(a.max_new_tokens, a.temperature, top_p=a.top_p)
     local = {"sampling": sampling, "max_batch": a.max_batch, "template": template, "device": a.device, "dtype": a.dtype}
+    local["variables"] = check_variables(a.template_kwargs or {}, "--template-kwargs")
     # Different seeds: where teacher and student are one model, they must not draw the same responses.
     student = LocalSampler(a.student, k=a.student_k or a.k, seed=2 * a.seed + 1, **local)
     chat = student.chat_tokenizer()
+    if unread := chat.template.describe_unread():
+        print(f"note: {unread}", file=sys.stderr)
     if "://" in a.teacher:
         if not a.teacher_model:
             raise ValueError("--teacher is an endpoint: name its model with --teacher-model")

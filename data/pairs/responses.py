@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +22,12 @@ from nb_lightning.rewards.tasks import Task
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.rollouts.sampler import RolloutSampler
 from nb_lightning.run_folder import CHECKPOINTS
-from nb_lightning.text.chat_template import opened_thought
 from nb_lightning.text.chat_tokens import ChatTokenizer
-from nb_lightning.text.left_out import missing_call
-from nb_lightning.text.messages import REASONING, ChatError, check_messages, thought_of
+from nb_lightning.text.left_out import missing_content
+from nb_lightning.text.messages import REASONING, ChatError, check_messages
+from nb_lightning.text.thoughts import opened_thought, thought_of
+from nb_lightning.text.tokenizer import TextTokenizer
+from nb_lightning.text.variables import Variables
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class LocalSampler:
         seed: of all responses, together with the task and the response's number.
         max_batch: responses sampled at a time.
         template: Jinja source of the chat template; None takes the model's own.
+        variables: of the template, such as `enable_thinking`.
     """
 
     path: str
@@ -109,6 +112,7 @@ class LocalSampler:
     template: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    variables: Variables = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
         origin = find_origin(self.path)
@@ -117,12 +121,15 @@ class LocalSampler:
         return {"name": name, "digest": origin.digest()}
 
     def chat_tokenizer(self) -> ChatTokenizer:
-        return ChatTokenizer.of(find_origin(self.path).tokenizer(), self.template)
+        return self._chat_tokenizer(find_origin(self.path).tokenizer())
+
+    def _chat_tokenizer(self, tokenizer: TextTokenizer) -> ChatTokenizer:
+        return ChatTokenizer.of(tokenizer, self.template).with_variables(self.variables)
 
     def sample(self, tasks: Sequence[Task], on_answered: OnAnswered) -> None:
         pretrained = load_pretrained(self.path, self.device, self.dtype)
-        chat = ChatTokenizer.of(pretrained.tokenizer, self.template)
-        pretrained = replace(pretrained, chat=chat.template, stop_ids=(*pretrained.stop_ids, chat.end_id))
+        chat = self._chat_tokenizer(pretrained.tokenizer)
+        pretrained = replace(pretrained, chat=chat.template, stop_ids=(*pretrained.stop_ids, *chat.end_ids))
 
         def on_scored(a: Attempts) -> None:
             scored = zip(a.texts, a.finish_reasons, a.scores)
@@ -200,10 +207,10 @@ def render_last(messages: list[Any], chat: ChatTokenizer) -> str:
     text, turns = chat.template.render_turns(messages)
     end = chat.tokenizer.tokenizer.id_to_token(chat.end_id)
     assert end is not None
-    turn = turns[-1]
+    turn, opens = turns[-1], chat.template.opens_thought
     written = text[turn.start : turn.end]
-    if thought_of(messages[-1]) not in written:
+    if thought_of(messages[-1], opens) not in written:
         raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
-    if left_out := missing_call(messages[-1], turn.index, written):
+    if left_out := missing_content(messages[-1], turn.index, written, opens):
         raise left_out
     return opened_thought(text[: turn.start]) + written.rstrip().removesuffix(end)

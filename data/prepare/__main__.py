@@ -7,12 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from data.prepare.chats import HISTORY
+from data.prepare.chats import Chats
 from data.prepare.make import prepare
+from data.prepare.samples import HISTORY
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import CHUNK_TOKENS
 from data.prepare.workers import GO_ON, BadRecord
 from nb_lightning.text.chat_template import read_template
+from nb_lightning.text.variables import check_variables
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,16 +54,23 @@ def main(arguments: list[str] | None = None) -> None:
     chat("--no-think", dest="think", action="store_false", help="remove the reasoning from conversations and pairs")
     chat("--history", choices=HISTORY, default="expand", help="turns whose reasoning the template leaves out: train "
          "on each in a further sample, mask them, or keep them without it (default: %(default)s)")  # fmt: skip
+    chat("--template-kwargs", metavar="JSON", help="variables of the template, such as '{\"enable_thinking\": false}'; "
+         "a record's chat_template_kwargs win")  # fmt: skip
     chat("--date", default=ChatSettings.date, help="for templates that write it (default: %(default)s)")
     a = parser.parse_args(arguments)
     try:
         template = read_template(a.template, f"--template {a.template}") if a.template else None
         if a.pairs and a.chat:
             raise ValueError("--chat and --pairs are two forms of records; give one of them")
-        chats = ChatSettings(template, a.think, a.history, a.date) if a.chat or a.pairs else None
+        variables = check_variables(a.template_kwargs or {}, "--template-kwargs")
+        if variables and not (a.chat or a.pairs):
+            raise ValueError("--template-kwargs are of conversations: give --chat or --pairs")
+        chats = ChatSettings(template, a.think, a.history, a.date, variables) if a.chat or a.pairs else None
         settings = SourceSettings(
             a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs, a.special_tokens
         )
+        if variables and (unread := Chats(settings).encoder.template.describe_unread()):
+            print(f"note: {unread}", file=sys.stderr)
         prepared = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
             staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,

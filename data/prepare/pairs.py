@@ -10,9 +10,9 @@ UltraFeedback, are not the prompt. A response is
   two responses both begin with it needs no `messages` and no `prompt`; or
 * a text of turns, prompt included, as in hh-rlhf.
 
-A record may have `tools` and `system`, as conversations do. A pair becomes two samples, the chosen one first. Each
-holds prompt and response, and trains on the response, without turns that are marked `train: false`. `--no-think` takes
-the reasoning out of both.
+A record may have `tools`, `system` and `chat_template_kwargs`, as conversations do. A pair becomes two samples, the
+chosen one first. Each holds prompt and response, and trains on the response, without turns that are marked
+`train: false`. `--no-think` takes the reasoning out of both.
 """
 
 from __future__ import annotations
@@ -21,18 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.prepare.chats import Chat, Chats, Parsed, mark_trained, messages_of, question_of, tools_of
+from data.prepare.chats import Chats
+from data.prepare.conversations import VARIABLES, Chat, messages_of, question_of, tools_of, variables_of
 from data.prepare.other_forms import alpaca_prompt, from_sharegpt, from_transcript, is_transcript
+from data.prepare.samples import Parsed, SampleBuilder, mark_trained
 from data.prepare.source_writer import SampleWriter
-from nb_lightning.text.messages import (
-    THINK,
-    ChatError,
-    check_json,
-    check_messages,
-    is_trained,
-    outcome,
-    without_thought,
-)
+from nb_lightning.text.messages import ChatError, check_json, check_messages, is_trained, outcome
+from nb_lightning.text.thoughts import THINK, without_thought
 from nb_lightning.token_source import TRAINED
 
 SIDES = ("chosen", "rejected")
@@ -44,7 +39,8 @@ SPEAKS = {"role": "assistant", "content": ""}  # the end of a transcript that th
 class Pairs(Chats):
     """A form of records: a pair becomes two samples. See data/prepare/forms.py."""
 
-    fields = (*PROMPTS, "input", "history", "tools", "system", *SIDES, *(f"{side}_finish" for side in SIDES))
+    fields = (*PROMPTS, "input", "history", "tools", "system", VARIABLES, *SIDES)
+    fields += tuple(f"{side}_finish" for side in SIDES)
 
     def open_writer(self, folder: Path) -> SampleWriter:
         writer = super().open_writer(folder)
@@ -68,74 +64,83 @@ class Pairs(Chats):
         fields |= _responses_of(fields)
         if _are_chosen(fields):
             del fields["messages"]
-        prompt, tools = self._without_thoughts(_prompt_of(fields)), tools_of(fields.get("tools"))
-        chosen, rejected = (self._sample(prompt, fields, side, tools) for side in SIDES)
+        builder = self.builder(variables_of(fields))
+        prompt, tools = _without_thoughts(builder, _prompt_of(fields)), tools_of(fields.get("tools"))
+        chosen, rejected = (_sample(builder, prompt, fields, side, tools) for side in SIDES)
         if chosen == rejected:
             raise ChatError("chosen equals rejected")
         return question_of(prompt, tools), [chosen, rejected]
 
-    def _sample(
-        self, prompt: list[dict[str, Any]], fields: Mapping[str, Any], side: str, tools: list[Any] | None
-    ) -> list[int]:
-        response = fields[side]
-        if isinstance(response, str):
-            finish = fields.get(f"{side}_finish", "stop")
-            if finish not in FINISHES:
-                raise ChatError(f"{side}_finish is neither {' nor '.join(FINISHES)}")
-            check_json(response, side)
-            response = self._without_thought(response, side)
-            tokens = self.encoder.answered(prompt, response, finish == "stop", tools)
-            turns = tokens.turns
-        else:
-            messages = self._response_messages(prompt, response, side)
-            marks = response[len(response) - len(messages) :]
-            trained = frozenset(
-                len(prompt) + i
-                for i, message in enumerate(messages)
-                if message["role"] == "assistant" and is_trained(marks[i])
-            )
-            if not trained:
-                raise ChatError("every assistant turn is marked train: false", side)
-            (chat,) = self._spell_thoughts([Chat([*prompt, *messages], tools, trained, len(prompt))])
-            tokens = self.encoder.encode(chat.messages, tools)
-            turns = [turn for turn in tokens.turns if turn.index in trained]
-            if not all(turn.thought for turn in turns):
-                raise ChatError("the template leaves out the reasoning", side)
-        if tokens.left_out is not None:
-            raise tokens.left_out
-        marked = mark_trained(tokens, turns)
-        if not any(token & TRAINED for token in marked):
-            raise ChatError("an empty response", side)
-        return marked
 
-    def _response_messages(self, prompt: list[dict[str, Any]], response: Any, side: str) -> list[dict[str, Any]]:
-        """Check the messages of a response, and remove the prompt before them."""
-        if not isinstance(response, list):
-            raise ChatError(f"{side} is neither a text nor a list of messages")
-        with_thoughts = check_messages(response, strict=True)
-        messages = self._without_thoughts(with_thoughts)
-        without_system = [message for message in prompt if message["role"] != "system"]
-        for beginning in (prompt, without_system):
-            if messages[: len(beginning)] == beginning:
-                messages = messages[len(beginning) :]
-        if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-            raise ChatError("a response is not from the assistant's turn to the assistant's", side)
-        for before, after in zip(with_thoughts[-len(messages) :], messages):
-            if before != after and not (after["content"].strip() or after.get("tool_calls")):
-                raise ChatError("an assistant turn is a thought alone", side)
-        return messages
+def _sample(
+    builder: SampleBuilder, prompt: list[dict[str, Any]], fields: Mapping[str, Any], side: str, tools: list[Any] | None
+) -> list[int]:
+    """Build the marked tokens of one response of a record."""
+    response = fields[side]
+    if isinstance(response, str):
+        finish = fields.get(f"{side}_finish", "stop")
+        if finish not in FINISHES:
+            raise ChatError(f"{side}_finish is neither {' nor '.join(FINISHES)}")
+        check_json(response, side)
+        response = _without_thought(builder, response, side)
+        tokens = builder.encoder.answered(prompt, response, finish == "stop", tools)
+        turns = tokens.turns
+    else:
+        messages = _response_messages(builder, prompt, response, side)
+        marks = response[len(response) - len(messages) :]
+        trained = frozenset(
+            len(prompt) + i
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant" and is_trained(marks[i])
+        )
+        if not trained:
+            raise ChatError("every assistant turn is marked train: false", side)
+        (chat,) = builder.spell_thoughts([Chat([*prompt, *messages], tools, trained, len(prompt))])
+        tokens = builder.encoder.encode(chat.messages, tools)
+        turns = [turn for turn in tokens.turns if turn.index in trained]
+        if not all(turn.thought for turn in turns):
+            raise ChatError("the template leaves out the reasoning", side)
+    if tokens.left_out is not None:
+        raise tokens.left_out
+    marked = mark_trained(tokens, turns)
+    if not any(token & TRAINED for token in marked):
+        raise ChatError("an empty response", side)
+    return marked
 
-    def _without_thoughts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Take the reasoning out of messages, if the settings say so."""
-        return messages if self.chat.think else [without_thought(message) for message in messages]
 
-    def _without_thought(self, response: str, side: str) -> str:
-        """Take the reasoning out of the text of a response, if the settings say so."""
-        (message,) = self._without_thoughts([{"role": "assistant", "content": response}])
-        text = message["content"]
-        if not self.chat.think and (text.lstrip().startswith(THINK) or (response.strip() and not text.strip())):
+def _response_messages(
+    builder: SampleBuilder, prompt: list[dict[str, Any]], response: Any, side: str
+) -> list[dict[str, Any]]:
+    """Check the messages of a response, and remove the prompt before them."""
+    if not isinstance(response, list):
+        raise ChatError(f"{side} is neither a text nor a list of messages")
+    with_thoughts = check_messages(response, strict=True)
+    messages = _without_thoughts(builder, with_thoughts)
+    without_system = [message for message in prompt if message["role"] != "system"]
+    for beginning in (prompt, without_system):
+        if messages[: len(beginning)] == beginning:
+            messages = messages[len(beginning) :]
+    if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
+        raise ChatError("a response is not from the assistant's turn to the assistant's", side)
+    for before, after in zip(with_thoughts[-len(messages) :], messages):
+        if before != after and not (after["content"].strip() or after.get("tool_calls")):
             raise ChatError("an assistant turn is a thought alone", side)
-        return text
+    return messages
+
+
+def _without_thoughts(builder: SampleBuilder, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take the reasoning out of messages, if the settings say so."""
+    opens = not builder.think and builder.encoder.template.opens_thought
+    return messages if builder.think else [without_thought(message, opens) for message in messages]
+
+
+def _without_thought(builder: SampleBuilder, response: str, side: str) -> str:
+    """Take the reasoning out of the text of a response, if the settings say so."""
+    (message,) = _without_thoughts(builder, [{"role": "assistant", "content": response}])
+    text = message["content"]
+    if not builder.think and (text.lstrip().startswith(THINK) or (response.strip() and not text.strip())):
+        raise ChatError("an assistant turn is a thought alone", side)
+    return text
 
 
 def _responses_of(fields: Mapping[str, Any]) -> dict[str, Any]:

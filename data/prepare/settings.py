@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data.prepare.source_writer import CHUNK_TOKENS
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.tokenizer import TextTokenizer
+from nb_lightning.text.variables import Variables
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class ChatSettings:
         think: train on the assistant's reasoning; False removes it from the conversations.
         history: "expand", "mask" or "keep": what happens to turns whose reasoning the template leaves out.
         date: today's date for templates that write it, as 2025-01-31.
+        template_kwargs: variables of the template; those of a record win (nb_lightning/text/variables.py).
     """
 
     template: str | None = None
     think: bool = True
     history: str = "expand"
     date: str = "2025-01-01"
+    template_kwargs: Variables = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

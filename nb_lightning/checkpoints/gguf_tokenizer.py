@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from nb_lightning.checkpoints import sentencepiece
-from nb_lightning.text.chat_tokens import end_of_turn
+from nb_lightning.text.chat_tokens import ends_of_turn
 from nb_lightning.text.tokenizer import END_OF_TURN, ROLES, TextTokenizer, begin_with, text_tokenizer
 
 NO_MERGES = "<none> <none>"  # llama.cpp wants at least one merge; no text ever contains the left side of this one
@@ -144,9 +144,7 @@ def tokenizer_to_gguf(tokenizer: TextTokenizer, vocab_size: int) -> dict[str, An
     for role in ROLES:
         if role in special:
             metadata[KEY + _IDS[role]] = vocabulary[special[role]]
-    end = end_of_turn(tokenizer)
-    if end is None:
-        end = vocabulary.get(END_OF_TURN)
+    end = next(iter(ends_of_turn(tokenizer)), vocabulary.get(END_OF_TURN))
     if end is not None:
         metadata[KEY + "eot_token_id"] = end
     if tokenizer.chat_template is not None:

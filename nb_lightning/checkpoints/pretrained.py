@@ -22,7 +22,7 @@ from nb_lightning.files import read_json
 from nb_lightning.model import adapters, weights
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.text.chat_template import ChatTemplate
-from nb_lightning.text.chat_tokens import ChatTokenizer, end_of_turn
+from nb_lightning.text.chat_tokens import ChatTokenizer, ends_of_turn
 from nb_lightning.text.tokenizer import END_OF_TURN, TextTokenizer
 
 EXPORT = "nb_lightning.json"  # in a Hugging Face folder that we exported: its files, and where the model is from
@@ -49,7 +49,7 @@ class Pretrained:
 
 def in_training(model: Transformer, tokenizer: TextTokenizer, chat: ChatTemplate, name: str) -> Pretrained:
     """Wrap a model that a run is training, to generate with it between two steps."""
-    stop_ids = (tokenizer.eos_id, ChatTokenizer(tokenizer, chat).end_id)
+    stop_ids = (tokenizer.eos_id, *ChatTokenizer(tokenizer, chat).end_ids)
     return Pretrained(model, tokenizer, chat, stop_ids, name)
 
 
@@ -104,7 +104,7 @@ class Origin:
             chat: the template that prompts are written with; by default the tokenizer's own.
         """
         names = [END_OF_TURN, tokenizer.special.get("eos_token", END_OF_TURN)]
-        ids = {tokenizer.eos_id, end_of_turn(tokenizer, chat), *map(tokenizer.tokenizer.token_to_id, names)}
+        ids = {tokenizer.eos_id, *ends_of_turn(tokenizer, chat), *map(tokenizer.tokenizer.token_to_id, names)}
         ids.update(self._end_ids())
         return tuple(sorted(id for id in ids if isinstance(id, int)))
 

@@ -221,6 +221,8 @@ class ChatDataConfig(DataConfig):
     """Sources that a chat template wrote."""
 
     template: str | None = None  # file of the chat template they were made with; null: the tokenizer's own, else ChatML
+    # Variables of the template in prompts (RL's, and those of TaskAccuracy), such as enable_thinking: false.
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)  # .jsonl files of held-out tasks that TaskAccuracy measures
     task_limit: int | None = None  # only the first so many tasks of each file
     task_tokens: int = 1024  # longest answer, in tokens

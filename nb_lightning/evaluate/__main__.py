@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -30,7 +31,8 @@ from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.rollouts.attempts import Attempts
 from nb_lightning.text.chat_template import ChatTemplate, read_template
-from nb_lightning.text.chat_tokens import end_of_turn
+from nb_lightning.text.chat_tokens import ends_of_turn
+from nb_lightning.text.variables import check_variables
 
 SUMMARY = "Evaluate a model: accuracy on verifiable tasks, perplexity of held-out text."
 
@@ -58,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--max-new-tokens", type=int, default=512)
     g.add_argument("--limit", type=int, metavar="N", help="use only the first N tasks of each file")
     g.add_argument("--chat-template", metavar="FILE", help="replaces the model's own; 'chatml' is ours")
+    g.add_argument("--template-kwargs", metavar="JSON", help="variables of the template, such as "
+                   "'{\"enable_thinking\": false}'")  # fmt: skip
     g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="completions sampled at the same time")
     g = p.add_argument_group("text")
     g.add_argument("--seq-len", type=int, default=1024, help="largest context, in tokens")
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: an argument cannot be used.
     """
     _check(args)
+    variables = check_variables(args.template_kwargs or {}, "--template-kwargs")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     tasks = [task for file in args.tasks for task in read_tasks(file)[: args.limit]]
     texts = [(*_name_and_path(pair, "--source"), source_documents) for pair in args.source]
@@ -90,8 +95,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pretrained.chat = ChatTemplate(
             read_template(args.chat_template, f"--chat-template {args.chat_template}"), pretrained.tokenizer.special
         )
-        end = end_of_turn(pretrained.tokenizer, pretrained.chat)
-        pretrained.stop_ids += (end,) if end is not None else ()
+        pretrained.stop_ids += ends_of_turn(pretrained.tokenizer, pretrained.chat)
+    if variables and pretrained.chat is not None:
+        pretrained.chat = pretrained.chat.with_variables(variables)
+        if is_first and (unread := pretrained.chat.describe_unread()):
+            print(f"note: {unread}", file=sys.stderr)
     result = {"model": _describe(pretrained, args.model), "settings": vars(args), "versions": _versions()}
     if tasks:
         ways = {"sampled": (sampling, args.k)} if args.k else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nb_lightning.text.messages import END_OF_THINK, THINK
+from nb_lightning.text.thoughts import END_OF_THINK, THINK
 
 MARK = "Answer:"
 PYTHON = ("python", "python3", "py")

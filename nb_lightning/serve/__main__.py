@@ -29,6 +29,7 @@ from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.serve.engine import Engine, die_with_parent
 from nb_lightning.serve.routes import OpenAI, ServedModel, add_error_handlers
 from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.variables import check_variables
 
 MAX_BODY = 8 * 2**20  # bytes of a request's body
 GRACE_S = 5  # seconds that a stopped server gives to responses on their way
@@ -46,6 +47,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-batch", type=int, default=32, help="completions that run at the same time")
     add("--max-queue", type=int, default=128, help="completions that wait; more are refused with status 429")
     add("--context", type=int, help="tokens of prompt and completion together; by default the model's")
+    add("--template-kwargs", metavar="JSON", help="variables of the chat template, such as "
+        "'{\"enable_thinking\": false}'; a request's chat_template_kwargs win")  # fmt: skip
     add("--reasoning-content", action="store_true", help="return <think>...</think> in a separate field")
     add("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return parser.parse_args(argv)
@@ -65,10 +68,17 @@ def describe_model(args: argparse.Namespace) -> ServedModel:
     context = args.context or origin.context
     if context is None:
         raise ValueError(f"{args.model} does not say how many tokens the model is made for; give --context")
+    chat = ChatTokenizer.of(tokenizer) if tokenizer.chat_template else None
+    if variables := check_variables(args.template_kwargs or {}, "--template-kwargs"):
+        if chat is None:
+            raise ValueError(f"--template-kwargs: {args.model} has no chat template")
+        chat = chat.with_variables(variables)
+        if unread := chat.template.describe_unread():
+            print(f"note: {unread}", file=sys.stderr)
     return ServedModel(
         name=args.name or Path(args.model).resolve().name,
         tokenizer=tokenizer,
-        chat=ChatTokenizer.of(tokenizer) if tokenizer.chat_template else None,
+        chat=chat,
         stop_ids=origin.stop_ids(tokenizer),
         vocab_size=origin.shape.vocab_size,
         context=context,

@@ -75,6 +75,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # not in OpenAI's API; variables of the template
 
     @field_validator("messages")
     @classmethod

@@ -31,6 +31,7 @@ from nb_lightning.serve.text_stream import REASONING, TOOL_CALL, TokenBytes
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
 from nb_lightning.text.tokenizer import TextTokenizer
+from nb_lightning.text.variables import Variables
 
 T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
@@ -106,7 +107,8 @@ class OpenAI(LitSpec):
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check_model(body.model)
         tools = body.tools if body.tool_choice != "none" else None
-        prompt, is_reasoning = await self._in_thread(self._render, body.messages, tools)
+        variables = body.chat_template_kwargs or {}
+        prompt, is_reasoning = await self._in_thread(self._render, body.messages, tools, variables)
         job = self._make_job(
             CHAT,
             body,
@@ -138,12 +140,18 @@ class OpenAI(LitSpec):
             message = f"there is no model {name!a}; this server has {self.served.name!r}"
             raise refusal(message, 404, "model", "model_not_found")
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[int], bool]:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: Variables
+    ) -> tuple[list[int], bool]:
         """Return the prompt's token ids, and whether it ends inside reasoning."""
         if self.served.chat is None:
             raise refusal("this model has no chat template; use /v1/completions")
         try:
-            ids = self.served.chat.prompt(messages, tools)
+            chat = self.served.chat.with_variables(variables)
+        except (ChatError, UnicodeEncodeError, RecursionError) as error:
+            raise refusal(str(error), param="chat_template_kwargs") from error
+        try:
+            ids = chat.prompt(messages, tools)
         except (ChatError, UnicodeEncodeError, RecursionError) as error:
             raise refusal(f"messages: {error}", param="messages") from error
         return ids, bool(self.served.chat.opened_thought(ids))

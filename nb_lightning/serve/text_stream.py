@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer
 
 from nb_lightning.generation.decoder import NewToken
-from nb_lightning.text.messages import END_OF_THINK, THINK
+from nb_lightning.text.thoughts import END_OF_THINK, THINK
 from nb_lightning.text.tool_calls import CLOSE, OPEN, CallEnd
 
 REASONING, TOOL_CALL = THINK, OPEN

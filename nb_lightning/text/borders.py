@@ -17,11 +17,22 @@ from tokenizers import Tokenizer
 Tokens = list[tuple[int, int, int]]  # id, start, end (character positions)
 
 
-def crossed_borders(offsets: Sequence[tuple[int, int]], borders: Sequence[int]) -> list[int]:
-    """List the borders inside a token. `offsets` are the (start, end) of all tokens, in order."""
-    ends = [end for _, end in offsets]
-    before = [bisect_right(ends, border) for border in borders]
-    return [border for n, border in zip(before, borders) if n < len(ends) and offsets[n][0] < border]
+def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
+    """Tokenize a text without special tokens of the tokenizer's own around it."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return [(id, start, end) for id, (start, end) in zip(encoding.ids, encoding.offsets)]
+
+
+def tokens_before(tokens: Tokens, borders: Sequence[int]) -> list[int]:
+    """Count the tokens that end at or before each border."""
+    ends = [end for *_, end in tokens]
+    return [bisect_right(ends, border) for border in borders]
+
+
+def crossed_borders(tokens: Tokens, borders: Sequence[int]) -> list[int]:
+    """List the borders inside a token."""
+    before = tokens_before(tokens, borders)
+    return [border for n, border in zip(before, borders) if n < len(tokens) and tokens[n][1] < border]
 
 
 class BorderCutter:
@@ -40,28 +51,22 @@ class BorderCutter:
         while True:
             tokens: Tokens = []
             for start, stop in pairwise([0, *cuts, len(text)]):
-                part = self._continue(text[start:stop]) if start else _encode(self.tokenizer, text[:stop])
+                part = self._continue(text[start:stop]) if start else tokenize(self.tokenizer, text[:stop])
                 tokens += [(id, start + a, start + b) for id, a, b in part]
-            crossed = crossed_borders([(start, end) for _, start, end in tokens], borders)
+            crossed = crossed_borders(tokens, borders)
             if not crossed:
-                ends = [end for *_, end in tokens]
-                return [id for id, *_ in tokens], [bisect_right(ends, border) for border in borders]
+                return [id for id, *_ in tokens], tokens_before(tokens, borders)
             cuts = sorted({*cuts, *crossed})  # cuts only grow, because no token reaches across one
 
     def _continue(self, text: str) -> Tokens:
         """Tokenize text that continues another: no space in front of it, but one after added tokens as ever."""
-        tokens = _encode(self._unprefixed, text)
+        tokens = tokenize(self._unprefixed, text)
         added = self._unprefixed.get_added_tokens_decoder()
         for n, (id, start, end) in enumerate(tokens):
             if id in added and text[start:end].strip() == added[id].content.strip():
-                rest = _encode(self.tokenizer, text[start:])
+                rest = tokenize(self.tokenizer, text[start:])
                 return [*tokens[:n], *((id, start + a, start + b) for id, a, b in rest)]
         return tokens
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> Tokens:
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    return [(id, start, end) for id, (start, end) in zip(encoding.ids, encoding.offsets)]
 
 
 def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:

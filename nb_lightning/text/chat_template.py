@@ -3,10 +3,7 @@
 A template comes with a checkpoint and is never trusted. It runs in another process (template_worker.py), which is
 reused, and killed when it takes too long.
 
-A template may mark what the assistant writes by `{% generation %}` blocks, as ours does. Most that come with
-tokenizers do not. These are rendered again with each assistant turn replaced by a random word: the text that stays the
-same before and after the word is not part of the turn. A turn that cannot be located in this way is an error, not a
-guess.
+How the assistant's turns are found in the text: nb_lightning/text/turns.py.
 """
 
 from __future__ import annotations
@@ -14,15 +11,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nb_lightning.text.messages import THINK, ChatError, Message, check_messages, is_trained, or_raise, outcome
+from nb_lightning.text.messages import ChatError, Message, check_messages, is_trained, or_raise, outcome
 from nb_lightning.text.template_process import TemplateProcess
+from nb_lightning.text.thoughts import opened_thought
+from nb_lightning.text.turns import Blocks, Job, Replacement, Turn
+from nb_lightning.text.variables import Variables, check_variables
 
 # A template made of two, see `choose_by_tools`.
 WITH_TOOLS, WITHOUT_TOOLS, END = (
@@ -31,15 +29,6 @@ WITH_TOOLS, WITHOUT_TOOLS, END = (
     "{{ '' }}{% endif %}",
 )
 CPU_S = 2.0  # CPU seconds of one call; a long conversation takes about a millisecond
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An assistant turn: message number `index` wrote the characters [start, end), its end-of-turn token included."""
-
-    index: int
-    start: int
-    end: int
 
 
 class ChatTemplate:
@@ -53,14 +42,21 @@ class ChatTemplate:
         now: ISO date and time that `strftime_now` returns; None is the current time. Data that is prepared with a
             template that writes the date depends on it.
         cpu_s: limit of one call, in CPU seconds.
+        variables: of the template in every conversation, such as `enable_thinking` (nb_lightning/text/variables.py).
     """
 
     def __init__(
-        self, source: str, special: Mapping[str, str] = {}, now: str | None = None, cpu_s: float = CPU_S
+        self,
+        source: str,
+        special: Mapping[str, str] = {},
+        now: str | None = None,
+        cpu_s: float = CPU_S,
+        variables: Mapping[str, Any] = {},
     ) -> None:
         self.source, self.special, self.now, self.cpu_s = source, dict(special), now, cpu_s
+        self.variables = check_variables(variables)
         self._workers: dict[int, TemplateProcess] = {}  # process id -> worker
-        self.probed: dict[bool, tuple[str, str]] = {}  # see `_Replacement._probe`
+        self.probed: dict[bool, tuple[str, str]] = {}  # see `Replacement._probe`
 
     @classmethod
     def chatml(cls) -> ChatTemplate:
@@ -71,6 +67,34 @@ class ChatTemplate:
         """
         return cls(Path(__file__).with_name("chatml.jinja").read_text("utf-8"))
 
+    def with_variables(self, variables: Variables) -> ChatTemplate:
+        """Return this template with further variables, which win over its own. Both share one worker.
+
+        Raises:
+            ChatError: a variable has a reserved name, or is no JSON.
+        """
+        if not variables:
+            return self
+        changed = {**self.variables, **check_variables(variables)}
+        other = ChatTemplate(self.source, self.special, self.now, self.cpu_s, changed)
+        other._workers = self._workers
+        return other
+
+    def describe_unread(self) -> str:
+        """Name the variables that the template does not read, in one line; "" if it reads all, or is broken.
+
+        transformers ignores such a variable, and so does rendering.
+        """
+        names = self._ask(["variables"])[0] if self.variables else []
+        unread = [] if isinstance(names, ChatError) else [key for key in self.variables if key not in names]
+        return f"the chat template does not read {', '.join(unread)}" if unread else ""
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether the generation prompt ends in an opened `<think>`, so that the model writes only its end."""
+        prompt = outcome(self.render, [{"role": "user", "content": "x"}], None, True)
+        return not isinstance(prompt, ChatError) and bool(opened_thought(prompt))
+
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
@@ -79,7 +103,7 @@ class ChatTemplate:
         Raises:
             ChatError: invalid messages, or a template that raises, takes too long or too much memory.
         """
-        (texts,) = self._render([[_Job(check_messages(messages), tools, add_generation_prompt)]])
+        (texts,) = self.render_jobs([[Job(check_messages(messages), tools, add_generation_prompt)]])
         return or_raise(texts)[0]
 
     def render_with_spans(
@@ -111,13 +135,13 @@ class ChatTemplate:
         Returns:
             For each conversation its text and turns, or the error that `render_turns` would raise.
         """
-        finder = _Blocks(self) if self.has_generation_blocks else _Replacement(self)
+        finder = Blocks(self) if self.has_generation_blocks else Replacement(self)
         checked = [outcome(check_messages, messages) for messages, _ in conversations]
         groups = [
             outcome(finder.jobs, messages, tools) if not isinstance(messages, ChatError) else messages
             for messages, (_, tools) in zip(checked, conversations)
         ]
-        rendered = iter(self._render([jobs for jobs in groups if not isinstance(jobs, ChatError)]))
+        rendered = iter(self.render_jobs([jobs for jobs in groups if not isinstance(jobs, ChatError)]))
         results: list[Any] = []
         for messages, (_, tools), jobs in zip(checked, conversations, groups):
             texts = jobs if isinstance(jobs, ChatError) else next(rendered)
@@ -128,19 +152,21 @@ class ChatTemplate:
     def has_generation_blocks(self) -> bool:
         return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
 
-    def _render(self, groups: list[list[_Job]]) -> list[list[str] | ChatError]:
+    @property
+    def differs_with_tools(self) -> bool:
+        """Whether another template writes conversations with tools, see `choose_by_tools`."""
+        return self.source.startswith(WITH_TOOLS)
+
+    def render_jobs(self, groups: list[list[Job]]) -> list[list[str] | ChatError]:
         """Render the jobs of each group in the worker: all of its texts, or one error."""
+        return self._ask([[job.request(self.variables) for job in jobs] for jobs in groups])
+
+    def _ask(self, groups: list[Any]) -> list[list[str] | ChatError]:
+        """Send groups to this process's worker (template_worker.py)."""
         if not groups:
             return []
         setup = {"source": self.source, "special": self.special, "now": self.now, "cpu_s": self.cpu_s}
-        requests = [
-            [
-                [job.messages, list(job.tools) if job.tools else None, job.add_generation_prompt, job.marks]
-                for job in jobs
-            ]
-            for jobs in groups
-        ]
-        return self._workers.setdefault(os.getpid(), TemplateProcess()).render(setup, requests)
+        return self._workers.setdefault(os.getpid(), TemplateProcess()).render(setup, groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_workers": {}}
@@ -177,127 +203,3 @@ def read_template(spec: str | Path, named: str) -> str:
         return Path(spec).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{named} cannot be read: {error}") from error
-
-
-class _Job(NamedTuple):
-    """One text to render. `marks` are written before and after each generation block."""
-
-    messages: list[dict[str, Any]]
-    tools: Sequence[Any] | None = None
-    add_generation_prompt: bool = False
-    marks: tuple[str, str] = ("", "")
-
-
-class _Blocks:
-    """Locates turns by generation blocks: the text is rendered again with a mark before and after each block."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        nonce = secrets.token_hex(8)
-        self.marks = f"<{nonce}>", f"</{nonce}>"
-        self.any_mark = re.compile("|".join(f"({mark})" for mark in self.marks))
-
-    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
-        return [_Job(messages, tools), _Job(messages, tools, marks=self.marks)]
-
-    def turns(self, messages: list[dict[str, Any]], tools: Any, texts: list[str]) -> tuple[str, list[Turn]]:
-        indices, (text, marked) = _assistant_indices(messages), texts
-        pieces = self.any_mark.split(marked)
-        marks = [mark for mark in pieces if mark in self.marks]
-        if marks != [*self.marks] * len(indices):
-            raise ChatError(
-                "the template has not one generation block for each assistant turn",
-                detail=f", but {marks.count(self.marks[0])} for {len(indices)}",
-            )
-        pieces = pieces[::3]  # between them are the two groups of the pattern
-        if "".join(pieces) != text:
-            raise ChatError("the template changes what it wrote in a generation block afterwards; it must not")
-        ends = [0, *accumulate(map(len, pieces))]
-        return text, [Turn(i, ends[2 * n + 1], ends[2 * n + 2]) for n, i in enumerate(indices)]
-
-
-class _Replacement:
-    """Locates turns of a template without generation blocks.
-
-    Turn i is replaced by a message whose content is a word W, without reasoning and calls; the text is then A + W + Z.
-    In the real text the turn lies between A's generation prompt and Z, with the end-of-turn token that Z begins with.
-    The real text must begin with A up to that prompt, and end with Z. Otherwise the text around a turn depends on its
-    content, and the turn cannot be located.
-    """
-
-    def __init__(self, template: ChatTemplate) -> None:
-        self.template, self.word = template, f"W{secrets.token_hex(12)}"
-
-    def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[_Job]:
-        prompt, _ = self._probe(tools)
-        indices, word = _assistant_indices(messages), {"role": "assistant", "content": self.word}
-        jobs = [_Job(messages, tools)]
-        jobs += [_Job([*messages[:i], word, *messages[i + 1 :]], tools) for i in indices]
-        if not prompt:  # a turn then begins where the text of the messages before it ends
-            jobs += [_Job(messages[:i], tools) for i in indices]
-        return jobs
-
-    def turns(self, messages: list[dict[str, Any]], tools: Any, texts: list[str]) -> tuple[str, list[Turn]]:
-        prompt, end = self._probe(tools)
-        indices, (text, *others) = _assistant_indices(messages), texts
-        turns = []
-        for number, i in enumerate(indices):
-            before, word, after = others[number].partition(self.word)
-            if not word:
-                raise ChatError("the template leaves out an assistant turn", f"message {i}")
-            start = _after_prompt(before, prompt) if prompt else len(others[len(indices) + number])
-            content_end = len(text) - len(after)
-            if (
-                start is None
-                or start > min(content_end, len(before))
-                or text[:start] != before[:start]
-                or not (text.endswith(after) and after.startswith(end))
-            ):
-                raise ChatError(
-                    "the template does not write this assistant turn between its generation prompt and its end of turn",
-                    f"message {i}",
-                    "; give a template with {% generation %} blocks",
-                )
-            head, think, rest = prompt.partition("<think>")
-            if before[:start].endswith(head) and text.startswith(think + rest, start):
-                start += len(think + rest)  # this turn has reasoning, so the prompt includes the opened <think>
-            turns.append(Turn(i, start, content_end + len(end)))
-        return text, turns
-
-    def _probe(self, tools: Any) -> tuple[str, str]:
-        """Find the generation prompt, and the end of a turn without white space after it, in a small conversation.
-
-        It has no tools, unless another template writes conversations with tools.
-        """
-        tools = tools if self.template.source.startswith(WITH_TOOLS) else None
-        if bool(tools) not in self.template.probed:
-            question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": self.word}
-            jobs = [_Job([question], tools), _Job([question], tools, True), _Job([question, answer], tools)]
-            asked, prompted, answered = or_raise(self.template._render([jobs])[0])
-            if not prompted.startswith(asked) or self.word not in answered:
-                raise ChatError(
-                    "the template's generation prompt cannot be told; give one with {% generation %} blocks"
-                )
-            self.template.probed[bool(tools)] = prompted[len(asked) :], answered.partition(self.word)[2].rstrip()
-        return self.template.probed[bool(tools)]
-
-
-def _assistant_indices(messages: list[dict[str, Any]]) -> list[int]:
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _after_prompt(before: str, prompt: str) -> int | None:
-    """Find the end of the last generation prompt in `before`; only white space and an empty thought may follow it.
-
-    A prompt may end in an opened `<think>` that the template omits in a turn without reasoning.
-    """
-    for form in (prompt, prompt.partition("<think>")[0]):
-        head, separator, rest = before.rpartition(form) if form else ("", "", "")
-        if separator and re.fullmatch(r"\s*(<think>)?\s*(</think>)?\s*", rest):
-            return len(head) + len(form)
-    return None
-
-
-def opened_thought(prompt: str) -> str:
-    """Return the `<think>` that a prompt ends with, and the white space after it; "" for a prompt that opens none."""
-    match = re.search(rf"{THINK}\s*\Z", prompt)
-    return match[0] if match else ""

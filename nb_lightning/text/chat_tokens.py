@@ -1,8 +1,8 @@
 """Turn conversations into tokens, and find which tokens the assistant wrote.
 
-A special token that the template wrote becomes a control token; one that a message spells becomes plain text. So a
-message cannot end a turn, or begin another, by spelling `<|im_end|>`. Added tokens that are not special (`<think>` in
-Qwen's tokenizer) are text that any message may write.
+A special token that the template wrote becomes a control token; one that a message, a tool or a template's variable
+spells becomes plain text (nb_lightning/text/guarded.py). So a message cannot end a turn, or begin another, by spelling
+`<|im_end|>`. Added tokens that are not special (`<think>` in Qwen's tokenizer) are text that any message may write.
 
 No token reaches across the end of a prompt, as in generation, where the prompt's tokens are fixed before the first new
 token is drawn.
@@ -10,26 +10,19 @@ token is drawn.
 
 from __future__ import annotations
 
-import json
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from nb_lightning.text.borders import BorderCutter, crossed_borders
-from nb_lightning.text.chat_template import ChatTemplate, Turn, opened_thought
-from nb_lightning.text.left_out import missing_call, missing_part, missing_tool
-from nb_lightning.text.messages import END_OF_THINK, THINK, ChatError, Message, or_raise, outcome, thought_of
+from nb_lightning.text.chat_template import ChatTemplate
+from nb_lightning.text.guarded import GuardedTokenizer
+from nb_lightning.text.left_out import missing_content, missing_part, missing_tool
+from nb_lightning.text.messages import ChatError, Message, or_raise, outcome
+from nb_lightning.text.thoughts import END_OF_THINK, THINK, closed_thought, opened_thought, thought_of
 from nb_lightning.text.tokenizer import TextTokenizer
-
-# Private-use characters that stand for special tokens, used only for conversations in which a message spells one.
-# CONTROL + n is the special token number n where the template wrote it, LITERAL + n where a message did.
-CONTROL, LITERAL, PLANE = 0xF0000, 0x100000, 0xFFFE
+from nb_lightning.text.turns import Turn
+from nb_lightning.text.variables import Variables
 
 
 @dataclass(frozen=True)
@@ -61,17 +54,13 @@ class ChatTokens:
 class ChatTokenizer:
     """A tokenizer and a chat template, safe to pickle and to carry across a fork."""
 
-    def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, template: ChatTemplate, guarded: GuardedTokenizer | None = None
+    ) -> None:
         self.tokenizer, self.template = tokenizer, template
-        added = tokenizer.tokenizer.get_added_tokens_decoder()
-        self._added, self._added_ids = tuple(token.content for token in added.values()), frozenset(added)
-        self._special = {token.content: number for number, token in enumerate(t for t in added.values() if t.special)}
-        if len(self._special) > PLANE:
-            raise ValueError(
-                f"the tokenizer has {len(self._special)} special tokens; more than {PLANE} cannot be told apart"
-            )
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._any_special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._guarded = guarded or GuardedTokenizer(tokenizer.tokenizer)
+        variables, self._variables_spell_tokens = self._guarded.guard(template.variables)
+        self._rendering = template.with_variables(variables) if self._variables_spell_tokens else template
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer, template: str | None = None, now: str | None = None) -> ChatTokenizer:
@@ -83,6 +72,16 @@ class ChatTokenizer:
         source = template or tokenizer.chat_template or ChatTemplate.chatml().source
         return cls(tokenizer, ChatTemplate(source, tokenizer.special, now))
 
+    def with_variables(self, variables: Variables) -> ChatTokenizer:
+        """Return the same with further variables of the template, which win over its own.
+
+        Raises:
+            ChatError: as `ChatTemplate.with_variables`.
+        """
+        if not variables:
+            return self
+        return ChatTokenizer(self.tokenizer, self.template.with_variables(variables), self._guarded)
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Tokenize a conversation up to where the assistant begins to write.
 
@@ -90,7 +89,7 @@ class ChatTokenizer:
             ChatError: as `ChatTemplate.render`.
         """
         messages, tools, guarded = self._guard(messages, tools)
-        return self._encode(self.template.render(messages, tools, add_generation_prompt=True), [], guarded)[0]
+        return self._guarded.encode(self._rendering.render(messages, tools, add_generation_prompt=True), [], guarded)[0]
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatTokens:
         """Tokenize a conversation, and locate the assistant's turns in it.
@@ -111,7 +110,7 @@ class ChatTokenizer:
         """
         guarded = [outcome(self._guard, messages, tools) for messages, tools in conversations]
         valid = [g for g in guarded if not isinstance(g, ChatError)]
-        rendered = iter(self.template.render_many([(messages, tools) for messages, tools, _ in valid]))
+        rendered = iter(self._rendering.render_many([(messages, tools) for messages, tools, _ in valid]))
         results: list[ChatTokens | ChatError] = []
         for g in guarded:
             if isinstance(g, ChatError):
@@ -130,19 +129,22 @@ class ChatTokenizer:
     ) -> ChatTokens:
         """Tokenize a rendered conversation; its turns end at borders between tokens."""
         left_out = missing_tool(tools, text)
-        ids, borders = self._encode(text, [border for turn in turns for border in (turn.start, turn.end)], guarded)
+        positions = [position for turn in turns for position in (turn.start, turn.end)]
+        ids, borders = self._guarded.encode(text, positions, guarded)
         tokens = []
         for number, turn in enumerate(turns):
             written = text[turn.start : turn.end]
-            if not written.rstrip().endswith(self._added):
+            if not written.rstrip().endswith(self._guarded.added):
                 raise ChatError(
                     "an assistant turn does not end in a token of its own",
                     f"message {turn.index}",
                     f", but in {written[-20:]!r}; is the template this tokenizer's?",
                 )
-            left_out = left_out or missing_call(messages[turn.index], turn.index, written)
+            message = messages[turn.index]
+            opens = END_OF_THINK in (message.get("content") or "") and self.template.opens_thought
+            left_out = left_out or missing_content(message, turn.index, written, opens)
             start, stop = borders[2 * number : 2 * number + 2]
-            tokens.append(TurnTokens(turn.index, start, stop, thought_of(messages[turn.index]) in written))
+            tokens.append(TurnTokens(turn.index, start, stop, thought_of(message, opens) in written))
         spans = {turn.index: (turn.start, turn.end) for turn in turns}
         return ChatTokens(ids, tokens, left_out or missing_part(messages, tools, text, spans))
 
@@ -153,131 +155,79 @@ class ChatTokenizer:
         Raises:
             ChatError: as `encode`, for a small conversation.
         """
-        tokens = self.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}])
+        return self._end_id(None)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """All tokens that end an assistant turn: another template may write conversations with tools.
+
+        Raises:
+            ChatError: as `end_id`. If only the template for tools does not show where a turn ends, its end is left out.
+        """
+        with_tools = outcome(self.end_id_of, True)
+        return tuple(dict.fromkeys([self.end_id, *([] if isinstance(with_tools, ChatError) else [with_tools])]))
+
+    def end_id_of(self, with_tools: bool) -> int:
+        """Return the token that ends an assistant turn of a conversation with or without tools."""
+        return self._end_id_with_tools if with_tools and self.template.differs_with_tools else self.end_id
+
+    @cached_property
+    def _end_id_with_tools(self) -> int:
+        return self._end_id([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}])
+
+    def _end_id(self, tools: list[Any] | None) -> int:
+        tokens = self.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], tools)
         written = tokens.ids[tokens.turns[0].start : tokens.turns[0].stop]
-        return next(id for id in reversed(written) if id in self._added_ids)  # white space may follow it
+        return next(id for id in reversed(written) if id in self._guarded.added_ids)  # white space may follow it
 
     def answered(
         self, messages: Sequence[Message], answer: str, ended: bool = True, tools: Sequence[Any] | None = None
     ) -> ChatTokens:
         """Tokenize a prompt and the exact text of an answer to it; the one turn is the answer.
 
-        Where the prompt opens a thought, the answer may open it again: it is written once. There an answer without any
-        thought is written as the template writes a plain turn, not as the beginning of a thought.
+        Where the prompt opens a thought, or closes an empty one, the answer may bring it again: it is written once.
+        Where it opens one, an answer without any thought is written as the template writes a plain turn, not as the
+        beginning of a thought.
 
         Args:
             answer: as the model wrote it, reasoning and calls included.
             ended: append the token that ends a turn.
 
         Raises:
-            ChatError: as `ChatTemplate.render`, and `end_id`.
+            ChatError: as `ChatTemplate.render`, and `end_id`; or a thought, where the prompt closes it.
         """
-        (asked, text), tools_guarded, guarded = self._guard([messages, answer], tools)
-        prompt = self.template.render(asked, tools_guarded, add_generation_prompt=True)
+        (asked, text), guarded_tools, guarded = self._guard([messages, answer], tools)
+        prompt = self._rendering.render(asked, guarded_tools, add_generation_prompt=True)
         if opening := opened_thought(prompt):
             if text.startswith(THINK):
                 text = text.removeprefix(opening if text.startswith(opening) else THINK)
             elif END_OF_THINK not in text:
                 return self._plain_turn(messages, answer, ended, tools)
-        ids, (start,) = self._encode(prompt + text, [len(prompt)], guarded)
-        ids = [*ids, self.end_id] if ended else ids
-        left_out = missing_tool(tools_guarded, prompt) or missing_part(asked, tools_guarded, prompt, {})
+        elif closed := closed_thought(prompt):
+            text = text.removeprefix(closed)
+            if text.startswith(THINK):
+                raise ChatError("reasoning where the generation prompt closes the thought")
+        ids, (start,) = self._guarded.encode(prompt + text, [len(prompt)], guarded)
+        ids = [*ids, self.end_id_of(bool(tools))] if ended else ids
+        left_out = missing_tool(guarded_tools, prompt) or missing_part(asked, guarded_tools, prompt, {})
         return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))], left_out)
 
     def _plain_turn(self, messages: Sequence[Message], answer: str, ended: bool, tools: Any) -> ChatTokens:
         """Tokenize an answer as the last message of a conversation."""
         tokens = self.encode([*messages, {"role": "assistant", "content": answer}], tools)
         turn = tokens.turns[-1]
-        stop = turn.stop if ended else max(i for i in range(turn.stop) if tokens.ids[i] == self.end_id)
+        end_id = self.end_id_of(bool(tools))
+        stop = turn.stop if ended else max(i for i in range(turn.stop) if tokens.ids[i] == end_id)
         return ChatTokens(tokens.ids[:stop], [replace(turn, stop=stop)], tokens.left_out)
+
+    def _guard(self, messages: Any, tools: Any) -> tuple[Any, Any, bool]:
+        """Guard messages and tools; return them, and whether they or the template's variables spell special tokens."""
+        (messages, tools), spell = self._guarded.guard([messages, tools])
+        return messages, tools, spell or self._variables_spell_tokens
 
     def opened_thought(self, prompt_ids: Sequence[int]) -> str:
         """Return the `<think>` that the tokens of a prompt end with, and the white space after it; "" without one."""
         return thought_opened_by(self.tokenizer, prompt_ids)
-
-    def _encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
-        """Tokenize `text`, and count the tokens before each border (character positions, in order)."""
-        tokenizer, renumbered = self.tokenizer.tokenizer, {}
-        if guarded:
-            tokenizer, renumbered = self._renamed
-            pieces = [self._rename(text[a:b]) for a, b in pairwise([0, *borders, len(text)])]
-            text, borders = "".join(pieces), list(accumulate(map(len, pieces[:-1])))
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets  # each access builds a list
-        ends = [end for _, end in offsets]
-        before = [bisect_right(ends, border) for border in borders]
-        if crossed_borders(offsets, borders):
-            pieces = [text[a:b] for a, b in pairwise([0, *borders, len(text)])]
-            piece_ids = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
-            uncut = tokenizer.decode(ids, skip_special_tokens=False)
-            ids = [id for ids in piece_ids for id in ids]
-            before = list(accumulate(map(len, piece_ids[:-1])))
-            if tokenizer.decode(ids, skip_special_tokens=False) != uncut:  # a space is put in front of each piece
-                ids, before = (self._renamed_cutter if guarded else self._cutter).encode(text, borders)
-                if tokenizer.decode(ids, skip_special_tokens=False) != uncut:
-                    raise ChatError(
-                        "a token reaches across the border of an assistant turn, where this tokenizer cannot cut"
-                    )
-        if guarded:
-            written = sum(CONTROL <= ord(character) < CONTROL + PLANE for character in text)
-            ids = [renumbered.get(id, id) for id in ids]
-            if sum(id in self._special_ids for id in ids) != written:
-                raise ChatError("a message spells a special token that this tokenizer cannot write as text")
-        return ids, before
-
-    @cached_property
-    def _cutter(self) -> BorderCutter:
-        return BorderCutter(self.tokenizer.tokenizer)
-
-    @cached_property
-    def _renamed_cutter(self) -> BorderCutter:
-        return BorderCutter(self._renamed[0])
-
-    # A message that spells a special token ----------------------------------------------------------------------------
-
-    def _guard(self, messages: Any, tools: Any) -> tuple[Any, Any, bool]:
-        """Replace special tokens that messages and tools spell by `LITERAL` characters.
-
-        Returns:
-            Messages, tools, and whether they spell any.
-        """
-        if not any(map(self._any_special.search, _strings([messages, tools]))):
-            return messages, tools, False
-        if any(ord(character) >= CONTROL for text in _strings([messages, tools]) for character in text):
-            raise ChatError("a message has both special tokens and private-use characters")
-
-        def replace(text: str) -> str:
-            return self._any_special.sub(lambda match: chr(LITERAL + self._special[match[0]]), text)
-
-        return _map_strings(messages, replace), _map_strings(tools, replace), True
-
-    def _rename(self, text: str) -> str:
-        """Write text for the renamed tokenizer: `CONTROL` for the template's tokens, the messages' spelt out again."""
-        text = self._any_special.sub(lambda match: chr(CONTROL + self._special[match[0]]), text)
-        contents = list(self._special)
-        return re.sub(
-            f"[{chr(LITERAL)}-{chr(LITERAL + PLANE - 1)}]", lambda match: contents[ord(match[0]) - LITERAL], text
-        )
-
-    @cached_property
-    def _renamed(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A tokenizer whose special tokens are `CONTROL` characters, and its ids of added tokens -> ours."""
-        spec = json.loads(self.tokenizer.tokenizer.to_str())
-        for token in spec["added_tokens"]:
-            if token["special"]:
-                token["content"] = chr(CONTROL + self._special[token["content"]])
-        renamed = Tokenizer.from_str(json.dumps(spec))
-        vocabulary = renamed.get_vocab(with_added_tokens=True)
-        return renamed, {vocabulary[token["content"]]: token["id"] for token in spec["added_tokens"]}
-
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        vocabulary = self.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
-        return frozenset(vocabulary[token] for token in self._special)
-
-    def __getstate__(self) -> dict[str, Any]:
-        rebuilt = ("_renamed", "_cutter", "_renamed_cutter")
-        return {key: value for key, value in self.__dict__.items() if key not in rebuilt}
 
 
 def thought_opened_by(tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> str:
@@ -285,36 +235,16 @@ def thought_opened_by(tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> st
     return opened_thought(tokenizer.decode(list(prompt_ids[-16:])))
 
 
-def end_of_turn(tokenizer: TextTokenizer, template: ChatTemplate | None = None) -> int | None:
-    """Return the token that ends an assistant turn of a template, by default the tokenizer's own.
+def ends_of_turn(tokenizer: TextTokenizer, template: ChatTemplate | None = None) -> tuple[int, ...]:
+    """Return the tokens that end an assistant turn of a template, by default the tokenizer's own.
 
     Returns:
-        None without a template, or if the template does not show where a turn ends.
+        Several, the usual one first, if conversations with tools end otherwise; none without a template, or if the
+        template does not show where a turn ends.
     """
     if template is None and tokenizer.chat_template is None:
-        return None
+        return ()
     try:
-        return (ChatTokenizer(tokenizer, template) if template else ChatTokenizer.of(tokenizer)).end_id
+        return (ChatTokenizer(tokenizer, template) if template else ChatTokenizer.of(tokenizer)).end_ids
     except ChatError:
-        return None
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change) for item in value]
-    return value
+        return ()

@@ -1,4 +1,4 @@
-"""Find what a template left out of a conversation: turns, tool calls, content beside calls, and tools."""
+"""Find what a template left out of a conversation: turns, calls, content beside calls or thoughts, and tools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nb_lightning.text.messages import INLINE_THOUGHT, ChatError, Message
+from nb_lightning.text.messages import ChatError, Message
+from nb_lightning.text.thoughts import END_OF_THINK, without_thought
 
 
 def missing_tool(tools: Sequence[Any] | None, text: str) -> ChatError | None:
@@ -20,16 +21,22 @@ def missing_tool(tools: Sequence[Any] | None, text: str) -> ChatError | None:
     return None
 
 
-def missing_call(message: Message, index: int, written: str) -> ChatError | None:
-    """Find a call of an assistant turn, or content beside its calls, that the turn's text does not have."""
+def missing_content(message: Message, index: int, written: str, prompt_opens: bool = False) -> ChatError | None:
+    """Find a call of an assistant turn, or content beside calls or a `</think>`, that the turn's text does not have.
+
+    Args:
+        prompt_opens: see `split_thought`.
+    """
     calls = message.get("tool_calls") or []
     names = [call.get("function", call)["name"] for call in calls]  # `call` may be the inner object alone
     for name, count in Counter(names).items():
         if _occurrences(name, written) < count:
             return ChatError("the template leaves out a tool call", f"message {index}", f": {name[:40]!r}")
-    content = INLINE_THOUGHT.sub("", message.get("content") or "") if calls else ""
-    if _without_space(content) not in _without_space(written):
-        return ChatError("the template leaves out the content beside a tool call", f"message {index}")
+    if calls or END_OF_THINK in (message.get("content") or ""):
+        content = without_thought(message, prompt_opens).get("content") or ""
+        if _without_space(content) not in _without_space(written):
+            beside = "a tool call" if calls else "a </think>"
+            return ChatError(f"the template leaves out the content beside {beside}", f"message {index}")
     return None
 
 

@@ -17,11 +17,9 @@ These spellings of other programs are read too:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-THINK, END_OF_THINK = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES = {"developer": "system", "function": "tool"}
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -30,8 +28,6 @@ MARKS = {  # fields that say whether to train on a turn -> their values, "yes" f
     "loss": ((True, False), "loss is neither true nor false"),
     "weight": ((1, 0), "weight is neither 0 nor 1"),
 }
-# A thought at the beginning of the content. Without the opening tag it is the thought of a prompt that ends in it.
-INLINE_THOUGHT = re.compile(r"\A\s*(?:<think>(.*?)|((?:(?!<think>).)*?))</think>\s*", re.DOTALL)
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -100,34 +96,6 @@ def check_json(value: Any, name: str) -> None:
 def is_trained(message: Message) -> bool:
     """Whether no mark of a message (`train`, `loss`, `weight`) says not to train on it."""
     return all(message.get(key) is None or bool(message[key]) for key in MARKS)
-
-
-def split_thought(message: Message) -> dict[str, Any]:
-    """Move a thought at the beginning of an assistant's content to `reasoning_content`, if that is empty."""
-    out = dict(message)
-    match = None if out.get("reasoning_content") else _inline_thought(message)
-    if match is not None:
-        out |= {"content": message["content"][match.end() :], "reasoning_content": (match[1] or match[2] or "").strip()}
-    return out
-
-
-def without_thought(message: Message) -> dict[str, Any]:
-    """Remove an assistant's reasoning: `reasoning_content`, and a thought at the beginning of the content."""
-    out = {k: v for k, v in message.items() if k != "reasoning_content" or message["role"] != "assistant"}
-    match = _inline_thought(message)
-    return out if match is None else {**out, "content": message["content"][match.end() :]}
-
-
-def thought_of(message: Message) -> str:
-    """Return an assistant's reasoning, whichever of the two places it is in; "" without any."""
-    return (split_thought(message).get("reasoning_content") or "").strip()
-
-
-def _inline_thought(message: Message) -> re.Match[str] | None:
-    content = message.get("content")
-    if message["role"] != "assistant" or not isinstance(content, str) or END_OF_THINK not in content:
-        return None
-    return INLINE_THOUGHT.match(content)
 
 
 def _check_message(message: Any, where: str, strict: bool) -> dict[str, Any]:

@@ -5,10 +5,14 @@ kernel enforces (the default action of SIGPROF ends the process, whatever it is 
 to write. A frame is 4 bytes of length and JSON, in both directions. The first one is the setup, each later one a job:
 
     {"source", "special", "now", "cpu_s", "bytes", "characters"}
-    [group, ...]  ->  [{"texts": [...]} or {"error": "..."}, ...]     group: [[messages, tools, prompt, marks], ...]
+    [group, ...]  ->  [{"texts": [...]} or {"error": "..."}, ...]
+
+    group: [[messages, tools, prompt, variables, marks], ...], or "variables"
 
 All texts of a group are rendered under one limit on time, or none; `prompt` is the template's add_generation_prompt.
-With `marks` [open, close], the text of each {% generation %} block is written between the two strings.
+`variables` are further variables of the template by name. With `marks` [open, close], the text of each
+{% generation %} block is written between the two strings. The group "variables" asks for the names that the template
+reads.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, BinaryIO
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -80,15 +84,22 @@ def render(template: Any, job: list[Any], max_characters: int) -> str:
     Raises:
         TooLong: the text has more than `max_characters`.
     """
-    messages, tools, add_generation_prompt, marks = job
+    messages, tools, add_generation_prompt, variables, marks = job
     template.environment.marks = marks
+    conversation = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
     pieces, size = [], 0
-    for piece in template.generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt):
+    for piece in template.generate({"documents": None, **variables, **conversation}):  # documents: as transformers does
         size += len(piece)
         if size > max_characters:
             raise TooLong(f"writes more than {max_characters:,} characters")
         pieces.append(piece)
     return "".join(pieces)
+
+
+def names_read(template: Any, source: str) -> list[str]:
+    """List the variables that a template reads and does not set itself."""
+    environment = template.environment
+    return sorted(meta.find_undeclared_variables(environment.parse(source)))
 
 
 def read(stream: BinaryIO) -> Any:
@@ -116,7 +127,11 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
             try:
                 template = template or build(setup)  # within the limit: compiling folds constants, so it runs code
-                answer = json.dumps({"texts": [render(template, job, setup["characters"]) for job in group]})
+                if group == "variables":
+                    texts = names_read(template, setup["source"])
+                else:
+                    texts = [render(template, job, setup["characters"]) for job in group]
+                answer = json.dumps({"texts": texts})
             except TemplateError as error:
                 number = getattr(error, "lineno", None)  # syntax errors have one
                 line = f" (line {number})" if number else ""

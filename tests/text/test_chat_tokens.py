@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_template import ChatTemplate
-from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens, end_of_turn
+from nb_lightning.text.chat_tokens import ChatTokenizer, ChatTokens, ends_of_turn
 from nb_lightning.text.messages import ChatError
 from nb_lightning.text.tokenizer import TextTokenizer, text_tokenizer
 from tests.harness import ROOT
@@ -293,5 +293,5 @@ def test_a_prompt_shows_the_thought_that_it_opens() -> None:
 
 def test_the_end_of_a_turn_is_found_or_unknown() -> None:
     tokenizer = load_tokenizer("bytes")
-    assert end_of_turn(tokenizer) is None and end_of_turn(tokenizer, ChatTemplate.chatml()) == 258
-    assert end_of_turn(tokenizer, ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")) is None
+    assert ends_of_turn(tokenizer) == () and ends_of_turn(tokenizer, ChatTemplate.chatml()) == (258,)
+    assert ends_of_turn(tokenizer, ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")) == ()

@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 
 from nb_lightning.text.chat_template import ChatTemplate
-from nb_lightning.text.messages import (
-    ChatError,
-    check_messages,
-    is_trained,
-    split_thought,
-    thought_of,
-    without_thought,
-)
+from nb_lightning.text.messages import ChatError, check_messages, is_trained
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
@@ -85,23 +78,3 @@ def test_marks(marks: dict[str, Any], trained: bool) -> None:
     assert is_trained(message) == trained
     _, spans = ChatTemplate.chatml().render_with_spans([{"role": "user", "content": "2+2?"}, message])
     assert len(spans) == trained
-
-
-@pytest.mark.parametrize(
-    "content, thought, rest",
-    [
-        ("<think>\nsum\n</think>\n\n4", "sum", "4"),
-        (" <think>a\nb</think>\n c</think>", "a\nb", "c</think>"),
-        ("sum\n</think>\n\n4", "sum", "4"),
-        ("<think></think>4", "", "4"),
-        ("<think>sum", "", "<think>sum"),
-        ("4", "", "4"),
-        ("It is <think>sum</think>", "", "It is <think>sum</think>"),
-    ],
-)
-def test_thoughts_at_the_beginning_of_the_content(content: str, thought: str, rest: str) -> None:
-    message = assistant(content)
-    assert thought_of(message) == thought and without_thought(message) == assistant(rest)
-    assert split_thought(message)["content"] == rest
-    user = {"role": "user", "content": content}
-    assert thought_of(user) == "" and without_thought(user) == user and split_thought(user) == user

@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.prepare.chats import FIELDS, Chats
+from data.prepare.chats import Chats
+from data.prepare.conversations import FIELDS
 from data.prepare.parts import cut_inputs
 from data.prepare.records import read_objects
 from data.prepare.settings import ChatSettings, SourceSettings
