@@ -135,7 +135,7 @@ class ChatTemplate:
         Returns:
             For each conversation its text and turns, or the error that `render_turns` would raise.
         """
-        finder = Blocks(self) if self.has_generation_blocks else Replacement(self)
+        finder = Blocks() if self.has_generation_blocks else Replacement(self)
         checked = [outcome(check_messages, messages) for messages, _ in conversations]
         groups = [
             outcome(finder.jobs, messages, tools) if not isinstance(messages, ChatError) else messages

@@ -13,14 +13,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from nb_lightning.text.messages import ChatError, or_raise
 from nb_lightning.text.thoughts import THINK, closed_thought, thought_of
 from nb_lightning.text.variables import Variables
-
-if TYPE_CHECKING:
-    from nb_lightning.text.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,28 @@ class Job(NamedTuple):
         return [self.messages, tools, self.add_generation_prompt, variables, self.marks]
 
 
+class Renderer(Protocol):
+    """What locating turns needs of a `ChatTemplate`.
+
+    Attributes:
+        probed: whether with tools -> see `Replacement._probe`.
+        differs_with_tools: another template writes conversations with tools.
+    """
+
+    probed: dict[bool, tuple[str, str]]
+
+    @property
+    def differs_with_tools(self) -> bool: ...
+
+    def render_jobs(self, groups: list[list[Job]]) -> list[list[str] | ChatError]:
+        """Render the jobs of each group: all of its texts, or one error."""
+        ...
+
+
 class Blocks:
     """Locates turns by generation blocks: the text is rendered again with a mark before and after each block."""
 
-    def __init__(self, template: ChatTemplate) -> None:
+    def __init__(self) -> None:
         nonce = secrets.token_hex(8)
         self.marks = f"<{nonce}>", f"</{nonce}>"
         self.any_mark = re.compile("|".join(f"({mark})" for mark in self.marks))
@@ -82,7 +97,7 @@ class Replacement:
     content, and the turn cannot be located.
     """
 
-    def __init__(self, template: ChatTemplate) -> None:
+    def __init__(self, template: Renderer) -> None:
         self.template, self.word = template, f"W{secrets.token_hex(12)}"
 
     def jobs(self, messages: list[dict[str, Any]], tools: Any) -> list[Job]:
