@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help=".jsonl(.gz|.zst|.xz), .json, .ndjson, .parquet, datasets folder, texts",
+        help=".jsonl, .ndjson, .json (and .gz, .zst, .xz of them), .parquet, datasets folder, texts",
     )
     add("--output", required=True, help="folder or s3:// prefix of the source; gets train/ and val/")
     add("--tokenizer", default="bytes", help="'bytes' (default), a tokenizer.json, or a folder that holds one")

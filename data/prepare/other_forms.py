@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from nb_lightning.text.messages import ChatError
 
@@ -71,7 +71,7 @@ def alpaca_prompt(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*messages, {"role": "user", "content": "\n".join(text for text in texts if text.strip())}]
 
 
-def is_transcript(value: Any) -> bool:
+def is_transcript(value: Any) -> TypeGuard[str]:
     """Whether a value is a text of turns as in hh-rlhf."""
     return isinstance(value, str) and re.match(r"\s*Human:", value) is not None
 

@@ -3,8 +3,8 @@
 | input | one record is | cut at |
 |---|---|---|
 | `.jsonl`, `.ndjson` | a line, or one field of it | lines, every 64 MiB |
-| `.jsonl.gz`, `.jsonl.zst`, `.jsonl.xz` | a line, or one field of it | files |
-| `.json` | an item of the array, or one field of it; without an array, as `.jsonl` | files |
+| `.jsonl.gz`, `.ndjson.zst` and the like, also `.xz` | a line, or one field of it | files |
+| `.json`, `.json.gz` and the like | an item of the array, or one field of it; without an array, as `.jsonl` | files |
 | `.parquet` | a row, or one field of it | row groups |
 | a folder of `datasets.save_to_disk` | a row, or one field of it | every 10,000 rows |
 | `.txt`, `.md` and any suffix passed as text | a file | files, every 64 MiB |
@@ -20,21 +20,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from data.prepare.tables import open_dataset, open_parquet
+from data.prepare.archives import UNPACKED, unpack
+from data.prepare.tables import open_dataset, open_parquet, read_errors_of
 
 PART_BYTES = 2**26
 PART_ROWS = 10_000
 TEXT_SUFFIXES = (".txt", ".md")
-KINDS = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "gzip",
-    ".jsonl.zst": "zstd",
-    ".jsonl.xz": "xz",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-ARCHIVES = ("gzip", "zstd", "xz")
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+KINDS |= {f"{suffix}{ending}": kind for suffix, kind in KINDS.items() if kind != "parquet" for ending in UNPACKED}
+KNOWN = f".jsonl, .ndjson or .json, also with {', '.join(UNPACKED)}; .parquet"
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Part:
     """A piece of the input that one worker tokenizes.
 
     Attributes:
-        kind: jsonl, gzip, zstd, xz, json, parquet, dataset or text.
+        kind: jsonl, archive (lines), json, parquet, dataset or text.
         files: the file or dataset folder to read; of text, all files of the part.
         start, stop: range to read, in bytes (jsonl), row groups (parquet) or rows (dataset).
         split: of a dataset that has several.
@@ -96,7 +90,7 @@ def cut_inputs(
             kinds = {file: None if kind == "json" and not _holds_array(file) else kind for file, kind in kinds.items()}
         if not any(kinds.values()):
             more = " (--text-suffix adds to them)" if suffixes else ""
-            raise ValueError(f"--input {name}: nothing to read; known are {', '.join((*KINDS, *suffixes))}{more}")
+            raise ValueError(f"--input {name}: nothing to read; known are {', '.join((KNOWN, *suffixes))}{more}")
         for file, kind in kinds.items():
             if kind is None:
                 ignored[file.suffix or "no suffix"] += 1
@@ -105,11 +99,11 @@ def cut_inputs(
             if kind == "text":
                 text_files.append(file)
             elif kind == "jsonl" or (kind == "json" and not _holds_array(file)):
-                parts += _cut_lines(file)
+                parts += [_whole("archive", file)] if file.suffix in UNPACKED else _cut_lines(file)
             elif kind == "parquet":
                 parts += _cut_row_groups(file)
             else:
-                parts.append(Part(kind, (str(file),), bytes=file.stat().st_size))
+                parts.append(_whole(kind, file))
     parts += _cut_texts(text_files)
     if not parts:
         raise ValueError(f"--input {', '.join(map(str, inputs))}: the tables have no rows")
@@ -138,8 +132,12 @@ def _kind_of(file: Path, text_suffixes: tuple[str, ...]) -> str | None:
 
 
 def _holds_array(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    with read_errors_of(str(file)):
+        return next(unpack(str(file)), b"").removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _whole(kind: str, file: Path) -> Part:
+    return Part(kind, (str(file),), bytes=file.stat().st_size)
 
 
 def _require_new(path: Path, seen: set[Path]) -> None:

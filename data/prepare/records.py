@@ -6,15 +6,13 @@ damaged table) is an error, because the number of its records is unknown.
 
 from __future__ import annotations
 
-import gzip
-import importlib
 import json
-import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from data.prepare.archives import unpack
 from data.prepare.parts import Part
 from data.prepare.tables import Table, read_errors_of
 
@@ -109,7 +107,7 @@ def _read_json(part: Part, decoder: json.JSONDecoder) -> Iterator[Record]:
 def _read_array(name: str, decoder: json.JSONDecoder) -> Iterator[Record]:
     """Read the items of a file that is one JSON array. A fault anywhere in it makes all of it unreadable."""
     with read_errors_of(name):
-        items = decoder.decode(Path(name).read_text(encoding="utf-8-sig"))
+        items = decoder.decode(b"".join(unpack(name)).decode("utf-8-sig"))
     for number, item in enumerate(items, start=1):
         is_object = isinstance(item, dict)
         yield Record(name, number, item if is_object else None, None if is_object else "not a JSON object")
@@ -127,46 +125,17 @@ def _read_lines(part: Part) -> Iterator[bytes]:
                     raise EOFError(f"it became {left} bytes shorter while it was read")
                 left -= len(line)
                 yield line
-        elif not part.bytes:
-            raise EOFError("it is empty, and no archive")
-        elif part.kind == "gzip":
-            with gzip.open(file) as lines:
-                yield from lines
         else:
-            rest = b""
-            for block in _zstd_blocks(file) if part.kind == "zstd" else _xz_blocks(file):
-                *lines, rest = (rest + block).split(b"\n")
-                yield from lines
-            if rest:
-                yield rest
-
-
-def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress all frames. The library's own reader takes a truncated frame for the end of the file."""
-    zstandard = importlib.import_module("zstandard")
-    frame = None
-    while block := file.read(2**16):
-        while block:
-            # `zstd --long` makes large windows, which are refused without this size.
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            yield frame.decompress(block)
-            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("its last frame has no end")
-
-
-def _xz_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress all streams. The library's own reader takes what follows a stream and is none for the end."""
-    stream = None
-    while block := file.read(2**16):
-        while block:
-            if stream is None and not (block := block.lstrip(b"\0")):  # zeros may follow a stream
-                break
-            stream = stream or lzma.LZMADecompressor(lzma.FORMAT_XZ)
-            yield stream.decompress(block)
-            block, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
-    if stream is not None:
-        raise EOFError("its last stream has no end")
+            rest: list[bytes] = []
+            for block in unpack(name):
+                first, *lines = block.split(b"\n")
+                rest.append(first)
+                if lines:
+                    yield b"".join(rest)
+                    yield from lines[:-1]
+                    rest = lines[-1:]
+            if any(rest):
+                yield b"".join(rest)
 
 
 def _decode(file: str, line: int, raw: bytes) -> Record:

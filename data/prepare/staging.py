@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare import source_writer
+from data.prepare.archives import UNPACKED
 from data.prepare.claim import CLAIM, as_json, changed_keys, read_claim, write_claim
-from data.prepare.parts import ARCHIVES, Part
+from data.prepare.parts import Part
 from data.prepare.settings import SourceSettings
 
 
@@ -95,7 +96,10 @@ class Staging:
         Raises:
             ValueError: too little space is free.
         """
-        text = sum(part.bytes * (2.5 if part.kind in ARCHIVES else 1) for part in parts)  # archives unpack to 2.5 times
+        archives = (part for part in parts if part.files[0].endswith(tuple(UNPACKED)))
+        text = sum(part.bytes for part in parts) + 1.5 * sum(
+            part.bytes for part in archives
+        )  # they unpack to 2.5 times
         per_byte = 2.0  # a token for each byte, two bytes each
         if settings.tokenizer != "bytes":
             per_byte = 0.2 * (2 if settings.load_tokenizer().vocab_size <= 2**16 else 4)

@@ -7,6 +7,7 @@ import json
 import lzma
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,34 @@ def test_xz_and_ndjson(tmp_path: Path) -> None:
     )
     (tmp_path / "b.ndjson").write_bytes(lines)
     assert texts(tmp_path / "a.jsonl.xz") == texts(tmp_path / "b.ndjson") == TEXTS
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, lzma.compress])
+def test_every_kind_of_json_may_be_compressed(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    ending = {gzip.compress: "gz", zstandard.compress: "zst", lzma.compress: "xz"}[pack]
+    long = ["x" * 300_000, *TEXTS, "y" * 300_000]  # longer than a block
+    for name, content in (
+        ("a.jsonl", as_lines(long)),
+        ("b.ndjson", as_lines(long).rstrip()),
+        ("c.json", as_array(long)),
+        ("d.json", as_lines(long)),
+        ("e.json", b"\xef\xbb\xbf\n " + as_array(long)),
+    ):
+        (tmp_path / f"{name}.{ending}").write_bytes(pack(content))
+        assert texts(tmp_path / f"{name}.{ending}") == long
+    parts, ignored = cut_inputs([str(tmp_path)])  # in a folder, only arrays among the .json
+    assert sorted(Path(part.files[0]).name[0] for part in parts) == list("abce") and ignored == {f".{ending}": 1}
+
+
+def test_bad_records_of_an_archive_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(b'{"text": "x"}\n\n{"text": 1}\n[\n{"text": "y"}'))
+    assert [(r.line, r.bad) for r in records(tmp_path / "a.ndjson.gz")] == [
+        (1, None), (2, "empty line"), (3, "field 'text' is not a string"), (4, "invalid JSON"), (5, None),
+    ]  # fmt: skip
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'[{"text": "x"}, 3, {"body": 1}]'))
+    assert [(r.line, r.bad) for r in records(tmp_path / "a.json.gz")] == [
+        (1, None), (2, "not a JSON object"), (3, "no field 'text'"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n  "])
@@ -234,6 +263,9 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
         ("a.jsonl.xz", lzma.compress(lines)[:-100]),
         ("b.jsonl.xz", lzma.compress(lines) + b"garbage"),
         ("c.jsonl.xz", b""),
+        ("d.ndjson.gz", gzip.compress(lines) + b"garbage"),
+        ("d.json.gz", gzip.compress(as_array(TEXTS))[:-4]),
+        ("e.json.gz", gzip.compress(as_array(TEXTS)[:-9])),
         ("a.json", as_array(TEXTS)[:-9]),
         ("b.json", as_array(TEXTS).replace(b"document 7", b"\xff")),
         ("a.parquet", table[:-9]),
@@ -258,7 +290,7 @@ def test_mistakes_in_the_input(tmp_path: Path) -> None:
         (["nowhere.jsonl"], "--input nowhere.jsonl: no such file or folder"),
         (
             [tmp_path / "empty"],
-            r"nothing to read; known are .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz, .ndjson, .json, .parquet, .txt, .md",
+            r"nothing to read; known are .jsonl, .ndjson or .json, also with .gz, .zst, .xz; .parquet, .txt, .md",
         ),
         ([path, tmp_path / "empty" / ".." / "a.jsonl"], "a.jsonl is given twice"),
         ([tmp_path, path], "a.jsonl is given twice"),
