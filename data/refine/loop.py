@@ -1,0 +1,257 @@
+"""Deliberative refinement: checklist, candidates, scores, critique, revision (report, section SFT).
+
+Each step asks its question about all instructions of a batch at once, so that an engine always has many calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from data.calls.engine import Engine
+from data.refine.asking import Asker, Question
+from data.refine.drafts import REVISION, Draft, History
+from data.refine.parse import (
+    read_checklist,
+    read_critiques,
+    read_draft,
+    read_line_critiques,
+    read_scores,
+    write_line_critiques,
+)
+from data.refine.plan import Dimension, RefinePlan
+from data.refine.prompts import Prompts, task_text
+from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import Score, Verifier
+
+SCORING_THREADS = 4
+NO_VERIFIER = "preference"  # a task of this verifier has no reference: the critic alone judges it
+VERIFIER_ITEM = "Its result is right. (The task's own checker decides this.)"
+FAILED_CANDIDATES = "no candidate finished"
+NOT_PASSED = "no draft passed"
+# Messages, drafts -> index of the best; None if they cannot be compared.
+Tournament = Callable[[Sequence[Mapping[str, Any]], Sequence[Draft]], int | None]
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Who does what.
+
+    Attributes:
+        candidates: name -> a model that answers the instructions: teachers and the student.
+        critic: writes checklists, scores and critiques.
+        writer: revises drafts, and writes skeletons and chains.
+    """
+
+    candidates: Mapping[str, Engine]
+    critic: Engine
+    writer: Engine
+
+
+@dataclass
+class Refinement:
+    """Refines batches of instructions.
+
+    Attributes:
+        verifiers: by name, of all tasks.
+        tournament: chooses among drafts that pass; None takes the first of the highest total.
+    """
+
+    plan: RefinePlan
+    prompts: Prompts
+    engines: Engines
+    asker: Asker
+    verifiers: Mapping[str, Verifier]
+    tournament: Tournament | None = None
+
+    def refine(self, tasks: Iterable[Task]) -> list[History]:
+        """Run the loop over tasks; each history has a best draft that passed, or a reason in `dropped`."""
+        histories = [History(task) for task in tasks]
+        self._write_checklists(histories)
+        self._sample_candidates(histories)
+        self._choose(histories)
+        stale = dict.fromkeys(map(id, histories), 0)  # rounds without a better draft
+        for number in range(1, self.plan.rounds + 1):
+            open_ones = [
+                h for h in histories if not h.passed and h.best is not None and stale[id(h)] < self.plan.patience
+            ]
+            if not open_ones:
+                break
+            before = [h.best for h in open_ones]
+            self._criticise(open_ones)
+            self._revise(open_ones, number)
+            self._choose(open_ones)
+            for history, best in zip(open_ones, before):
+                stale[id(history)] = stale[id(history)] + 1 if history.best == best else 0
+        for history in histories:
+            if history.best is None:
+                history.dropped = FAILED_CANDIDATES
+            elif not history.passed:
+                history.dropped = NOT_PASSED
+        return histories
+
+    def _write_checklists(self, histories: Sequence[History]) -> None:
+        for history in histories:
+            history.checklist = [VERIFIER_ITEM] if has_verifier(history.task) else []
+        if not self.plan.checklist:
+            return
+        questions = [
+            Question(h, "", self.prompts.messages("checklist", task=task_text(h.task)), read_checklist)
+            for h in histories
+        ]
+        sampling = self.plan.sampling.checklist.sampling()
+        for history, items in zip(histories, self.asker.ask("checklist", self.engines.critic, sampling, questions)):
+            history.checklist += items or []
+
+    def _sample_candidates(self, histories: Sequence[History]) -> None:
+        sampling = self.plan.sampling.candidates.sampling()
+        for role, engine in self.engines.candidates.items():
+            questions = [
+                Question(h, str(n), h.task.messages, partial(read_draft, name=f"{role}-{n}"))
+                for h in histories
+                for n in range(self.plan.k)
+            ]
+            for question, draft in zip(questions, self.asker.ask(role, engine, sampling, questions)):
+                if draft is not None:
+                    question.history.drafts.append(draft)
+        self._score([(h, draft) for h in histories for draft in h.drafts])
+
+    # Scores ----------------------------------------------------------------------------------------------------------
+
+    def _score(self, drafts: Sequence[tuple[History, Draft]]) -> None:
+        """Score finished drafts: by the verifier, and then by the critic those that the verifier lets pass."""
+        finished = [(h, draft) for h, draft in drafts if not draft.is_cut and draft.content]
+        self._verify([(h, draft) for h, draft in finished if has_verifier(h.task)])
+        questions, asked = [], []
+        for history, draft in finished:
+            names = [*self._by_model(history.task)]
+            if names and self._passes(history.task, draft, self._by_verifier(history.task)):
+                messages = self.prompts.messages(
+                    "score", dimensions={name: self.plan.dimensions[name].description for name in names},
+                    **self._shown(history, draft),
+                )  # fmt: skip
+                questions.append(Question(history, draft.name, messages, partial(read_scores, dimensions=names)))
+                asked.append(draft)
+        sampling = self.plan.sampling.score.sampling()
+        for draft, scores in zip(asked, self.asker.ask("score", self.engines.critic, sampling, questions)):
+            draft.scores |= scores or {}
+        for history, draft in finished:
+            dimensions = {**self._by_verifier(history.task), **self._by_model(history.task)}
+            scored = {name: dimensions[name].weight for name in draft.scores}
+            draft.total = sum(draft.scores[name] * w for name, w in scored.items()) / (sum(scored.values()) or 1.0)
+            draft.passed = self._passes(history.task, draft, dimensions)
+
+    def _verify(self, drafts: Sequence[tuple[History, Draft]]) -> None:
+        """Set the scores of the dimensions that the task's verifier gives."""
+        by_task: dict[int, tuple[History, list[Draft]]] = {}
+        for history, draft in drafts:
+            by_task.setdefault(id(history), (history, []))[1].append(draft)
+
+        def verify(entry: tuple[History, list[Draft]]) -> None:
+            history, own = entry
+            for draft, score in zip(own, score_texts(self.verifiers, history.task, [draft.text for draft in own])):
+                draft.status = score.info["status"]
+                draft.scores = dict.fromkeys(self._by_verifier(history.task), score.reward)
+
+        with ThreadPoolExecutor(SCORING_THREADS) as threads:
+            list(threads.map(verify, by_task.values()))
+
+    def _by_verifier(self, task: Task) -> dict[str, Dimension]:
+        return self.plan.dimensions_of(task.verifier, "verifier") if has_verifier(task) else {}
+
+    def _by_model(self, task: Task) -> dict[str, Dimension]:
+        by_model = self.plan.dimensions_of(task.verifier, "model")
+        return by_model if has_verifier(task) else {**self.plan.dimensions_of(task.verifier, "verifier"), **by_model}
+
+    def _passes(self, task: Task, draft: Draft, dimensions: Mapping[str, Dimension]) -> bool:
+        return all(draft.scores.get(name, -1.0) >= dimension.least for name, dimension in dimensions.items())
+
+    def _choose(self, histories: Sequence[History]) -> None:
+        """Choose the best draft: one that passes before others, then the highest total, then the first."""
+        for history in histories:
+            scored = [i for i, draft in enumerate(history.drafts) if draft.scores]
+            if not scored:  # an answer without any score can be mended too
+                scored = [i for i, draft in enumerate(history.drafts) if not draft.is_cut and draft.content]
+            if not scored:
+                continue
+            key = [(history.drafts[i].passed, history.drafts[i].total) for i in scored]
+            history.best = scored[key.index(max(key))]
+            passing = [i for i in scored if history.drafts[i].passed]
+            if self.tournament is not None and len(passing) > 1:
+                winner = self.tournament(history.task.messages, [history.drafts[i] for i in passing])
+                history.best = history.best if winner is None else passing[winner]
+
+    # Critique and revision -------------------------------------------------------------------------------------------
+
+    def _criticise(self, histories: Sequence[History]) -> None:
+        """Ask the critic about each best draft that it has not seen."""
+        new = [h for h in histories if h.best_draft and h.best_draft.critiques is None]
+        questions = []
+        for history in new:
+            draft = history.best_draft
+            assert draft is not None
+            read = read_critiques if self.plan.critiques == "json" else read_line_critiques
+            messages = self.prompts.messages("critique", verdict=verdict(draft), **self._shown(history, draft))
+            reader = partial(read, draft=draft, items=len(history.checklist))
+            questions.append(Question(history, draft.name, messages, reader))
+        sampling = self.plan.sampling.critique.sampling()
+        for history, critiques in zip(new, self.asker.ask("critique", self.engines.critic, sampling, questions)):
+            assert history.best_draft is not None
+            history.best_draft.critiques = critiques
+
+    def _revise(self, histories: Sequence[History], number: int) -> None:
+        questions = []
+        for history in histories:
+            draft = history.best_draft
+            assert draft is not None
+            history.rounds = number
+            messages = self.prompts.messages(
+                "revise", critiques=draft.critiques or [], verdicts=verdicts(draft), verdict=verdict(draft),
+                **self._shown(history, draft),
+            )  # fmt: skip
+            for n in range(self.plan.revisions):
+                name = f"{REVISION}{number}-{n}"
+                questions.append(Question(history, name, messages, partial(read_draft, name=name)))
+        new = []
+        sampling = self.plan.sampling.revise.sampling()
+        for question, draft in zip(questions, self.asker.ask("revise", self.engines.writer, sampling, questions)):
+            if draft is not None:
+                question.history.drafts.append(draft)
+                new.append((question.history, draft))
+        self._score(new)
+
+    def _shown(self, history: History, draft: Draft) -> dict[str, Any]:
+        """Return the variables that most templates share."""
+        return {
+            "task": task_text(history.task),
+            "checklist": history.checklist,
+            "reasoning": draft.reasoning,
+            "answer": draft.content,
+            "draft": "\n".join(draft.lines),
+        }
+
+
+def has_verifier(task: Task) -> bool:
+    """Whether a task has a reference that its verifier compares with."""
+    return task.verifier != NO_VERIFIER
+
+
+def score_texts(verifiers: Mapping[str, Verifier], task: Task, texts: Sequence[str]) -> list[Score]:
+    """Score an assistant's texts by the task's verifier."""
+    return verifiers[task.verifier].score(str(task.messages[-1].get("content", "")), texts, task.reference)
+
+
+def verdict(draft: Draft) -> str:
+    """Say what the task's verifier found, for the critic; "" where there is no verifier or the draft is right."""
+    return "" if draft.status in ("", "correct") else draft.status.replace("_", " ")
+
+
+def verdicts(draft: Draft) -> str:
+    """Write the critiques as the signs of the draft's lines; "" where the critic's reply could not be read."""
+    if draft.critiques is None:
+        return ""
+    numbers = [int(c.where.removeprefix("line ")) - 1 for c in draft.critiques if c.where.startswith("line ")]
+    return write_line_critiques(draft, min(numbers, default=None))

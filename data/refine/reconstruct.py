@@ -1,0 +1,182 @@
+"""Rebuild the chain of thought of a refined answer: revision has broken the old one (report, section SFT).
+
+skeleton: from instruction and answer an outline that does not contain the answer, then the chain along it.
+plain: a summary, then the chain (the report's way). none: the draft's own reasoning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from data.calls.call import Reply
+from data.calls.engine import Engine
+from data.refine.anchoring import AnchoringModel, contains_answer, lexical_anchoring
+from data.refine.asking import Asker, Question, warmer
+from data.refine.drafts import Chain, History, with_thought
+from data.refine.line_checks import LINE_CHECKS
+from data.refine.loop import SCORING_THREADS, has_verifier, score_texts
+from data.refine.parse import finished_answer, read_tagged, read_thought_chain
+from data.refine.plan import RefinePlan, RoleSampling
+from data.refine.prompts import Prompts, task_text
+from nb_lightning.generation.sampling import Sampling
+from nb_lightning.rewards.exact import final_answer
+from nb_lightning.rewards.extract import fold
+from nb_lightning.rewards.verifier import Verifier
+
+# A chain that says so was written backwards from the answer.
+QUOTES = (
+    "given answer", "provided answer", "reference answer", "answer provided", "answer given", "answer we were given",
+    "the outline", "expected answer", "给定的答案", "给出的答案", "参考答案", "提供的答案", "提纲",
+)  # fmt: skip
+NO_SKELETON, LEAKED = "no skeleton", "the skeleton contains the answer"
+NO_CHAIN = "no chain"
+
+
+@dataclass
+class Reconstruction:
+    """Writes and checks the chains of histories whose best draft passed."""
+
+    plan: RefinePlan
+    prompts: Prompts
+    writer: Engine
+    asker: Asker
+    verifiers: Mapping[str, Verifier]
+    anchoring: AnchoringModel | None = None
+
+    def reconstruct(self, histories: Sequence[History]) -> None:
+        """Add a chain to each history that passed, or the reason why it has none."""
+        left = [h for h in histories if h.passed]
+        if self.plan.reconstruct.mode == "none":
+            for history in left:
+                assert history.best_draft is not None
+                history.chains.append(Chain(history.best_draft.reasoning, own_answer=history.best_draft.content))
+            self._check(left)
+            left = [h for h in left if h.chains[-1].problem]
+        else:
+            for attempt in range(self.plan.reconstruct.attempts):
+                skeletons = self._write_skeletons(left, attempt) if self.plan.reconstruct.mode == "skeleton" else {}
+                self._write_chains(left, skeletons, attempt)
+                self._check([h for h in left if not h.chains[-1].problem])
+                left = [h for h in left if h.chains[-1].problem]
+        for history in left:
+            history.dropped = f"chain: {history.chains[-1].problem}"
+
+    def _write_skeletons(self, histories: Sequence[History], attempt: int) -> dict[str, str | None]:
+        """Return the skeleton of each history by its key; None where none could be read."""
+        questions = [
+            Question(
+                h, str(attempt), self.prompts.messages("skeleton", task=task_text(h.task), answer=answer_of(h)),
+                self._read_skeleton,
+            )
+            for h in histories
+        ]  # fmt: skip
+        sampling = self._sampling(self.plan.sampling.skeleton, attempt)
+        skeletons = self.asker.ask("skeleton", self.writer, sampling, questions)
+        return {h.key: skeleton for h, skeleton in zip(histories, skeletons)}
+
+    def _sampling(self, role: RoleSampling, attempt: int) -> Sampling:
+        return warmer(role.sampling()) if attempt else role.sampling()
+
+    def _read_skeleton(self, reply: Reply) -> str:
+        if self.plan.reconstruct.chains == "thought":
+            return finished_answer(reply)
+        return read_tagged(reply, ["skeleton"])["skeleton"]
+
+    def _write_chains(self, histories: Sequence[History], skeletons: Mapping[str, str | None], attempt: int) -> None:
+        settings, questions = self.plan.reconstruct, []
+        for history in histories:
+            chain = Chain("")
+            history.chains.append(chain)
+            if settings.mode == "skeleton":
+                skeleton = skeletons[history.key]
+                chain.skeleton = skeleton or ""
+                if skeleton is None:
+                    chain.problem = NO_SKELETON
+                elif contains_answer(skeleton, task_text(history.task), answer_of(history)):
+                    chain.problem = LEAKED
+            if not chain.problem:
+                shown = answer_of(history) if settings.answer_in_sight else ""
+                messages = self.prompts.messages(
+                    "chain", task=task_text(history.task), answer=shown, skeleton=chain.skeleton
+                )
+                questions.append(Question(history, str(attempt), messages, partial(self._read_chain, bool(shown))))
+        sampling = self._sampling(self.plan.sampling.chain, attempt)
+        for question, parts in zip(questions, self.asker.ask("chain", self.writer, sampling, questions)):
+            chain = question.history.chains[-1]
+            if parts is None:
+                chain.problem = NO_CHAIN
+            else:
+                chain.reasoning, chain.own_answer = parts["chain"], parts["answer"]
+                chain.skeleton = chain.skeleton or parts.get("summary", "")
+
+    def _read_chain(self, answer_shown: bool, reply: Reply) -> dict[str, str]:
+        if self.plan.reconstruct.chains == "thought":
+            return read_thought_chain(reply)
+        summary = ["summary"] if self.plan.reconstruct.mode == "plain" and answer_shown else []
+        return read_tagged(reply, [*summary, "chain", "answer"])
+
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _check(self, histories: Sequence[History]) -> None:
+        """Set the problem of each last chain that fails a check, and measure its anchoring."""
+        with ThreadPoolExecutor(SCORING_THREADS) as threads:
+            problems = list(threads.map(self._problem, histories))
+        for history, problem in zip(histories, problems):
+            history.chains[-1].problem = problem
+        self._measure([h for h in histories if not h.chains[-1].problem])
+
+    def _problem(self, history: History) -> str:
+        settings, chain = self.plan.reconstruct, history.chains[-1]
+        if len(chain.reasoning) < settings.min_chain_chars:
+            return "too short"
+        lowered = chain.reasoning.lower()
+        if any(quote in lowered and quote not in task_text(history.task).lower() for quote in QUOTES):
+            return "it speaks of an answer that was given"
+        if settings.mode != "none" and not self._agrees(history):
+            return "its own answer is another"
+        check = LINE_CHECKS.get(settings.line_checks.get(history.task.source, ""))
+        if check is not None:
+            verdicts = [v for v in check(task_text(history.task), chain.reasoning) if v is not None]
+            chain.lines_checked, chain.lines_valid = len(verdicts), sum(verdicts)
+            if not all(verdicts):
+                return "a line does not hold"
+        return ""
+
+    def _agrees(self, history: History) -> bool:
+        """Whether the writer's own answer is right by the verifier; without one, whether it is the refined answer."""
+        chain = history.chains[-1]
+        if has_verifier(history.task):
+            text = with_thought(chain.reasoning, chain.own_answer)
+            return score_texts(self.verifiers, history.task, [text])[0].reward == 1
+        return fold(final_answer(chain.own_answer)) == fold(final_answer(answer_of(history)))
+
+    def _measure(self, histories: Sequence[History]) -> None:
+        settings = self.plan.reconstruct
+        for history in histories:
+            chain = history.chains[-1]
+            chain.lexical = lexical_anchoring(task_text(history.task), chain.reasoning, answer_of(history))
+            if settings.max_lexical is not None and (chain.lexical or 0.0) > settings.max_lexical:
+                chain.problem = "lexical anchoring above reconstruct.max_lexical"
+        if self.anchoring is None:
+            return
+        chains = [
+            (
+                self.prompts.messages("chain", task=task_text(h.task), answer=answer_of(h), skeleton=""),
+                h.task.messages,
+                h.chains[-1].reasoning,
+            )
+            for h in histories
+        ]
+        for history, value in zip(histories, self.anchoring.anchoring(chains)):
+            history.chains[-1].probability = value
+            if settings.max_probability is not None and value > settings.max_probability:
+                history.chains[-1].problem = "anchoring by probability above reconstruct.max_probability"
+
+
+def answer_of(history: History) -> str:
+    """Return the refined answer, without its reasoning."""
+    assert history.best_draft is not None
+    return history.best_draft.content
