@@ -31,7 +31,7 @@ FLOORS = [
      "nb_lightning.checkout", "data.prepare", "data.calls"],
     ["nb_lightning.rollouts", "nb_lightning.recipe", "nb_lightning.submit", "data.demo"],
     ["nb_lightning.stages", "nb_lightning.evaluate", "data"],
-    ["nb_lightning.report", "nb_lightning.ablate", "callbacks", "data.pairs"],
+    ["nb_lightning.report", "nb_lightning.ablate", "callbacks", "data.pairs", "data.refine"],
     ["train"],
     ["benchmarks"],
 ]  # fmt: skip
@@ -82,7 +82,8 @@ RULES = [
     one_place("bitsandbytes", ("bitsandbytes",), "nb_lightning/model/bnb.py"),
     one_place("peft", ("peft",), "nb_lightning/model/adapters.py"),
     one_place("OpenAI's client", ("openai",), "data/pairs/endpoint.py"),
-    one_place("Jinja", ("jinja2",), "nb_lightning/text/template_worker.py", "nb_lightning/report/__main__.py"),
+    one_place("Jinja", ("jinja2",), "nb_lightning/text/template_worker.py", "nb_lightning/report/__main__.py",
+              "data/refine/prompts.py", "data/refine/show.py"),
     one_place("gguf", ("gguf",), "nb_lightning/checkpoints/gguf.py"),
     one_place("SentencePiece", ("sentencepiece",), "nb_lightning/checkpoints/sentencepiece.py"),
     one_place("the server", ("litserve", "fastapi", "starlette", "pydantic"),

@@ -22,7 +22,6 @@ from typing import Any
 from data.calls.caller import Caller
 from data.calls.engine import Engine
 from data.calls.flags import add_call_flags, budget_of, check_call_flags, make_engine
-from data.pairs.responses import key_of
 from data.prepare.source_writer import locked
 from data.refine.anchoring import AnchoringModel
 from data.refine.asking import Asker
@@ -39,9 +38,10 @@ from nb_lightning.errors import one_line_errors
 from nb_lightning.files import sha256_of
 from nb_lightning.rewards.preference import load_reward_model
 from nb_lightning.rewards.registry import get_verifiers
-from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.rewards.tasks import read_task_files
 
 DESCRIPTION = "Make SFT data by deliberative refinement and chain-of-thought reconstruction."
+VERSION = 1  # of the claim: raised when the same settings lead to other samples
 MODEL = "run, checkpoint, Hugging Face folder, .gguf file, or the address of an endpoint"
 
 
@@ -104,14 +104,17 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     plan = read_plan(a.plan, a.overrides)
     prompts = read_prompts(plan.language, plan.prompts)
     budget = budget_of(a)
-    tasks, files = _tasks(a.tasks, a.limit)
+    if not a.tasks:
+        raise ValueError("--tasks is missing: name one or several .jsonl files of tasks (docs/rewards.md)")
+    tasks = read_task_files(a.tasks, a.limit)
     verifiers = get_verifiers([task for task in tasks if has_verifier(task)])
     engines = _engines(a)
     anchoring = AnchoringModel(a.anchoring_model, a.device, a.dtype) if a.anchoring_model else None
-    about = {name: engine.about() for name, engine in engines.candidates.items()}
+    about: dict[str, Any] = {name: engine.about() for name, engine in engines.candidates.items()}
     about |= {"critic": engines.critic.about(), "writer": engines.writer.about()}
     if a.anchoring_model:
         about["anchoring_model"] = find_origin(a.anchoring_model).digest()
+    files = [(Path(path).name, sha256_of(Path(path))) for path in a.tasks]
     claim = {"tasks": files, "limit": a.limit, "engines": about, "plan": plan.as_json(), "prompts": prompts.digests,
              "seed": a.seed, "version": VERSION}  # fmt: skip
     a.output.mkdir(parents=True, exist_ok=True)
@@ -124,22 +127,6 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         reconstruction = Reconstruction(plan, prompts, engines.writer, asker, verifiers, anchoring)
         provenance = {"engines": about, "plan": a.plan, "overrides": a.overrides, "seed": a.seed}
         return refine_tasks(tasks, refinement, reconstruction, caller, provenance, a.output, a.batch)
-
-
-VERSION = 1  # of the claim: raised when the same settings lead to other samples
-
-
-def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tuple[str, str]]]:
-    """Read all tasks; return them, and name and SHA-256 of each file."""
-    if not paths:
-        raise ValueError("--tasks is missing: name one or several .jsonl files of tasks (docs/rewards.md)")
-    tasks: dict[str, Task] = {}
-    for path in paths:
-        for task in read_tasks(path)[:limit]:
-            if key_of(task) in tasks:
-                raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
-            tasks[key_of(task)] = task
-    return list(tasks.values()), [(Path(path).name, sha256_of(Path(path))) for path in paths]
 
 
 def _engines(a: argparse.Namespace) -> Engines:

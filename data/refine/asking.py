@@ -73,7 +73,7 @@ class Asker:
         return results
 
     def _call(self, role: str, question: Question, sampling: Sampling, attempt: int) -> Call:
-        name = f"{self.seed} {role} {question.history.key} {question.name}"
+        name = f"{self.seed} {role} {question.history.task.key} {question.name}"
         return Call(question.messages, sampling, zlib.crc32(name.encode()) >> 1, attempt)
 
 

@@ -136,10 +136,6 @@ class History:
         candidates = [draft for draft in self.drafts if draft.scores and not draft.name.startswith(REVISION)]
         return max(candidates, key=lambda draft: (draft.passed, draft.total), default=None)
 
-    @property
-    def key(self) -> str:
-        return f"{self.task.source}\n{self.task.id}"
-
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 

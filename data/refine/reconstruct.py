@@ -65,7 +65,7 @@ class Reconstruction:
             history.dropped = f"chain: {history.chains[-1].problem}"
 
     def _write_skeletons(self, histories: Sequence[History], attempt: int) -> dict[str, str | None]:
-        """Return the skeleton of each history by its key; None where none could be read."""
+        """Return the skeleton of each history by its task's key; None where none could be read."""
         questions = [
             Question(
                 h, str(attempt), self.prompts.messages("skeleton", task=task_text(h.task), answer=answer_of(h)),
@@ -75,7 +75,7 @@ class Reconstruction:
         ]  # fmt: skip
         sampling = self._sampling(self.plan.sampling.skeleton, attempt)
         skeletons = self.asker.ask("skeleton", self.writer, sampling, questions)
-        return {h.key: skeleton for h, skeleton in zip(histories, skeletons)}
+        return {h.task.key: skeleton for h, skeleton in zip(histories, skeletons)}
 
     def _sampling(self, role: RoleSampling, attempt: int) -> Sampling:
         return warmer(role.sampling()) if attempt else role.sampling()
@@ -91,7 +91,7 @@ class Reconstruction:
             chain = Chain("")
             history.chains.append(chain)
             if settings.mode == "skeleton":
-                skeleton = skeletons[history.key]
+                skeleton = skeletons[history.task.key]
                 chain.skeleton = skeleton or ""
                 if skeleton is None:
                     chain.problem = NO_SKELETON

@@ -1,17 +1,17 @@
-"""Make SFT data for a refiner and a writer of chains from worked answers: for who has no stronger model.
+"""Make SFT data for a refiner and a writer of chains from worked answers: where no stronger model is at hand.
 
-`python -m data.refine.train_data --worked chats.jsonl --student RUN --plan PLAN --output FOLDER` takes conversations that
-end in a worked answer (with `reasoning_content`), and writes FOLDER/<file>.jsonl for `data.prepare --chat`. Its prompts
-are those of the plan, so the model that is trained on them is asked in words that it knows:
+`python -m data.refine.train_data --worked chats.jsonl --student RUN --plan PLAN --output FOLDER` takes conversations
+that end in a worked answer (with `reasoning_content`), and writes FOLDER/<file>.jsonl for `data.prepare --chat`. The
+prompts are those of the plan, so that the trained model knows the words in which data.refine asks it:
 
     critique    a draft, and where its first wrong line is; or that nothing is wrong
     revise      a draft with its critiques, and the worked answer
     skeleton    a worked answer, and the outline of its reasoning: words and numbers replaced by w and n
     chain       a worked answer with or without its skeleton, and its reasoning
 
-Drafts are the student's own answers (`--student`; those that differ from the worked answer are wrong) and worked answers
-with a corrupted line. A draft's first wrong line is the first one that fails the source's line check, where the plan
-names one, and else the first that differs from the worked answer.
+Drafts are the student's own answers (`--student`) and worked answers with a corrupted line. The first wrong line of a
+draft is the first that fails the source's line check, where the plan names one, and else the first that differs from
+the worked answer.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
         answered = asker.ask("student", engine, plan.sampling.candidates.sampling(), questions)
         for question, draft in zip(questions, answered):
             if draft is not None and draft.content and not draft.is_cut:
-                drafts.setdefault(question.history.key, []).append(draft)
+                drafts.setdefault(question.history.task.key, []).append(draft)
     written = {}
     for path, worked in worked_by_file.items():
         rng = random.Random(f"{a.seed} {path.stem}")
@@ -176,7 +176,7 @@ def make_records(
         if kind in ("skeleton", "chain"):
             yield kind, _chain_record(kind, w, plan, prompts, rng)
         else:
-            yield kind, _critique_record(kind, w, drafts.get(History(w.task).key, ()), plan, prompts, rng)
+            yield kind, _critique_record(kind, w, drafts.get(w.task.key, ()), plan, prompts, rng)
 
 
 def _critique_record(

@@ -33,6 +33,11 @@ class Task:
     verifier: str
     reference: Any
 
+    @property
+    def key(self) -> str:
+        """The task's name among the tasks of several files."""
+        return f"{self.source}\n{self.id}"
+
 
 _FIELDS = tuple(field.name for field in fields(Task))
 
@@ -59,6 +64,21 @@ def read_tasks(path: str | Path) -> list[Task]:
             tasks[task.id] = task
     if not tasks:
         raise ValueError(f"tasks file {path} holds no task")
+    return list(tasks.values())
+
+
+def read_task_files(paths: Iterable[str | Path], limit: int | None = None) -> list[Task]:
+    """Read the tasks of several files, of each the first `limit`.
+
+    Raises:
+        ValueError: see `read_tasks`; or a task of one file is in another too.
+    """
+    tasks: dict[str, Task] = {}
+    for path in paths:
+        for task in read_tasks(path)[:limit]:
+            if task.key in tasks:
+                raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
+            tasks[task.key] = task
     return list(tasks.values())
 
 
