@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from nb_lightning.checkout import read_shape
+from nb_lightning.checkout import CHECKOUT, CONF, read_shape
 from nb_lightning.config.checks import check
 from nb_lightning.config.compose import phases_of, plan_of, register, resolve, run_dir
+from nb_lightning.config.composition_errors import explain
 from nb_lightning.config.schema import Config, DPDConfig, PretrainConfig, RewardModelConfig, RLConfig, SFTConfig
 from nb_lightning.errors import RunStopped
 from nb_lightning.phases import PhasePlan
@@ -40,22 +43,36 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 gc.disable()
 
 log = logging.getLogger("train")
-
+# Set to 1, errors keep their tracebacks. `command_line` sets it for Hydra while it composes.
+FULL_ERROR = "HYDRA_FULL_ERROR"
+WANTS_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 register(read_shape)
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
+    os.environ[FULL_ERROR] = str(int(WANTS_TRACEBACK))
     try:
         cfg = resolve(composed)
         check(cfg, trusted_packages())
         run(cfg)
     except (ValueError, RunStopped) as error:  # a mistake or a fault outside the program: one line, no traceback
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if WANTS_TRACEBACK:
             raise
         # A loader worker hands over its whole traceback; its last line is the error.
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+
+
+def command_line() -> None:
+    """Run `main`; a config that does not compose ends the process with one line."""
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors, and does not print them
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if WANTS_TRACEBACK:
+            raise
+        sys.exit(f"error: {explain(error, CHECKOUT / CONF)}")
 
 
 def trusted_packages() -> list[str]:
@@ -266,4 +283,4 @@ def quieten() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line()

@@ -56,7 +56,7 @@ def composed(overrides: Sequence[str], shape_of: Callable[[str | None], Mapping[
         shape_of: how `model=from_hf` reads the model's shape from `init_from`.
 
     Raises:
-        ValueError: this is no checkout; an override does not fit, in Hydra's words; or a value is missing.
+        ValueError: this is no checkout; an override does not fit; or a value is missing.
     """
     require_checkout()
     register(shape_of)

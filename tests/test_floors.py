@@ -88,7 +88,8 @@ RULES = [
     one_place("SentencePiece", ("sentencepiece",), "nb_lightning/checkpoints/sentencepiece.py"),
     one_place("the server", ("litserve", "fastapi", "starlette", "pydantic"),
               *(f"nb_lightning/serve/{name}.py" for name in ("__main__", "engine", "protocol", "routes"))),
-    one_place("Hydra", ("hydra",), "nb_lightning/config/compose.py", "train.py"),
+    one_place("Hydra", ("hydra",), "nb_lightning/config/compose.py",
+              "nb_lightning/config/composition_errors.py", "train.py"),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nb_lightning.config.composition_errors import explain, require_known_keys
 from nb_lightning.config.schema import (
     AnyPhaseConfig,
     ChatDataConfig,
@@ -66,14 +67,14 @@ def compose(conf: Path, overrides: Sequence[str]) -> Config:
     """Compose what `python train.py *overrides` would run with; `register` comes first.
 
     Raises:
-        ValueError: An override does not fit (in Hydra's words), or a value is missing.
+        ValueError: An override does not fit, or a value is missing.
     """
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
             composed = hydra.compose("train", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(explain(error, conf)) from error
     return resolve(composed)
 
 
@@ -81,15 +82,17 @@ def resolve(composed: DictConfig) -> Config:
     """Return the dataclasses of a composed config, every interpolation replaced by its value.
 
     Raises:
-        ValueError: A value is missing, or an interpolation fails; names the key.
+        ValueError: A value is missing, an interpolation fails, or a key is not of the schema; names the key.
     """
     try:
         OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # its errors are shorter than to_object's
-        return cast(Config, OmegaConf.to_object(composed))
+        cfg = cast(Config, OmegaConf.to_object(composed))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         _, _, by_resolver = reason.partition("raised while resolving interpolation: ")
         raise ValueError(by_resolver or f"{error.full_key}: {reason}") from error
+    require_known_keys(cfg)
+    return cfg
 
 
 def plan_of(stage: StageConfig) -> PhasePlan:

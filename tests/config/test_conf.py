@@ -132,25 +132,6 @@ def test_a_value_that_cannot_work_is_named_with_what_is_allowed(override: str | 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "override, words",
-    [
-        ("stage.phases.warmup.lr.strat=1", ("Key 'strat' not in 'LearningRateConfig'", "stage.phases.warmup.lr.strat")),
-        ("stage.total_tokens=many", ("could not be converted to Integer", "stage.total_tokens")),
-        ("stage=pretrian", ("Could not find 'stage/pretrian'", "pretrain")),
-        ("model=nanbeige", ("Could not find 'model/nanbeige'", "nanbeige4_3b")),
-    ],
-)
-def test_unknown_keys_types_and_options_are_refused_by_the_schema(
-    train: Train, override: str, words: tuple[str, ...]
-) -> None:
-    done = train(override, check=False)
-    assert done.returncode == 1
-    for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_an_extension_is_trusted_only_when_the_user_names_its_package(train: Train) -> None:
     done = train("+callbacks.trace={_target_: nb_trace.StepTrace}", check=False)
     assert done.returncode == 1 and "callbacks.trace._target_ is 'nb_trace.StepTrace'" in done.stderr
