@@ -181,6 +181,9 @@ def module_files(module: str) -> list[Path]:
     return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
 
 
+SHARED_OPTIONS = (ROOT / "benchmarks/common.py", ROOT / "data/calls/flags.py")  # that several commands add
+
+
 @each_page
 def test_every_command_has_its_module_and_options(page: Path) -> None:
     wrong = []
@@ -196,7 +199,7 @@ def test_every_command_has_its_module_and_options(page: Path) -> None:
         if not all(file.exists() for file in files):
             wrong.append(" ".join(words))
             continue
-        code = "\n".join(file.read_text() for file in [*files, ROOT / "benchmarks/common.py"])
+        code = "\n".join(file.read_text() for file in [*files, *SHARED_OPTIONS])
         options = [word.partition("=")[0] for word in words[words.index(module or script) :] if word.startswith("--")]
         hydra = ("--cfg", "--resolve") if script == "train.py" else ()
         wrong += [f"{module or script} {o}" for o in options if o not in hydra and f'"{o}"' not in code]

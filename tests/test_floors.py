@@ -81,7 +81,7 @@ RULES = [
     one_place("xformers", ("xformers",), "nb_lightning/model/attention.py"),
     one_place("bitsandbytes", ("bitsandbytes",), "nb_lightning/model/bnb.py"),
     one_place("peft", ("peft",), "nb_lightning/model/adapters.py"),
-    one_place("OpenAI's client", ("openai",), "data/pairs/endpoint.py"),
+    one_place("OpenAI's client", ("openai",)),
     one_place("Jinja", ("jinja2",), "nb_lightning/text/template_worker.py", "nb_lightning/report/__main__.py",
               "data/refine/prompts.py", "data/refine/show.py"),
     one_place("gguf", ("gguf",), "nb_lightning/checkpoints/gguf.py"),

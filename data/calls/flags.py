@@ -9,8 +9,9 @@ from data.calls.budget import Budget
 from data.calls.caller import MAX_FAILED
 from data.calls.endpoint import CONCURRENCY, TIMEOUT_S, Endpoint
 from data.calls.engine import Engine
-from data.calls.local import LocalModel
+from data.calls.local import NO_VARIABLES, LocalModel
 from nb_lightning.generation.decoder import MAX_BATCH
+from nb_lightning.text.variables import Variables
 
 
 def add_call_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,20 +90,27 @@ def parse_engine(text: str, flag: str) -> str:
     return text.rstrip("/")
 
 
-def make_engine(flag: str, text: str, model: str | None, a: argparse.Namespace, template: str | None = None) -> Engine:
+def make_engine(
+    flag: str,
+    text: str,
+    model: str | None,
+    a: argparse.Namespace,
+    template: str | None = None,
+    variables: Variables = NO_VARIABLES,
+) -> Engine:
     """Make the engine that a flag names, such as `--teacher URL|MODEL` with `--teacher-model NAME`.
 
     Args:
         model: the endpoint's name for the model.
         a: has the flags of `add_call_flags`.
-        template: of a local model, see `LocalModel`.
+        template, variables: of a local model, see `LocalModel`.
 
     Raises:
         ValueError: `parse_engine`; or an endpoint without a model's name.
     """
     engine = parse_engine(text, flag)
     if not is_address(engine):
-        return LocalModel(engine, template, a.max_batch, a.device, a.dtype)
+        return LocalModel(engine, template, a.max_batch, a.device, a.dtype, variables)
     if not model:
         raise ValueError(f"{flag} is an endpoint: name its model with {flag}-model")
     return Endpoint(engine, model, a.concurrency, a.timeout)

@@ -15,8 +15,10 @@ from nb_lightning.generation.decoder import MAX_BATCH, Completion, Request, stre
 from nb_lightning.run_folder import CHECKPOINTS
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
+from nb_lightning.text.variables import Variables
 
 REFUSED = "the chat template refuses the messages"  # the reason of a failure
+NO_VARIABLES: Variables = {}
 
 
 class LocalModel:
@@ -28,16 +30,17 @@ class LocalModel:
     Args:
         path: of the model.
         template: Jinja source of the chat template; None takes the model's own, or ChatML.
+        variables: of the template, such as `enable_thinking`.
         max_batch: calls answered at a time.
         device, dtype: as in `load_pretrained`.
     """
 
     def __init__(
         self, path: str, template: str | None = None, max_batch: int = MAX_BATCH, device: str = "auto",
-        dtype: str = "auto",
+        dtype: str = "auto", variables: Variables = NO_VARIABLES,
     ) -> None:  # fmt: skip
-        self.path, self.template, self.max_batch = path, template, max_batch
-        self.device, self.dtype = device, dtype
+        self.path, self.template, self.variables = path, template, dict(variables)
+        self.max_batch, self.device, self.dtype = max_batch, device, dtype
         self._loaded: Pretrained | None = None
 
     def about(self) -> dict[str, Any]:
@@ -48,7 +51,9 @@ class LocalModel:
         origin = self._origin
         parts = origin.path.resolve().parts
         name = f"{parts[-3]}/{parts[-1]}" if parts[-2] == CHECKPOINTS else parts[-1]  # run and checkpoint
-        about = {"name": name, "digest": origin.digest()}
+        about: dict[str, Any] = {"name": name, "digest": origin.digest()}
+        if self.variables:
+            about["template_kwargs"] = self.variables
         if self.template is not None:
             about["template"] = hashlib.sha256(self.template.encode("utf-8", "backslashreplace")).hexdigest()
         return about
@@ -56,7 +61,7 @@ class LocalModel:
     @cached_property
     def chat(self) -> ChatTokenizer:
         """The tokenizer with the chat template that prompts are written in."""
-        return ChatTokenizer.of(self._origin.tokenizer(), self.template)
+        return ChatTokenizer.of(self._origin.tokenizer(), self.template).with_variables(self.variables)
 
     @property
     def context(self) -> int | None:
@@ -88,7 +93,7 @@ class _Batch:
     def __init__(self, model: LocalModel, loaded: Pretrained, calls: Sequence[Call], on_reply: OnReply) -> None:
         self.chat, self.calls, self.on_reply = model.chat, calls, on_reply
         self.context = model.context
-        self.stop_ids = (*loaded.stop_ids, self.chat.end_id)
+        self.stop_ids = (*loaded.stop_ids, *self.chat.end_ids)
         self.error: Exception | None = None  # the first that `on_reply` raised
         self._prompts: dict[int, tuple[int, str]] = {}  # running call -> tokens of its prompt, the thought it opens
 

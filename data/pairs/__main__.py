@@ -4,9 +4,7 @@
 responses of each model, scores them, and writes the pairs in which the teacher's response is clearly better:
 
     FOLDER/claim.json       what the work is for: tasks, models, sampling, seed
-           teacher.jsonl    all responses with scores, written as they come: after a stop, the same command resumes
-           student.jsonl
-           judge.jsonl      the preferences of the judge, if one is asked
+           calls.jsonl      all replies of the models, written as they come: after a stop, the same command resumes
            pairs.jsonl      input of data.prepare --pairs
            report.json      how many tasks gave no pair, and why
 
@@ -21,17 +19,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.calls.flags import add_call_flags, budget_of, check_call_flags, is_address, make_engine
+from data.calls.local import LocalModel
 from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import make_pairs
 from data.pairs.report import format_report
-from data.pairs.responses import EndpointSampler, LocalSampler, Sampler, key_of
+from data.pairs.responses import Sampler, key_of
 from data.pairs.rule import BY, Rule
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import sha256_of
-from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.text.chat_template import read_template
+from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.variables import check_variables
 
 DESCRIPTION = "Make preference pairs from verifiable tasks: a teacher's right response beside the student's wrong one."
@@ -63,10 +63,6 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--chat-template", type=Path, metavar="FILE", help="of both models (default: the models' own)")
     g.add_argument("--template-kwargs", metavar="JSON", help="variables of the local models' template, such as "
                    "'{\"enable_thinking\": false}'")  # fmt: skip
-    g.add_argument("--max-batch", type=int, default=MAX_BATCH, help="responses generated at a time")
-    g.add_argument("--concurrency", type=int, default=8, help="requests to an endpoint at a time")
-    g.add_argument("--device", default="auto")
-    g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     g = p.add_argument_group("the rule for pairs")
     g.add_argument("--by", default="verifier", choices=BY, help="(default: %(default)s)")
     g.add_argument(
@@ -84,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--judge-model", metavar="NAME", help="what the endpoint calls the judge")
     g.add_argument("--preference", type=float, default=0.75, metavar="X", help="of the judge for the chosen response, "
                    "at least (default: %(default)s: in both orders, or in one with the other undecided)")  # fmt: skip
+    add_call_flags(p)
     return p
 
 
@@ -94,18 +91,20 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         ValueError: the arguments cannot be used, or no task gives a pair.
     """
     rule = Rule(a.by, a.chosen_reward, a.margin, a.preference, a.pairs_per_prompt)
+    check_call_flags(a)
+    budget = budget_of(a)
     judge = None
     if rule.by != "verifier":
         judge = _judge(a)
     tasks, files = _tasks(a.tasks, a.limit)
-    teacher, student = _samplers(a)
+    teacher, student, chat = _samplers(a)
     claim = {
         "tasks": files,
         "limit": a.limit,
-        "teacher": teacher.about(),
-        "student": student.about(),
-        "template": (template := student.chat_tokenizer().template).source,
-        **({"template_kwargs": template.variables} if template.variables else {}),
+        "teacher": teacher.engine.about(),
+        "student": student.engine.about(),
+        "template": chat.template.source,
+        **({"template_kwargs": chat.template.variables} if chat.template.variables else {}),
         "sampling": {
             "k": teacher.k,
             "student_k": student.k,
@@ -115,15 +114,15 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         },
         "seed": a.seed,
     }
-    return make_pairs(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite)
+    return make_pairs(tasks, teacher, student, rule, judge, claim, a.output, a.overwrite, budget, a.max_failed)
 
 
 def _judge(a: argparse.Namespace) -> Judge:
-    if a.judge and "://" not in a.judge:
+    if a.judge and not is_address(a.judge):
         return RewardModelJudge(a.judge, a.device, a.dtype)
     if not (a.judge and a.judge_model):
         raise ValueError(f"--by {a.by} needs --judge: a run of stage=reward_model, or an endpoint with --judge-model")
-    return EndpointJudge(a.judge, a.judge_model, a.concurrency)
+    return EndpointJudge(make_engine("--judge", a.judge, a.judge_model, a))
 
 
 def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tuple[str, str]]]:
@@ -137,32 +136,32 @@ def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tu
     return list(tasks.values()), [(Path(path).name, sha256_of(Path(path))) for path in paths]
 
 
-def _samplers(a: argparse.Namespace) -> tuple[Sampler, LocalSampler]:
+def _samplers(a: argparse.Namespace) -> tuple[Sampler, Sampler, ChatTokenizer]:
+    """Return teacher, student, and the student's tokenizer with the template that writes the pairs."""
     template = read_template(a.chat_template, f"--chat-template {a.chat_template}") if a.chat_template else None
-    for name in ("k", "student_k", "max_batch", "concurrency", "limit"):
-        if getattr(a, name) is not None and getattr(a, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; it must be at least 1")
-    if "://" in a.student:
+    for name, least in (("k", 1), ("student_k", 1), ("limit", 1), ("seed", 0)):
+        if getattr(a, name) is not None and getattr(a, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; it must be at least {least}")
+    if is_address(a.student):
         raise ValueError("--student is an endpoint; it must be a local model: its template writes the pairs")
     sampling = Sampling(a.max_new_tokens, a.temperature, top_p=a.top_p)
-    local = {"sampling": sampling, "max_batch": a.max_batch, "template": template, "device": a.device, "dtype": a.dtype}
-    local["variables"] = check_variables(a.template_kwargs or {}, "--template-kwargs")
-    # Different seeds: where teacher and student are one model, they must not draw the same responses.
-    student = LocalSampler(a.student, k=a.student_k or a.k, seed=2 * a.seed + 1, **local)
-    chat = student.chat_tokenizer()
+    variables = check_variables(a.template_kwargs or {}, "--template-kwargs")
+    student = LocalModel(a.student, template, a.max_batch, a.device, a.dtype, variables)
+    teacher, chat = make_engine("--teacher", a.teacher, a.teacher_model, a, template, variables), student.chat
     if unread := chat.template.describe_unread():
         print(f"note: {unread}", file=sys.stderr)
-    if "://" in a.teacher:
-        if not a.teacher_model:
-            raise ValueError("--teacher is an endpoint: name its model with --teacher-model")
-        return EndpointSampler(a.teacher, a.teacher_model, sampling, a.k, 2 * a.seed, chat, a.concurrency), student
-    teacher = LocalSampler(a.teacher, k=a.k, seed=2 * a.seed, **local)
-    if teacher.chat_tokenizer().template.source != chat.template.source:
+    is_local = isinstance(teacher, LocalModel)
+    if is_local and teacher.chat.template.source != chat.template.source:
         raise ValueError(
             "teacher and student have different chat templates, and a pair keeps responses letter for letter; give one "
             "for both with --chat-template"
         )
-    return teacher, student
+    # Different seeds: where teacher and student are one model, they must not draw the same responses.
+    return (
+        Sampler("teacher", teacher, sampling, a.k, 2 * a.seed, None if is_local else chat),
+        Sampler("student", student, sampling, a.student_k or a.k, 2 * a.seed + 1),
+        chat,
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
-from data.pairs.endpoint import connect, endpoint_errors
+from data.calls.call import Call, Reply
+from data.calls.caller import Caller
+from data.calls.engine import Engine, OnReply
 from nb_lightning.checkpoints.pretrained import find_origin
+from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.preference import load_reward_model
 
 QUESTION = """Two answers to the same conversation follow. Which one is better: more correct, more helpful, clearer?
@@ -27,6 +30,8 @@ QUESTION = """Two answers to the same conversation follow. Which one is better: 
 </answer_B>
 
 Say in a sentence why, then end with a line that is only A or B."""
+VERDICT = Sampling(512, temperature=0.0)
+UNDECIDED = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,38 @@ class Comparison:
 class Judge(Protocol):
     """Judges which of two responses is better."""
 
-    def about(self) -> dict[str, Any]:
-        """Identify the judge, for its journal and the provenance of the pairs."""
+    @property
+    def engine(self) -> Engine:
+        """Who is asked."""
         ...
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
-        """For each comparison, return the preference for the first response, from 0 to 1."""
+    def calls(self, comparison: Comparison) -> list[Call]:
+        """Return the calls that ask for one comparison."""
         ...
+
+    def preference(self, replies: Sequence[Reply]) -> float:
+        """Read the replies to these calls: the preference for the first response, from 0 to 1."""
+        ...
+
+
+def compare(judge: Judge, comparisons: Sequence[Comparison], caller: Caller) -> list[float | None]:
+    """For each comparison, return the preference for the first response; None where a call got no reply."""
+    calls = [judge.calls(comparison) for comparison in comparisons]
+    replies = iter(caller.ask(judge.engine, [call for group in calls for call in group], "judge"))
+    preferences: list[float | None] = []
+    for group in calls:
+        answers = [next(replies) for _ in group]
+        whole = [reply for reply in answers if reply is not None]
+        preferences.append(judge.preference(whole) if len(whole) == len(group) else None)
+    return preferences
 
 
 @dataclass
 class RewardModelJudge:
-    """A pairwise reward model on this machine. Responses too long for its context are undecided: 0.5."""
+    """A pairwise reward model on this machine. Responses too long for its context are undecided.
+
+    It is itself an engine: its reply to a conversation with two answers at the end is a number.
+    """
 
     path: str
     device: str = "auto"
@@ -61,45 +86,52 @@ class RewardModelJudge:
     def __post_init__(self) -> None:
         self.model = load_reward_model(self.path, self.device, self.dtype)
 
-    def about(self) -> dict[str, Any]:
+    @property
+    def engine(self) -> Engine:
+        return self
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
         return {"name": self.model.name, "digest": find_origin(self.path).digest()}
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
-        return [self._preference(c) for c in comparisons]
+    def about(self) -> dict[str, Any]:
+        return dict(self._about)
 
-    def _preference(self, c: Comparison) -> float:
-        if sum(len(self.model.read(c.messages, text)) for text in (c.first, c.second)) > self.model.context:
-            return 0.5
-        return self.model.compare(c.messages, [(c.first, c.second)])[0]
+    def calls(self, comparison: Comparison) -> list[Call]:
+        answers = ({"role": "assistant", "content": text} for text in (comparison.first, comparison.second))
+        return [Call([*comparison.messages, *answers], VERDICT, seed=0)]
+
+    def preference(self, replies: Sequence[Reply]) -> float:
+        return float(replies[0].message["content"])
+
+    def answer(self, calls: Sequence[Call], on_reply: OnReply) -> None:
+        for number, call in enumerate(calls):
+            *messages, first, second = call.messages
+            texts = first["content"], second["content"]
+            tokens = sum(len(self.model.read(messages, text)) for text in texts)
+            fits = tokens <= self.model.context
+            preference = self.model.compare(messages, [texts])[0] if fits else UNDECIDED
+            on_reply(number, Reply({"role": "assistant", "content": repr(preference)}, "stop", tokens, 1))
 
 
 @dataclass
 class EndpointJudge:
-    """A model behind an endpoint. It is asked in both orders, because it may prefer what it reads first."""
+    """A chat model. It is asked in both orders, because it may prefer what it reads first."""
 
-    url: str
-    model: str
-    concurrency: int = 8
-    max_tokens: int = 512
+    engine: Engine
 
-    def about(self) -> dict[str, Any]:
-        return {"name": self.model, "url": self.url}
+    def calls(self, comparison: Comparison) -> list[Call]:
+        conversation = "\n\n".join(f"{m['role']}: {m.get('content', '')}" for m in comparison.messages)
+        orders = (comparison.first, comparison.second), (comparison.second, comparison.first)
+        questions = [QUESTION.format(conversation=conversation, a=a, b=b) for a, b in orders]
+        return [Call([{"role": "user", "content": question}], VERDICT, seed=0) for question in questions]
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[float]:
-        with connect(self.url) as endpoint, ThreadPoolExecutor(self.concurrency) as pool:
-            as_given = [pool.submit(self._preference, endpoint, c.messages, c.first, c.second) for c in comparisons]
-            swapped = [pool.submit(self._preference, endpoint, c.messages, c.second, c.first) for c in comparisons]
-            return [(a.result() + 1 - b.result()) / 2 for a, b in zip(as_given, swapped)]
+    def preference(self, replies: Sequence[Reply]) -> float:
+        as_given, swapped = map(verdict, replies)
+        return (as_given + 1 - swapped) / 2
 
-    def _preference(self, endpoint: Any, messages: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
-        """Return 1 where the model calls A better, 0 where it calls B better, 0.5 where it names neither."""
-        conversation = "\n\n".join(f"{m['role']}: {m.get('content', '')}" for m in messages)
-        question = QUESTION.format(conversation=conversation, a=a, b=b)
-        with endpoint_errors(self.url):
-            reply = endpoint.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": question}], temperature=0.0,
-                max_tokens=self.max_tokens,
-            )  # fmt: skip
-            verdict = reply.choices[0].message.content or ""
-        letters = re.findall(r"^\W*([AB])\W*$", verdict, re.MULTILINE)
-        return {"A": 1.0, "B": 0.0}.get(letters[-1] if letters else "", 0.5)
+
+def verdict(reply: Reply) -> float:
+    """Return 1 where the model calls A better, 0 where it calls B better, 0.5 where it names neither or was cut off."""
+    letters = re.findall(r"^\W*([AB])\W*$", str(reply.message.get("content", "")), re.MULTILINE)
+    return UNDECIDED if reply.is_cut or not letters else {"A": 1.0, "B": 0.0}[letters[-1]]

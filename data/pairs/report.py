@@ -36,7 +36,7 @@ def build_report(answers: Sequence[Answers]) -> dict[str, Any]:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Format the report as text; it must have the `path` of the pairs too."""
+    """Format the report of `make_pairs` as text."""
     lines = [
         f"{report['path']}: {report['pairs']:,} pairs of {report['with_pairs']:,} of {report['prompts']:,} prompts"
     ]
@@ -46,6 +46,12 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"  {source:<20}{counts['with_pairs']:>8,} of {counts['prompts']:>8,} prompts; mean reward: teacher "
             f"{counts['teacher']:.3f}{student}"
         )
+    calls = report["calls"]
+    tokens = calls["prompt_tokens"] + calls["completion_tokens"]
+    lines.append(f"  {calls['calls']:,} calls ({calls['cached']:,} from the journal, {calls['failed']:,} failed), "
+                 f"{tokens:,} tokens")  # fmt: skip
+    for reason, number in report["unwritable"].items():
+        lines.append(f"{number:>12,} replies of the teacher are no responses: {reason}")
     lines.append(f"  none of {sum(map(len, report['none'].values())):,} prompts" + (":" if report["none"] else ""))
     for reason, ids in report["none"].items():
         lines.append(f"{len(ids):>12,} {reason}: {', '.join(ids[:SHOWN])}{', ...' if len(ids) > SHOWN else ''}")

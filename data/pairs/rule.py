@@ -18,6 +18,8 @@ CUT_OFF: Reason = "the teacher is right only where it was cut off"
 NEVER_WRONG: Reason = "the student is never so much worse"
 EQUAL: Reason = "all responses are equal"
 FAILED: Reason = "the verifier failed on all responses"
+UNANSWERED: Reason = "no reply came that is a response"
+UNJUDGED: Reason = "no reply of the judge came"
 NOT_PREFERRED: Reason = "the judge does not prefer the teacher"
 
 
@@ -59,6 +61,8 @@ class Rule:
         scored = self._scored(teacher)
         right = [r for r in scored if not self.uses_rewards or r.reward >= self.least]
         finished = [r for r in right if r.finish == "stop"]
+        if not teacher:
+            return UNANSWERED
         return _without_repeats(finished) or (CUT_OFF if right else NEVER_RIGHT if scored else FAILED)
 
     def choose_pairs(self, teacher: Sequence[Response], student: Sequence[Response], seed: str) -> list[Pair] | Reason:
@@ -81,6 +85,8 @@ class Rule:
             if different:
                 pairs.append((chosen, different[0]))
                 rejectable.remove(different[0])
+        if not student:
+            return UNANSWERED
         return pairs or (EQUAL if has_equal_texts else NEVER_WRONG if rejectable else FAILED)
 
     def _scored(self, responses: Sequence[Response]) -> list[Response]:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from data.calls.caller import Caller
 from data.pairs.__main__ import main as pairs_command
-from data.pairs.judge import Comparison, RewardModelJudge
+from data.pairs.judge import Comparison, RewardModelJudge, compare
 from nb_lightning import export, rewards
 from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
@@ -268,10 +269,11 @@ def test_an_answer_must_be_one_token(tmp_path: Path) -> None:
 # As a judge of pairs ------------------------------------------------------------------------------------------------
 
 
-def test_the_reward_model_judges_pairs(run: Path, model: RewardModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reward_model_judges_pairs(run: Path, model: RewardModel, tmp_path: Path) -> None:
     judge = RewardModelJudge(str(run))
     asked = [Comparison(ASKED, one, other) for one, other in PAIRS[:5]]
-    assert judge.compare([*asked, Comparison(ASKED, "x" * 200, "y")]) == [*model.compare(ASKED, PAIRS[:5]), 0.5]
+    asked.append(Comparison(ASKED, "x" * 200, "y"))
+    assert compare(judge, asked, Caller(tmp_path)) == [*model.compare(ASKED, PAIRS[:5]), 0.5]
     assert judge.about() == {"name": "reward_model", "digest": find_origin(str(run)).digest()}
     words = ["--tasks", "t", "--teacher", "t", "--student", "s", "--output", "o", "--by", "judge", "--judge", "nowhere"]
     with pytest.raises(SystemExit, match="error: no checkpoint at 'nowhere'"):

@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from data.calls.caller import Caller
+from data.calls.endpoint import Endpoint as EndpointEngine
 from data.pairs.__main__ import main
-from data.pairs.endpoint import connect
-from data.pairs.judge import Comparison, EndpointJudge
-from data.pairs.responses import EndpointSampler, Response
-from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, Rule
+from data.pairs.judge import Comparison, EndpointJudge, compare
+from data.pairs.responses import Response, Sampler
+from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, UNANSWERED, Rule
 from data.prepare.__main__ import main as prepare
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.rewards.tasks import Task, write_tasks
 from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.messages import ChatError
 from nb_lightning.token_source import Source
 from tests.dpd_harness import save_model
 
@@ -165,13 +167,31 @@ def test_stopped_anywhere_it_goes_on_to_the_same_pairs(models: Path, made: Path,
     again = tmp_path / "pairs"
     again.mkdir()
     (again / "claim.json").write_bytes((made / "claim.json").read_bytes())
-    whole = (made / "teacher.jsonl").read_bytes()
-    (again / "teacher.jsonl").write_bytes(whole[: len(whole) // 2])  # in the middle of a line
+    whole = (made / "calls.jsonl").read_bytes()
+    (again / "calls.jsonl").write_bytes(whole[: len(whole) // 2])  # in the middle of a line
     kept = whole[: len(whole) // 2].rpartition(b"\n")[0]
     main(command(models, again))
     assert (again / "pairs.jsonl").read_bytes() == (made / "pairs.jsonl").read_bytes()
-    assert (again / "teacher.jsonl").read_bytes().startswith(kept)
-    assert sorted(lines(again / "teacher.jsonl"), key=str) == sorted(lines(made / "teacher.jsonl"), key=str)
+    assert (again / "calls.jsonl").read_bytes().startswith(kept)
+    assert sorted(lines(again / "calls.jsonl"), key=str) == sorted(lines(made / "calls.jsonl"), key=str)
+
+
+def test_the_journals_of_an_earlier_version_are_refused(models: Path, made: Path, tmp_path: Path) -> None:
+    again = tmp_path / "pairs"
+    again.mkdir()
+    claim = json.loads((made / "claim.json").read_text())
+    del claim["version"]
+    (again / "claim.json").write_text(json.dumps(claim))
+    (again / "teacher.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(command(models, again))
+    assert str(stopped.value) == (
+        f"error: --output {again} holds responses in the journals of an earlier version, which are no longer read; "
+        "name another folder, or replace them with --overwrite"
+    )
+    main(command(models, again, "--overwrite"))
+    assert (again / "pairs.jsonl").read_bytes() == (made / "pairs.jsonl").read_bytes()
+    assert not (again / "teacher.jsonl").exists()
 
 
 def test_killed_before_the_claim_was_whole_it_begins_again(models: Path, made: Path, tmp_path: Path) -> None:
@@ -199,7 +219,7 @@ def test_overwriting_keeps_the_claim_until_the_new_one_is_there(
 
 
 def test_what_is_there_is_not_sampled_again(models: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.pairs.responses.load_pretrained", None)
+    monkeypatch.setattr("data.calls.local.load_pretrained", None)
     before = (made / "pairs.jsonl").read_bytes()
     main(command(models, made, "--margin", "0.5"))  # another rule needs no other responses
     assert (made / "pairs.jsonl").read_bytes() == before
@@ -280,9 +300,9 @@ def test_a_teacher_behind_an_endpoint(models: Path, tmp_path: Path, endpoint: En
     endpoint.answer = lambda request: 400 if len(endpoint.requests) > 9 else {"content": "Answer: 7"}
     with pytest.raises(SystemExit) as stopped:
         main(command(models, tmp_path / "pairs", *limit, "--concurrency", "1"))
-    assert str(stopped.value).startswith(f"error: {endpoint.url}: BadRequestError")
-    done = len(lines(tmp_path / "pairs/teacher.jsonl"))
-    assert done == 4  # two answers each
+    assert str(stopped.value) == f"error: {endpoint.url}: BadRequestError (400): no"
+    done = len(lines(tmp_path / "pairs/calls.jsonl"))
+    assert done == 9
     endpoint.requests.clear()
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -293,13 +313,12 @@ def test_a_teacher_behind_an_endpoint(models: Path, tmp_path: Path, endpoint: En
 
     endpoint.answer = answer
     main(command(models, tmp_path / "pairs", *limit))
-    assert len(endpoint.requests) == 2 * (14 - done)
+    assert len(endpoint.requests) == 2 * 14 - done
     assert {request["model"] for request in endpoint.requests} == {"big"}
     assert len({request["seed"] for request in endpoint.requests}) == len(endpoint.requests)
-    responses = {e["key"]: e["value"] for e in lines(tmp_path / "pairs/teacher.jsonl")}
-    assert responses["sums\nt0"][0]["text"] == "Answer: 7"
-    assert responses["sums\nt12"][0]["text"] == "<think>\nIt is 7.\n</think>\n\nAnswer: 7"
-    assert responses["sums\nt13"][0]["text"] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    chosen = {pair["id"]: pair["chosen"] for pair in lines(tmp_path / "pairs/pairs.jsonl")}
+    assert chosen["t3"] == "Answer: 7"
+    assert chosen["t12"] == "<think>\nIt is 7.\n</think>\n\nAnswer: 7"
     pairs = lines(tmp_path / "pairs/pairs.jsonl")
     assert pairs and all(pair["provenance"]["teacher"] == {"name": "big", "url": endpoint.url} for pair in pairs)
 
@@ -309,40 +328,53 @@ def test_a_teacher_behind_an_endpoint(models: Path, tmp_path: Path, endpoint: En
     [{key: "It is 7."} for key in ("reasoning_content", "reasoning", "thinking")]
     + [{"reasoning": "It is 7.", "reasoning_content": "It is 7.", "reasoning_details": [{"text": "It is 7."}]}],
 )  # fmt: skip
-def test_a_teachers_reasoning_is_read_under_any_of_its_names(endpoint: Endpoint, reply: dict[str, Any]) -> None:
+def test_a_teachers_reasoning_is_read_under_any_of_its_names(
+    endpoint: Endpoint, tmp_path: Path, reply: dict[str, Any]
+) -> None:
     endpoint.answer = lambda request: {"content": "7", "refusal": None, **reply}
-    assert answer_of(endpoint) == ("<think>\nIt is 7.\n</think>\n\n7", "stop")
+    assert answer_of(endpoint, tmp_path) == ("<think>\nIt is 7.\n</think>\n\n7", "stop")
 
 
-def test_a_teachers_call_in_the_old_form_is_written(endpoint: Endpoint) -> None:
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_teachers_call_is_written(endpoint: Endpoint, tmp_path: Path, is_old: bool) -> None:
     call = {"name": "add", "arguments": '{"a": 1}'}
-    endpoint.answer = lambda request: {"content": None, "function_call": call}
-    assert answer_of(endpoint)[0] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    form = {"function_call": call} if is_old else {"tool_calls": [{"id": "1", "type": "function", "function": call}]}
+    endpoint.answer = lambda request: {"content": None, **form}
+    assert answer_of(endpoint, tmp_path)[0] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
-def test_a_teachers_reasoning_that_the_students_template_leaves_out_is_named(endpoint: Endpoint) -> None:
+def test_a_teachers_reasoning_that_the_students_template_leaves_out_is_named(
+    models: Path, endpoint: Endpoint, tmp_path: Path
+) -> None:
     plain = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     endpoint.answer = lambda request: {"content": "7", "reasoning": "It is 7."}
-    with pytest.raises(ValueError) as error:
-        answer_of(endpoint, plain)
-    assert str(error.value) == (
-        f"{endpoint.url}: the template cannot write an answer to task 't': message 1: the template leaves out the "
-        "reasoning"
+    with pytest.raises(ChatError) as error:
+        answer_of(endpoint, tmp_path, plain)
+    assert str(error.value) == "message 1: the template leaves out the reasoning"
+    (tmp_path / "plain.jinja").write_text(plain)
+    words = ["--teacher", endpoint.url, "--teacher-model", "big", "--chat-template", str(tmp_path / "plain.jinja")]
+    with pytest.raises(SystemExit) as stopped:
+        main(command(models, tmp_path / "pairs", *words, "--limit", "3"))
+    assert str(stopped.value) == (
+        f"error: not one pair of 3 prompts: 3 {UNANSWERED}; 6 replies are no responses: the template leaves out the "
+        f"reasoning; the responses are in {tmp_path / 'pairs'}"
     )
 
 
-def answer_of(endpoint: Endpoint, template: str | None = None) -> tuple[str, str]:
+def answer_of(endpoint: Endpoint, folder: Path, template: str | None = None) -> tuple[str, str]:
     chat = ChatTokenizer.of(load_tokenizer("bytes"), template)
-    sampler = EndpointSampler(endpoint.url, "big", Sampling(8), 1, 0, chat)
-    with connect(endpoint.url) as client:
-        return sampler._answer(client, Task("t", "s", [{"role": "user", "content": "3 + 4?"}], "exact", "7"), 0)
+    sampler = Sampler("teacher", EndpointEngine(endpoint.url, "big"), Sampling(8), 1, 0, chat)
+    task = Task("t", "s", [{"role": "user", "content": "3 + 4?"}], "exact", "7")
+    (reply,) = Caller(folder).ask(sampler.engine, sampler.calls(task), "teacher")
+    assert reply is not None
+    return sampler.text(task, reply), reply.finish
 
 
 def test_a_judge_is_asked_both_ways_round(models: Path, tmp_path: Path, endpoint: Endpoint) -> None:
-    judge = EndpointJudge(endpoint.url, "judge")
+    judge = EndpointJudge(EndpointEngine(endpoint.url, "judge"))
     verdicts = {"first": "Both are fine.\nA", "seven": None, "none": "I cannot say."}
 
     def says(kind: str) -> None:
@@ -356,8 +388,8 @@ def test_a_judge_is_asked_both_ways_round(models: Path, tmp_path: Path, endpoint
     asked = [Comparison([{"role": "user", "content": "3 + 4"}], "7", "8")]
     for kind, expected in (("first", 0.5), ("seven", 1.0), ("none", 0.5)):
         says(kind)
-        assert judge.compare(asked) == [expected]
-    assert judge.compare([Comparison(asked[0].messages, "8", "7")]) == [0.5]
+        assert compare(judge, asked, Caller(tmp_path / kind)) == [expected]
+    assert compare(judge, [Comparison(asked[0].messages, "8", "7")], Caller(tmp_path / "none")) == [0.5]
     words = ["--judge", endpoint.url, "--judge-model", "judge", "--limit", "14"]
     says("first")
     with pytest.raises(SystemExit, match=f"{NOT_PREFERRED}"):
