@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
-from nb_lightning.text.chat_tokens import ChatTokenizer
+from nb_lightning.text.chat_tokens import ChatTokenizer, ends_of_turn
 from nb_lightning.text.messages import ChatError
 
 DEFAULT = """{% for m in messages %}
@@ -87,6 +87,9 @@ def test_turns_are_found_in_both_templates(tmp_path: Path) -> None:
         (turn,) = tokens.turns
         assert tokenizer.decode(tokens.ids[turn.start : turn.stop]) == f"2{end}"
         assert tokens.ids[: turn.start] == chat.prompt([ASK], tools)
+        assert tokenizer.decode([chat.end_id_of(bool(tools))]) == end
+        assert chat.answered([ASK], "2", tools=tools).ids == tokens.ids
+    assert tokenizer.decode([*ends_of_turn(tokenizer)]) == "<|im_end|><|pad|>"  # generation stops at both
 
 
 def test_a_saved_tokenizer_still_chooses(tmp_path: Path) -> None:
