@@ -21,7 +21,7 @@ from nb_lightning.checkpoints.pretrained import load_pretrained
 from nb_lightning.losses.head import token_logprobs
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.text.chat_tokens import ChatTokenizer
-from nb_lightning.text.messages import END_OF_THINK, THINK
+from nb_lightning.text.thoughts import END_OF_THINK, THINK
 
 N_GRAM = 3
 WORD = re.compile(r"[\u4e00-\u9fff]|[^\W_]+")  # a Chinese character is a word

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.text.messages import END_OF_THINK, THINK
+from nb_lightning.text.thoughts import END_OF_THINK, THINK
 
 REVISION = "round"  # what the names of revised drafts begin with
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from data.calls.call import Reply
 from data.refine.drafts import Critique, Draft
-from nb_lightning.text.messages import END_OF_THINK, THINK, split_thought
+from nb_lightning.text.thoughts import END_OF_THINK, THINK, split_thought
 
 LONGEST_LIST = 50  # items of a checklist, problems of a critique
 FENCE = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)\n[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)

@@ -40,7 +40,8 @@ from nb_lightning.errors import one_line_errors
 from nb_lightning.files import atomic_write
 from nb_lightning.rewards.extract import fold
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.text.messages import check_messages, split_thought
+from nb_lightning.text.messages import check_messages
+from nb_lightning.text.thoughts import split_thought
 
 DESCRIPTION = "Make SFT data for a refiner and a writer of chains from worked answers."
 SHARES = {"critique": 0.35, "revise": 0.4, "skeleton": 0.08, "chain": 0.17}  # of the records
