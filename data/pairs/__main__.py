@@ -132,6 +132,8 @@ def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tu
         for task in read_tasks(path)[:limit]:
             if key_of(task) in tasks:
                 raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
+            if task.tools:
+                raise ValueError(f"{path}: task {task.id!r} has tools; pairs are made of tasks without them")
             tasks[key_of(task)] = task
     return list(tasks.values()), [(Path(path).name, sha256_of(Path(path))) for path in paths]
 

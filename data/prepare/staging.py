@@ -96,10 +96,8 @@ class Staging:
         Raises:
             ValueError: too little space is free.
         """
-        archives = (part for part in parts if part.files[0].endswith(tuple(UNPACKED)))
-        text = sum(part.bytes for part in parts) + 1.5 * sum(
-            part.bytes for part in archives
-        )  # they unpack to 2.5 times
+        endings = tuple(UNPACKED)  # archives unpack to 2.5 times their size
+        text = sum(part.bytes * (2.5 if part.files[0].endswith(endings) else 1) for part in parts)
         per_byte = 2.0  # a token for each byte, two bytes each
         if settings.tokenizer != "bytes":
             per_byte = 0.2 * (2 if settings.load_tokenizer().vocab_size <= 2**16 else 4)

@@ -15,14 +15,13 @@ import argparse
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from nb_lightning.errors import one_line_errors
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
 from nb_lightning.rewards.sandbox.pool import Limits, Outcome, Sandbox, failure, shared, with_packages
-from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.tasks import Task, task_line
 from nb_lightning.rewards.verifier import Score
 
 # Tasks with one right answer in one form, which is compared here, letter for letter.
@@ -141,7 +140,7 @@ def main() -> None:
     with one_line_errors():
         config = dict(map(_setting, options.set))
         for task in tasks(options.task, options.size, options.seed, **config):
-            print(json.dumps(asdict(task), ensure_ascii=False))
+            print(task_line(task))
 
 
 if __name__ == "__main__":

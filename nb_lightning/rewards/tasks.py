@@ -4,6 +4,8 @@ A set of tasks is a .jsonl file with one task a line:
 
     {"id": "sums-17", "source": "sums", "messages": [{"role": "user", "content": "2 + 3 = ?"}],
      "verifier": "exact", "reference": "5"}
+
+A task may have `tools`, which the chat template writes into the prompt.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Task:
         messages: the question as a chat; the last message is not the assistant's.
         verifier: a name that `nb_lightning.rewards.get_verifier` knows.
         reference: what the verifier compares with, as plain JSON.
+        tools: functions that the model may call, as in OpenAI's API; None without any.
     """
 
     id: str
@@ -32,6 +35,7 @@ class Task:
     messages: list[dict[str, Any]]
     verifier: str
     reference: Any
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def key(self) -> str:
@@ -39,7 +43,7 @@ class Task:
         return f"{self.source}\n{self.id}"
 
 
-_FIELDS = tuple(field.name for field in fields(Task))
+_FIELDS = tuple(field.name for field in fields(Task) if field.name != "tools")
 
 
 def read_tasks(path: str | Path) -> list[Task]:
@@ -85,14 +89,22 @@ def read_task_files(paths: Iterable[str | Path], limit: int | None = None) -> li
 def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
     """Write tasks as a .jsonl file."""
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(task), ensure_ascii=False) + "\n" for task in tasks)
+        file.writelines(f"{task_line(task)}\n" for task in tasks)
+
+
+def task_line(task: Task) -> str:
+    """Return the line of a .jsonl file for a task."""
+    values = {name: value for name, value in asdict(task).items() if name != "tools" or value is not None}
+    return json.dumps(values, ensure_ascii=False)
 
 
 def _task(line: bytes) -> Task:
     value = json.loads(line.decode("utf-8-sig"))  # both errors are ValueErrors
-    if not isinstance(value, dict) or value.keys() != set(_FIELDS):
+    if not isinstance(value, dict) or value.keys() - {"tools"} != set(_FIELDS):
         content = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"it must be an object with exactly {', '.join(_FIELDS)}; found {content or 'nothing'}")
+        raise ValueError(
+            f"it must be an object with exactly {', '.join(_FIELDS)}, and perhaps tools; found {content or 'nothing'}"
+        )
     for name in ("id", "source", "verifier"):
         if not isinstance(value[name], str) or not value[name]:
             raise ValueError(f"{name} must be a string that is not empty")
@@ -101,4 +113,14 @@ def _task(line: bytes) -> Task:
         raise ValueError("messages must be a list of {role, content}")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; it is the model that is to answer")
-    return Task(**value)
+    return Task(**{**value, "tools": _check_tools(value.get("tools"))})
+
+
+def _check_tools(tools: Any) -> list[dict[str, Any]] | None:
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError("tools must be a list")
+    for number, tool in enumerate(tools or []):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'tool {number} is not {{"type": "function", "function": {{"name": ...}}}}')
+    return tools or None

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.rewards.tasks import Task, read_tasks, write_tasks
+from nb_lightning.rollouts.sampler import encode_task
+from nb_lightning.text.chat_tokens import ChatTokenizer
 
 GOOD = {"id": "a", "source": "s", "messages": [{"role": "user", "content": "é?"}], "verifier": "exact", "reference": 1}
 
@@ -22,6 +25,25 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ]
     write_tasks(tmp_path / "t.jsonl", tasks)
     assert read_tasks(tmp_path / "t.jsonl") == tasks
+    assert "tools" not in (tmp_path / "t.jsonl").read_text()
+
+
+def test_tools_are_read_and_written(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    (tmp_path / "t.jsonl").write_text(f"{line(tools=tools)}\n{line(id='b', tools=None)}\n{line(id='c', tools=[])}\n")
+    tasks = read_tasks(tmp_path / "t.jsonl")
+    assert [task.tools for task in tasks] == [tools, None, None]
+    write_tasks(tmp_path / "again.jsonl", tasks)
+    assert read_tasks(tmp_path / "again.jsonl") == tasks
+
+
+def test_the_prompt_of_a_task_has_its_tools() -> None:
+    task = Task(**GOOD | {"tools": [{"type": "function", "function": {"name": "add"}}]})
+    chat = ChatTokenizer.of(load_tokenizer("bytes"))
+    assert encode_task(chat, task) == chat.prompt(task.messages, task.tools) != chat.prompt(task.messages)
+    deaf = ChatTokenizer.of(load_tokenizer("bytes"), "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    with pytest.raises(ValueError, match="the template leaves out the tools: 'add' is not in its text"):
+        encode_task(deaf, task)
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
@@ -34,7 +56,10 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
     [
         ("{", "Expecting property name"),
         ("3", "found int"),
-        (line(reference=...), "exactly id, source, messages, verifier, reference; found id, source, "),
+        (line(reference=...), "exactly id, source, messages, verifier, reference, and perhaps tools; found id, sour"),
+        (line(tools={}), "tools must be a list"),
+        (line(tools=["add"]), 'tool 0 is not {"type": "function", "function": {"name": ...}}'),
+        (line(tools=[{"name": "add"}, {"function": {}}]), "tool 1 is not"),
         (line(more=1), "found id, source, messages, verifier, reference, more"),
         (line(id=""), "id must be a string"),
         (line(verifier=3), "verifier must be a string"),
