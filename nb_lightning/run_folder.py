@@ -9,6 +9,7 @@ plan.png, curves.png     what was planned, and what happened
 samples.txt              text at the end of each phase (pretraining)
 accuracy.json            held-out tasks after each phase (SFT, DPD, RL)
 rollouts.jsonl           completions with their rewards (RL)
+reference.safetensors    the reference's log-probabilities (DPD)
 on_policy_filter.json    the prompts that passed the filter, and a histogram for each phase (RL)
 """
 
@@ -29,6 +30,7 @@ CURVES_PICTURE = "curves.png"
 SAMPLES = "samples.txt"
 ACCURACY = "accuracy.json"
 ROLLOUTS = "rollouts.jsonl"
+REFERENCE = "reference.safetensors"
 ON_POLICY_FILTER = "on_policy_filter.json"
 
 BEFORE_TRAINING = "before"  # in accuracy.json beside the names of the phases: measured before the first step

@@ -22,6 +22,7 @@ from nb_lightning.model.transformer import ModelShape
 from nb_lightning.model.weights import StoredTensor, Weights, parameter_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PEFT_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

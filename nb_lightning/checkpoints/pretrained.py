@@ -208,6 +208,8 @@ def find_origin(path: str, verify: bool = True) -> Origin:
         context = config.get("max_position_embeddings")
         shape = hf_config.shape_from_config(config, where / hf_config.CONFIG)
         return HFOrigin(where, shape, context if isinstance(context, int) else None)
+    if (where / hf_weights.PEFT_CONFIG).is_file():
+        raise ValueError(_explain_peft(where))
     if where.is_dir() and not folders.is_checkpoint(where) and not folders.all_checkpoints(where):
         raise ValueError(
             f"{path} is neither a run (checkpoints/), nor a checkpoint ({folders.MANIFEST}), "
@@ -217,6 +219,22 @@ def find_origin(path: str, verify: bool = True) -> Origin:
     info = folders.read_info(folder)
     kind = AdapterOrigin if info.get("adapter") else CheckpointOrigin
     return kind(folder, folders.read_shape(folder), info.get("context"))
+
+
+def _explain_peft(folder: Path) -> str:
+    """Say what a folder of adapters is, and how its model is used."""
+    config = read_json(folder / hf_weights.PEFT_CONFIG)
+    base = config.get("base_model_name_or_path")
+    of_base = f"for {base}" if isinstance(base, str) and base else "whose base is not named"
+    if (folder / EXPORT).is_file():
+        return (
+            f"{folder} holds adapters in peft's format ({of_base}), exported from a run, and no model; name that "
+            "run, or export it whole with python -m nb_lightning.export --to"
+        )
+    return (
+        f"{folder} holds adapters in peft's format ({of_base}), and no model; merge them into their base with peft "
+        "(PeftModel.from_pretrained, merge_and_unload, save_pretrained) and name the folder that this writes"
+    )
 
 
 @functools.cache

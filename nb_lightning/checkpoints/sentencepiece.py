@@ -76,12 +76,12 @@ def follow_config(pieces: Pieces, config: Mapping[str, Any]) -> Pieces:
     return replace(pieces, add_dummy_prefix=add_prefix, prefix_after_added=is_legacy)
 
 
-def build_tokenizer(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origin: str | Path) -> Tokenizer:
+def build_tokenizer(pieces: Pieces, added: Mapping[int, AddedToken], origin: str | Path) -> Tokenizer:
     """Build a tokenizer that gives the same ids as SentencePiece.
 
     Args:
-        added: id -> (token, is special) of further tokens, which are matched before a text is split. An id is that of
-            a piece, or the next one after the pieces.
+        added: id -> further token, which is matched before a text is split. An id is that of a piece, or the next one
+            after the pieces.
         origin: where the vocabulary is from, for errors.
 
     Raises:
@@ -102,16 +102,21 @@ def build_tokenizer(pieces: Pieces, added: Mapping[int, tuple[str, bool]], origi
         tokenizer.normalizer = space_normalizer(pieces.add_dummy_prefix)
     tokenizer.decoder = _decoder(pieces.add_dummy_prefix)
     marked = {
-        id: (token, type != USER_DEFINED)
+        id: AddedToken(token, special=type != USER_DEFINED)
         for id, (token, type) in enumerate(zip(pieces.tokens, pieces.types))
         if type in (CONTROL, UNKNOWN, USER_DEFINED)
     }
-    for id, (token, special) in sorted({**marked, **added}.items()):
+    tokens = {**marked, **added}
+    for id in sorted(tokens):
+        token = tokens[id]
+        flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
         # Not "normalized": the space that the normalizer puts in front would become part of the token.
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-        assigned = tokenizer.token_to_id(token)
+        tokenizer.add_tokens([AddedToken(token.content, special=token.special, normalized=False, **flags)])
+        assigned = tokenizer.token_to_id(token.content)
         if assigned != id:
-            raise ValueError(f"{origin}: the added token {token!r} has id {id}, but {assigned} is the next free one")
+            raise ValueError(
+                f"{origin}: the added token {token.content!r} has id {id}, but {assigned} is the next free one"
+            )
     return tokenizer
 
 

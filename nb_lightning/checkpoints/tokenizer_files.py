@@ -25,6 +25,7 @@ from nb_lightning.text.tokenizer import (
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"  # of older folders
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 LLAMA_TOKENIZER = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -66,7 +67,7 @@ def load_tokenizer(spec: str, eos_token: str | None = None) -> TextTokenizer:
             tokenizer = _read_sentencepiece(path, config)
         else:
             tokenizer = _read_json_tokenizer(path)
-            _add_missing_tokens(tokenizer, path.parent, config)
+            _follow_added_tokens(tokenizer, path.parent, config)
     return text_tokenizer(tokenizer, config, template, spec, eos_token)
 
 
@@ -92,14 +93,9 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
 def _read_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Read a tokenizer.model and the added tokens of a tokenizer_config.json, as transformers' LlamaTokenizer does."""
     pieces = sentencepiece.follow_config(sentencepiece.read_pieces(path), config)
-    try:
-        entries = config.get("added_tokens_decoder", {})
-        added = {int(id): (token["content"], token["special"]) for id, token in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path.parent / CONFIG}: added_tokens_decoder is damaged") from error
     if config.get("add_eos_token"):
         raise ValueError(f"{path.parent / CONFIG}: add_eos_token is set, which is not supported")
-    tokenizer = sentencepiece.build_tokenizer(pieces, added, path)
+    tokenizer = sentencepiece.build_tokenizer(pieces, _added_tokens(config, path.parent), path)
     bos = special_tokens(config, tokenizer).get("bos_token")
     if config["add_bos_token"] and bos is not None:
         begin_with(tokenizer, bos)
@@ -133,22 +129,47 @@ def _special_contents(config: Mapping[str, Any]) -> set[str]:
     return {content for content in contents if isinstance(content, str)}
 
 
-def _add_missing_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
-    """Add the tokens of added_tokens.json that tokenizer.json does not have.
+def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, AddedToken]:
+    """Read `added_tokens_decoder`: id -> token, with its flags as transformers takes them."""
+    tokens = {}
+    try:
+        for id, entry in config.get("added_tokens_decoder", {}).items():
+            flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
+            tokens[int(id)] = AddedToken(entry["content"], **flags)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is damaged") from error
+    return tokens
+
+
+def _follow_added_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
+    """Add the tokens of tokenizer_config.json that tokenizer.json lacks, and give those it has the config's flags.
+
+    Of an older folder (added_tokens.json), tokenizer.json's own tokens keep their flags, as in transformers. A word of
+    the vocabulary that the config names as a special token becomes one. (transformers also invents ids for named
+    tokens that are nowhere; here such a role stays empty.)
 
     Raises:
         ValueError: an id is not the next free one, so that the token cannot get it.
     """
-    special = _special_contents(config)
-    ids = {token: id for token, id in read_json(folder / ADDED_TOKENS, {}).items() if isinstance(id, int)}
-    for token in sorted(ids, key=lambda token: ids[token]):
-        if tokenizer.token_to_id(token) is None:
-            is_special = token in special
-            tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=not is_special)])
-            if (id := tokenizer.token_to_id(token)) != ids[token]:
-                raise ValueError(
-                    f"{folder / ADDED_TOKENS} gives {token!r} the id {ids[token]}; the next free one is {id}"
-                )
+    is_older = "added_tokens_decoder" not in read_json(folder / CONFIG, {})
+    present = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    roles = _special_contents({key: value for key, value in config.items() if key.endswith("_token")})
+    added = _added_tokens(config, folder)
+    for id in sorted(added):
+        token = added[id]
+        if token.content in present and (is_older or repr(present[token.content]) == repr(token)):
+            continue
+        token.special = token.special or token.content in roles
+        before = tokenizer.token_to_id(token.content)
+        tokenizer.add_tokens([token])
+        present[token.content] = token
+        if (assigned := tokenizer.token_to_id(token.content)) != id:
+            reason = f"the next free one is {assigned}" if before is None else f"in tokenizer.json it has {before}"
+            file = ADDED_TOKENS if is_older else CONFIG
+            raise ValueError(f"{folder / file} gives {token.content!r} the id {id}; {reason}")
+    for content in sorted(_special_contents(config) - present.keys()):
+        if tokenizer.token_to_id(content) is not None:
+            tokenizer.add_tokens([AddedToken(content, special=True)])
 
 
 def _read_template(folder: Path, in_config: Any) -> str | None:

@@ -122,6 +122,11 @@ def phases_of(stage: StageConfig) -> Mapping[str, AnyPhaseConfig]:
     return stage.phases
 
 
+def builds_demo_data(data: DataConfig) -> bool:
+    """Whether the run builds its sources where they are missing."""
+    return data.demo_corpus or (isinstance(data, SFTDataConfig | PromptDataConfig) and data.demo_tasks)
+
+
 def _lengths(stage: StageConfig, phase: AnyPhaseConfig) -> tuple[int, int]:
     """Return the tokens of a phase and of one of its steps."""
     if isinstance(phase, RLPhaseConfig):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nb_lightning.checkpoints.pretrained import Origin, find_origin
-from nb_lightning.config.compose import phases_of, plan_of
+from nb_lightning.config.compose import builds_demo_data, phases_of, plan_of
 from nb_lightning.config.schema import ChatDataConfig, Config, DPDConfig, RLConfig
 from nb_lightning.dry_run.memory import kv_cache_bytes, memory_per_device
 from nb_lightning.model.adapters import count_trained_parameters
@@ -110,7 +110,7 @@ def missing(cfg: Config) -> dict[str, str]:
         files["data.template"] = data.template
     if data.tokenizer != "bytes":
         files["data.tokenizer"] = data.tokenizer
-    if not (getattr(data, "demo_corpus", False) or getattr(data, "demo_tasks", False)):
+    if not builds_demo_data(data):
         drawn = {name for phase in phases_of(cfg.stage).values() for name, weight in phase.mixture.items() if weight}
         files |= {f"data.sources.{name}": path for name, path in data.sources.items() if name in drawn}
         tasks = data.tasks if isinstance(data, ChatDataConfig) else []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nb_lightning.checkout import check_as_train, composed, read_shape
-from nb_lightning.config.compose import run_dir
+from nb_lightning.config.compose import builds_demo_data, run_dir
 from nb_lightning.config.schema import Config
 from nb_lightning.recipe.steps import TRAIN, Step
 
@@ -58,7 +58,7 @@ def show_plans(steps: Sequence[Step], chosen: Sequence[Step]) -> None:
         if step.trains:
             cfg = _compose(step, "dry_run=true")
             inputs = list(missing(cfg).values())
-            if getattr(cfg.data, "demo_corpus", False) or getattr(cfg.data, "demo_tasks", False):
+            if builds_demo_data(cfg.data):
                 outputs.append(Path(cfg.paths.data_root))
             if _needs_earlier_weights(cfg):
                 plan = f"not planned: its model is that of {cfg.init_from}, which is not there yet"

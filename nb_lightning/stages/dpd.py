@@ -25,11 +25,10 @@ from nb_lightning.config.schema import Config, DPDConfig
 from nb_lightning.losses.divergence import Divergence, TeacherOutputs
 from nb_lightning.losses.dpd import DPD_PER, dpd_loss, response_logprobs
 from nb_lightning.phases import PhasePlan
+from nb_lightning.run_folder import REFERENCE
 from nb_lightning.stages.base import ValidatedByMeans
 from nb_lightning.stages.frozen import FrozenModel
 from nb_lightning.stages.reference_cache import ReferenceKey, read_reference, write_reference
-
-REFERENCE = "reference.safetensors"
 
 
 class DPDStage(ValidatedByMeans[DPDConfig]):

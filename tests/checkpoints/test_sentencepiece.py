@@ -192,7 +192,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     "added, words",
     [
         ({"1001": {"content": "<x>", "special": True}}, "the added token '<x>' has id 1001, but 1000 is the next free"),
-        ({"1000": {"content": "<x>"}}, "added_tokens_decoder is damaged"),
+        ({"1000": {"special": True}}, "added_tokens_decoder is damaged"),
         ({"one": {"content": "<x>", "special": True}}, "added_tokens_decoder is damaged"),
         ([1], "added_tokens_decoder is damaged"),
     ],

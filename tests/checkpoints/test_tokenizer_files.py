@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
@@ -151,4 +152,60 @@ def test_an_added_token_whose_id_is_not_free_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(folder))
     (folder / "added_tokens.json").write_text("[]")
     with pytest.raises(ValueError, match=r"added_tokens.json holds a list, not a JSON object"):
+        load_tokenizer(str(folder))
+
+
+TEXTS = [
+    "a<b>c",
+    "a <b> c",
+    "a\n<b>\nc <b>",
+    " <b><b> ",
+    "ab<b>cd x<b>",
+    "<|pad|> <b>\t<|im_end|>\n",
+    "<b",
+    "x  <b>  y",
+]
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized", "special"])
+@pytest.mark.parametrize("in_json", [None, False, True])  # what tokenizer.json says of the flag; None: no such token
+@pytest.mark.parametrize("in_config", [False, True])
+def test_flags_of_added_tokens_are_those_of_the_config(
+    tmp_path: Path, flag: str, in_json: bool | None, in_config: bool
+) -> None:
+    tokenizer = load_tokenizer("bytes")
+    if in_json is not None:
+        tokenizer.tokenizer.add_tokens([AddedToken("<b>", **{flag: in_json})])
+    tokenizer.save(tmp_path)
+    decoder = {"260": {"content": "<b>", flag: in_config}, "259": {"content": "<|pad|>", "lstrip": True}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    for text in TEXTS:
+        assert ours.encode([text])[0][:-1] == theirs.encode(text, add_special_tokens=False), text
+    written, read = (tokenizer.get_added_tokens_decoder() for tokenizer in (theirs.backend_tokenizer, ours.tokenizer))
+    assert {id: repr(token) for id, token in read.items()} == {id: repr(token) for id, token in written.items()}
+
+
+def test_a_word_of_the_vocabulary_that_the_config_names_is_special(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "<t>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "additional_special_tokens": ["<t>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    assert (
+        ours.encode(["a</s>a <t>a"])[0][:-1]
+        == theirs.encode("a</s>a <t>a", add_special_tokens=False)
+        == [2, 1, 2, 3, 2]
+    )
+    assert ours.special_ids == {1, 3}
+
+
+def test_an_id_of_the_config_that_is_another_tokens_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"added_tokens_decoder": {"300": {"content": "<b>"}}})
+    with pytest.raises(ValueError, match=r"tokenizer_config.json gives '<b>' the id 300; the next free one is 260$"):
+        load_tokenizer(str(folder))
+    folder_of(tmp_path, {"added_tokens_decoder": {"258": {"content": "<|pad|>", "lstrip": True}}})
+    with pytest.raises(ValueError, match=r"gives '<\|pad\|>' the id 258; in tokenizer.json it has 259$"):
         load_tokenizer(str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from nb_lightning.checkpoints import hf_weights
+from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.config.schema import AdapterConfig, TrainerConfig
 from nb_lightning.generation.decoder import generate
 from nb_lightning.generation.sampling import Sampling
@@ -121,3 +123,6 @@ def test_peft_loads_what_is_saved_and_computes_the_same(tmp_path: Path, also_tra
     tokens = ids(2, 24, 260)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-5, atol=1e-5)
+    reason = f"{tmp_path / 'adapter'} holds adapters in peft's format (for {folder}), and no model; merge them"
+    with pytest.raises(ValueError, match="^" + re.escape(reason)):
+        find_origin(str(tmp_path / "adapter"))

@@ -138,6 +138,8 @@ def test_exported_adapters_load_in_peft_on_the_same_base(lora: Path, base: Path,
     tokens = ids(2, 24, 260)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"exported from a run, and no model; name that run, or export it whole"):
+        find_origin(f"{tmp_path}/adapter")
     with pytest.raises(ValueError, match="is no run of adapters"):
         export.run(export.parser().parse_args(["--from", str(base), "--adapter", f"{tmp_path}/other"]))
 
