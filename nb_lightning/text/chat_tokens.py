@@ -17,9 +17,9 @@ from typing import Any
 
 from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.guarded import GuardedTokenizer
-from nb_lightning.text.left_out import missing_content, missing_part, missing_tool
+from nb_lightning.text.left_out import compare_turn, missing_part, missing_tool
 from nb_lightning.text.messages import ChatError, Message, or_raise, outcome
-from nb_lightning.text.thoughts import END_OF_THINK, THINK, closed_thought, opened_thought, thought_of
+from nb_lightning.text.thoughts import END_OF_THINK, THINK, closed_thought, opened_thought
 from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.text.turns import Turn
 from nb_lightning.text.variables import Variables
@@ -142,9 +142,10 @@ class ChatTokenizer:
                 )
             message = messages[turn.index]
             opens = END_OF_THINK in (message.get("content") or "") and self.template.opens_thought
-            left_out = left_out or missing_content(message, turn.index, written, opens)
+            has_thought, missing = compare_turn(message, turn.index, written, opens)
+            left_out = left_out or missing
             start, stop = borders[2 * number : 2 * number + 2]
-            tokens.append(TurnTokens(turn.index, start, stop, thought_of(message, opens) in written))
+            tokens.append(TurnTokens(turn.index, start, stop, has_thought))
         spans = {turn.index: (turn.start, turn.end) for turn in turns}
         return ChatTokens(ids, tokens, left_out or missing_part(messages, tools, text, spans))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nb_lightning.text.messages import ChatError, Message
-from nb_lightning.text.thoughts import END_OF_THINK, without_thought
+from nb_lightning.text.thoughts import END_OF_THINK, split_thought
+
+# Words in a message that a template may obey instead of writing them (SmolLM3, Nemotron Nano 2).
+SWITCHES = re.compile(r"(?<!<)/(?:no_)?think\b|/system_override\b")
 
 
 def missing_tool(tools: Sequence[Any] | None, text: str) -> ChatError | None:
@@ -21,23 +24,35 @@ def missing_tool(tools: Sequence[Any] | None, text: str) -> ChatError | None:
     return None
 
 
-def missing_content(message: Message, index: int, written: str, prompt_opens: bool = False) -> ChatError | None:
-    """Find a call of an assistant turn, or content beside calls or a `</think>`, that the turn's text does not have.
+def compare_turn(
+    message: Message, index: int, written: str, prompt_opens: bool = False
+) -> tuple[bool, ChatError | None]:
+    """Compare an assistant's message with the text of its turn.
+
+    Each text takes a place of its own: the name of a function in the content is no call of it, and an answer that
+    repeats the thought is not the thought.
 
     Args:
         prompt_opens: see `split_thought`.
+
+    Returns:
+        Whether the turn has the thought (True without one), and what it does not have of content and calls.
     """
-    calls = message.get("tool_calls") or []
+    turn = split_thought(message, prompt_opens)
+    calls, content = turn.get("tool_calls") or [], str(turn.get("content") or "")
     names = [call.get("function", call)["name"] for call in calls]  # `call` may be the inner object alone
-    for name, count in Counter(names).items():
-        if _occurrences(name, written) < count:
-            return ChatError("the template leaves out a tool call", f"message {index}", f": {name[:40]!r}")
-    if calls or END_OF_THINK in (message.get("content") or ""):
-        content = without_thought(message, prompt_opens).get("content") or ""
-        if _without_space(content) not in _without_space(written):
-            beside = "a tool call" if calls else "a </think>"
-            return ChatError(f"the template leaves out the content beside {beside}", f"message {index}")
-    return None
+    answer, written = [content, *names], _without_space(written)
+    missing = _without_place([*answer, turn.get("reasoning_content") or ""], written)
+    has_thought = missing != len(answer)
+    if not has_thought:
+        missing = _without_place(answer, written)
+    if missing is None:
+        return has_thought, None
+    if missing > 0:
+        detail = f": {answer[missing][:40]!r}"
+        return has_thought, ChatError("the template leaves out a tool call", f"message {index}", detail)
+    beside = " beside a tool call" if calls else " beside a </think>" if END_OF_THINK in content else ""
+    return has_thought, ChatError(f"the template leaves out the content{beside}", f"message {index}")
 
 
 def _occurrences(name: str, text: str) -> int:
@@ -45,8 +60,8 @@ def _occurrences(name: str, text: str) -> int:
 
 
 def _without_space(text: str) -> str:
-    """Leave out white space, which templates change."""
-    return "".join(text.split())
+    """Leave out white space, which templates change, and `SWITCHES`."""
+    return "".join(SWITCHES.sub("", text).split())
 
 
 def missing_part(
@@ -66,13 +81,25 @@ def missing_part(
 
 
 def _missing_turn(messages: Sequence[Message], context: str) -> ChatError | None:
-    """Find a system, user or tool turn whose content is not in the context: each takes a place of its own."""
-    others = [(i, m, str(m.get("content") or "")) for i, m in enumerate(messages) if m["role"] != "assistant"]
-    for index, message, content in sorted(others, key=lambda other: -len(other[2])):
-        written = next((form for form in _spellings(content) if form in context), None)
-        if written is None:
-            return ChatError(f"the template leaves out the content of a {message['role']} turn", f"message {index}")
-        context = context.replace(written, "\0", 1)
+    """Find a system, user or tool turn whose content is not in the context."""
+    others = [(i, m["role"], str(m.get("content") or "")) for i, m in enumerate(messages) if m["role"] != "assistant"]
+    missing = _without_place([content for _, _, content in others], context)
+    if missing is None:
+        return None
+    index, role, _ = others[missing]
+    return ChatError(f"the template leaves out the content of a {role} turn", f"message {index}")
+
+
+def _without_place(parts: Sequence[str], written: str) -> int | None:
+    """Return the number of a part that has no place of its own in a text without white space; None if all have one.
+
+    Of two equal parts, the first one takes the first place. Long parts come before short ones, which may be in them.
+    """
+    for number, part in sorted(enumerate(parts), key=lambda item: -len(_without_space(item[1]))):
+        place = next((form for form in _spellings(part) if form in written), None)
+        if place is None:
+            return number
+        written = written.replace(place, "\0", 1)
     return None
 
 

@@ -68,6 +68,27 @@ def test_a_system_turn_that_is_written_inside_the_first_question_is_not_missing(
     assert left_out(ASKED, source) == "None"
 
 
+def test_a_switch_that_the_template_obeys_instead_of_writing_it_is_not_missing() -> None:
+    messages = chat(("system", "Be brief. /no_think"), ("user", "1 + 1? /think"), ("assistant", "2"))
+    for content in ("{{ m.content }}", "{{ m.content.replace('/no_think', '').replace('/think', '') }}"):
+        assert left_out(messages, template(content)) == "None"
+    assert "of a system turn" in left_out(messages, template("{{ m.content.replace('Be', '') }}"))
+
+
+def test_each_text_of_an_assistant_turn_needs_a_place_of_its_own() -> None:
+    call = {"type": "function", "function": {"name": "move", "arguments": {}}}
+    named = {"role": "assistant", "content": "I move it.", "tool_calls": [call]}
+    assert left_out([*ASKED[:2], named], template()) == "message 2: the template leaves out a tool call: 'move'"
+    twice = {"role": "assistant", "content": "move", "tool_calls": [call, call]}
+    once = template("{{ m.content }}{% if m.tool_calls %} {{ m.tool_calls[0].function.name }}{% endif %}")
+    assert left_out([*ASKED[:2], twice], once) == "message 2: the template leaves out a tool call: 'move'"
+    for content in ("4", " 4", "It is 4."):
+        thought = {"role": "assistant", "content": content, "reasoning_content": "\n4\n"}
+        for source, written in ((template(), False), (template("{{ m.reasoning_content }} {{ m.content }}"), True)):
+            encoder = ChatTokenizer.of(load_tokenizer("bytes"), source)
+            assert [turn.thought for turn in encoder.encode([*ASKED[:2], thought]).turns] == [written]
+
+
 CALL = {"name": "move", "arguments": {"to": 'a "b"\nc', "by": 2.5, "deep": [{"fast": True, "note": None}], "none": {}}}
 CALLING = [*ASKED[:2], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}]
 EACH = "{{ m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}"
