@@ -8,6 +8,7 @@ An ablation is a file conf/ablation/NAME.yaml: what its arms share, what differs
       dpd: []                                                   # the others are compared with the first
       no_negative: [stage.lambda_minus=0]
     measure: {kind: accuracy, sources: [all, maths_sort]}       # or kind: perplexity
+    recipe: NAME                                                # optional: conf/recipe/NAME.yaml makes what the arms need
 
 Each arm is trained with each seed in `paths.root`/runs/ablation/NAME/ARM-seedK, several runs at a time. The same
 command skips finished runs and resumes broken ones. If a run fails, it is named and the others go on. In the end the
@@ -61,12 +62,20 @@ class Measure:
 
 @dataclass
 class Ablation:
-    """A file of conf/ablation/; `common` and `arms` hold overrides of train.py."""
+    """A file of conf/ablation/; `common` and `arms` hold overrides of train.py.
+
+    Attributes:
+        recipe: runs before the arms and makes what they need (conf/recipe/<recipe>.yaml); finished steps are skipped.
+    """
 
     question: str
     common: list[str]
     arms: dict[str, list[str]]
     measure: Measure
+    recipe: str | None = None
+
+    def recipe_command(self, root: str) -> list[str]:
+        return [sys.executable, "-m", "nb_lightning.recipe", f"model={self.recipe}", f"paths.root={root}"]
 
 
 @dataclass(frozen=True)
@@ -139,11 +148,14 @@ def ablate(name: str, seeds: Sequence[int], jobs: int, extra: Sequence[str], dry
     root = roots[-1] if roots else default_root()
     runs = plan_runs(name, ablation, seeds, extra, root)
     if dry_run:
-        print("\n".join(shlex.join(run.command) for run in runs))
+        recipe = [ablation.recipe_command(root)] if ablation.recipe else []
+        print("\n".join(map(shlex.join, [*recipe, *(run.command for run in runs)])))
         return []
     for run in runs:
         if run.record()["overrides"] != run.overrides:
             raise ValueError(f"{run.folder} was begun with other overrides ({RECORD} has them): remove or rename it")
+    if ablation.recipe and subprocess.run(ablation.recipe_command(root)).returncode:
+        raise ValueError(f"the recipe {ablation.recipe} failed; the same command goes on where it stopped")
     failed = train_all(runs, jobs)
     broken_arms = {run.arm for run in runs if run.name in failed}
     complete = [run for run in runs if run.arm not in broken_arms]
