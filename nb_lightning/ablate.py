@@ -8,7 +8,7 @@ An ablation is a file conf/ablation/NAME.yaml: what its arms share, what differs
       dpd: []                                                   # the others are compared with the first
       no_negative: [stage.lambda_minus=0]
     measure: {kind: accuracy, sources: [all, maths_sort]}       # or kind: perplexity
-    recipe: NAME                                                # optional: conf/recipe/NAME.yaml makes what the arms need
+    recipe: NAME                                                # optional: its recipe makes what the arms need
 
 Each arm is trained with each seed in `paths.root`/runs/ablation/NAME/ARM-seedK, several runs at a time. The same
 command skips finished runs and resumes broken ones. If a run fails, it is named and the others go on. In the end the

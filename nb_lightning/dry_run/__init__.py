@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nb_lightning.model.adapters import count_trained_parameters
 from nb_lightning.model.transformer import ModelShape, Transformer
 
 GIB = 2**30
+LARGE_GPU = 80 * GIB  # above this the report says what takes less
 
 
 def describe(cfg: Config) -> str:
@@ -58,6 +60,9 @@ def describe(cfg: Config) -> str:
     memory = memory_per_device(cfg, shape, micro_tokens, frozen)
     lines += [f"  {name:<18}{size / GIB:>10.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'all':<18}{sum(memory.values()) / GIB:>10.2f} GiB")
+    if sum(memory.values()) > LARGE_GPU:
+        lines.append(f"  more than a GPU of {LARGE_GPU // GIB} GiB holds; less with")
+        lines += [f"    {option}" for option in _smaller(cfg, memory)]
     if cfg.stage.optim.name.startswith("paged"):
         lines.append(f"  and the optimizer's state, {2 * trained / GIB:.2f} GiB, in the host's memory (paged)")
     if isinstance(cfg.stage, RLConfig):
@@ -71,6 +76,19 @@ def describe(cfg: Config) -> str:
         counted = ", counted as large as the model" if key in ("stage.teacher", "stage.reward_model") else ""
         lines.append(f"  {key:<{width}}  {path}{counted}")
     return "\n".join(lines)
+
+
+def _smaller(cfg: Config, memory: Mapping[str, float]) -> list[str]:
+    """List the options that the run does not use and that take less memory, the largest saving first."""
+    state = sum(memory.get(name, 0.0) for name in ("weights", "gradients", "optimizer"))
+    options = {}
+    if not cfg.trainer.activation_checkpointing:
+        options["trainer.activation_checkpointing=true keeps the input of each layer alone"] = memory["activations"]
+    if cfg.trainer.strategy != "fsdp":
+        options["trainer=fsdp shards weights, gradients and optimizer over the devices"] = state
+    if cfg.stage.adapter.name == "none":
+        options["stage.adapter.name=qlora trains adapters beside frozen weights in 4 bits"] = state
+    return sorted(options, key=lambda option: -options[option])
 
 
 def frozen_models(cfg: Config, shape: ModelShape) -> dict[str, ModelShape]:

@@ -44,6 +44,16 @@ def test_memory_of_weights_and_optimizer(overrides: tuple[str, ...], weights: fl
     assert memory["head"] / GIB < 3
 
 
+def test_a_run_too_large_for_a_gpu_names_what_takes_less() -> None:
+    text = describe(composed("stage=sft", "model=nanbeige4_2_3b"))
+    options = ["trainer.activation_checkpointing=true", "trainer=fsdp", "stage.adapter.name=qlora"]
+    positions = [text.index(option) for option in options]
+    assert positions == sorted(positions)  # the largest saving first: a row of 64 K tokens has the most in activations
+    text = describe(composed("stage=sft", "model=nanbeige4_2_3b", "trainer=fsdp"))
+    assert "trainer.activation_checkpointing=true" not in text and "trainer=fsdp" not in text
+    assert "holds; less with" not in describe(composed("stage=sft"))
+
+
 @pytest.mark.runs
 def test_a_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     overrides = ["model=nanbeige4_3b", "trainer=fsdp", "dry_run=true", f"paths.root={tmp_path}"]
