@@ -10,6 +10,8 @@ import pytest
 
 from data.prompts import PromptData
 from nb_lightning.rewards.tasks import read_tasks
+from nb_lightning.text.chat_tokens import ChatTokenizer, thought_opened_by
+from tests.harness import ROOT
 from tests.rl_harness import make, opened
 
 pytestmark = pytest.mark.runs
@@ -112,3 +114,21 @@ def test_a_task_that_the_template_refuses_is_named(made: Path, tmp_path: Path) -
     bad.write_text((made / "words.jsonl").read_text().replace('"role": "user"', '"role": "nobody"', 1))
     with pytest.raises(ValueError, match=r"data.sources.words: task 'words/0': "):
         opened(made, tmp_path, f"data.sources.words={bad}")
+
+
+@pytest.mark.parametrize("thinks, end", [("true", "<think>\n"), ("false", "<think>\n\n</think>\n\n")])
+def test_variables_of_the_template_are_in_the_prompts(made: Path, tmp_path: Path, thinks: str, end: str) -> None:
+    """Where the prompt closes the thought, an answer is no unfinished thought."""
+    family = ROOT / "tests/text/templates/nanbeige42.jinja"
+    variables = f"+data.template_kwargs.enable_thinking={thinks}"
+    data = opened(made, tmp_path, f"data.template={family}", variables, "stage.max_new_tokens=4")
+    for prompt in data.draw(0):
+        chat = ChatTokenizer(data.tokenizer, data.chat)
+        assert prompt.ids == chat.prompt(prompt.task.messages)
+        assert data.tokenizer.decode(prompt.ids).endswith(f"<|im_end|>\n<|im_start|>assistant\n{end}")
+        assert thought_opened_by(data.tokenizer, prompt.ids) == ("<think>\n" if thinks == "true" else "")
+
+
+def test_reserved_variables_are_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.template_kwargs sets tools; reserved are messages, tools"):
+        opened(made, tmp_path, "+data.template_kwargs.tools=3")

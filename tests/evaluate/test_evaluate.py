@@ -98,6 +98,18 @@ def test_another_chat_template_is_used(folder: Path, tmp_path: Path) -> None:
         assert result["tasks"]["greedy"]["all"]["mean"] == mean
 
 
+def test_variables_of_the_template_reach_the_prompts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "seven.jinja").write_text(ChatTemplate.chatml().source + "{{ '7' if spoilt }}")
+    given = ["--model", f"{folder}/model", "--tasks", f"{folder}/tasks.jsonl", *QUICK, "--k", "0", "--limit", "3"]
+    for variables, mean in (('{"spoilt": true, "other": 1}', 0), ('{"spoilt": false}', 1)):
+        words = ["--chat-template", f"{tmp_path}/seven.jinja", "--template-kwargs", variables]
+        result = evaluate.run(evaluate.parser().parse_args([*given, *words]))
+        assert result["tasks"]["greedy"]["all"]["mean"] == mean
+        assert ("the chat template does not read other" in capsys.readouterr().err) == (mean == 0)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -112,6 +124,7 @@ def test_another_chat_template_is_used(folder: Path, tmp_path: Path) -> None:
         (["--text", "a=b", "--seq-len", "0"], "--seq-len is 0; it must be at least 1"),
         (["--text", "a=b", "--out", "no/such/folder/r.json"], "no/such/folder/r.json cannot be written"),
         (["--text", "a=b", "--chat-template", "none.jinja"], "--chat-template none.jinja cannot be read"),
+        (["--text", "a=b", "--template-kwargs", "no"], "--template-kwargs is not JSON; write it as "),
         (["--text", "a=b", "--model", "nowhere"], "no checkpoint at 'nowhere'"),
     ],
 )  # fmt: skip

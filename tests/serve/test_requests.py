@@ -49,6 +49,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tool 0 is not"),
     ({"tool_choice": "required"}, "tool_choice: "),
     ({"grammar": "x"}, "grammar: "),
+    ({"chat_template_kwargs": 3}, "chat_template_kwargs: "),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs sets tools"),
 ]  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def test_text_and_tokens_are_those_of_transformers(kind: str, tokenizer: TextTok
     )
     plain = ChatTokenizer.of(tokenizer, source(kind))
     refused, bos = set(), tokenizer.tokenizer.token_to_id(BOS)
+    assert bos is not None
     for name, (messages, tools, variables) in SITUATIONS.items():
         chat = plain.with_variables(variables)
         for n in (i for i, message in enumerate(messages) if message["role"] == "assistant"):

@@ -84,7 +84,7 @@ def test_history_without_thoughts_is_expanded_masked_or_kept() -> None:
 def test_calls_are_written_in_the_form_that_is_asked_for() -> None:
     record = {"messages": AGENT, "tools": [TOOL]}
     assert written(record) == [f"[Look.\n</think>\n\n{XML}<|im_end|>]"]
-    json_calls = {"template_kwargs": {"tool_call_format": "json"}}
+    json_calls: dict[str, Any] = {"template_kwargs": {"tool_call_format": "json"}}
     assert written(record, **json_calls) == [f"[Look.\n</think>\n\n{JSON}<|im_end|>]"]
     back = {**record, "chat_template_kwargs": json.dumps({"tool_call_format": "xml"})}  # the record's win
     assert written(back, **json_calls) == written(record)
