@@ -22,9 +22,9 @@ from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.text.chat_tokens import ChatTokenizer
-from nb_lightning.text.left_out import missing_content
+from nb_lightning.text.left_out import compare_turn
 from nb_lightning.text.messages import REASONING, ChatError, check_messages
-from nb_lightning.text.thoughts import opened_thought, thought_of
+from nb_lightning.text.thoughts import opened_thought
 
 SCORING_THREADS = 4
 MESSAGE_FIELDS = ("role", "content", *REASONING, "tool_calls", "function_call")  # what is read of a reply
@@ -151,8 +151,9 @@ def render_last(messages: list[Any], chat: ChatTokenizer) -> str:
     assert end is not None
     turn, opens = turns[-1], chat.template.opens_thought
     written = text[turn.start : turn.end]
-    if thought_of(messages[-1], opens) not in written:
+    has_thought, left_out = compare_turn(messages[-1], turn.index, written, opens)
+    if not has_thought:
         raise ChatError("the template leaves out the reasoning", f"message {turn.index}")
-    if left_out := missing_content(messages[-1], turn.index, written, opens):
+    if left_out is not None:
         raise left_out
     return opened_thought(text[: turn.start]) + written.rstrip().removesuffix(end)
