@@ -15,28 +15,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.calls.caller import Caller
 from data.calls.engine import Engine
-from data.calls.flags import add_call_flags, budget_of, check_call_flags, make_engine
+from data.calls.flags import add_call_flags, budget_of, check_call_flags, is_address, make_engine
 from data.prepare.source_writer import locked
 from data.refine.anchoring import AnchoringModel
 from data.refine.asking import Asker
-from data.refine.drafts import Draft
-from data.refine.loop import Engines, Refinement, Tournament, has_verifier
-from data.refine.make import CALLS, SAMPLES, claim_folder, refine_tasks
-from data.refine.plan import RefinePlan, read_plan, shipped_plans
+from data.refine.loop import Engines, Refinement
+from data.refine.make import CALLS, SAMPLES, claim_folder, digest_of, refine_tasks
+from data.refine.plan import NO_VERIFIER, read_plan, shipped_plans
 from data.refine.prompts import read_prompts
 from data.refine.reconstruct import Reconstruction
 from data.refine.report import format_report
 from data.refine.show import show, write_page
+from data.refine.tournament import tournament_of
 from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import sha256_of
-from nb_lightning.rewards.preference import load_reward_model
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import read_task_files
 
@@ -102,18 +101,21 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise ValueError(f"--{name} is {getattr(a, name)}; it must be at least 1")
     plan = read_plan(a.plan, a.overrides)
-    prompts = read_prompts(plan.language, plan.prompts)
+    prompts = read_prompts(plan.language, plan.prompts, plan.critiques)
     budget = budget_of(a)
     if not a.tasks:
         raise ValueError("--tasks is missing: name one or several .jsonl files of tasks (docs/rewards.md)")
     tasks = read_task_files(a.tasks, a.limit)
-    verifiers = get_verifiers([task for task in tasks if has_verifier(task)])
+    plan.check_tasks(tasks)
+    verifiers = get_verifiers(task for task in tasks if task.verifier != NO_VERIFIER)
     engines = _engines(a)
     anchoring = AnchoringModel(a.anchoring_model, a.device, a.dtype) if a.anchoring_model else None
     about: dict[str, Any] = {name: engine.about() for name, engine in engines.candidates.items()}
     about |= {"critic": engines.critic.about(), "writer": engines.writer.about()}
     if a.anchoring_model:
         about["anchoring_model"] = find_origin(a.anchoring_model).digest()
+    if plan.tournament:
+        about["tournament"] = find_origin(plan.tournament).digest()
     files = [(Path(path).name, sha256_of(Path(path))) for path in a.tasks]
     claim = {"tasks": files, "limit": a.limit, "engines": about, "plan": plan.as_json(), "prompts": prompts.digests,
              "seed": a.seed, "version": VERSION}  # fmt: skip
@@ -123,9 +125,10 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         (a.output / CALLS).mkdir(exist_ok=True)
         caller = Caller(a.output / CALLS, budget, a.max_failed)
         asker = Asker(caller, a.seed)
-        refinement = Refinement(plan, prompts, engines, asker, verifiers, _tournament(plan, a))
+        tournament = tournament_of(plan.tournament, a.device, a.dtype) if plan.tournament else None
+        refinement = Refinement(plan, prompts, engines, asker, verifiers, tournament)
         reconstruction = Reconstruction(plan, prompts, engines.writer, asker, verifiers, anchoring)
-        provenance = {"engines": about, "plan": a.plan, "overrides": a.overrides, "seed": a.seed}
+        provenance = {"engines": about, "plan": a.plan, "seed": a.seed, "claim": digest_of(claim)}
         return refine_tasks(tasks, refinement, reconstruction, caller, provenance, a.output, a.batch)
 
 
@@ -139,12 +142,15 @@ def _engines(a: argparse.Namespace) -> Engines:
     names = iter(a.teacher_model)
     candidates = {
         "teacher" if number == 1 else f"teacher_{number}": engine(
-            "--teacher", text, next(names, None) if "://" in text else None
+            "--teacher", text, next(names, None) if is_address(text) else None
         )
         for number, text in enumerate(a.teacher, 1)
     }
     if (unused := next(names, None)) is not None:
         raise ValueError(f"--teacher-model {unused} belongs to no --teacher that is an endpoint")
+    for role in ("student", "critic", "writer"):
+        if getattr(a, f"{role}_model") and not is_address(getattr(a, role) or ""):
+            raise ValueError(f"--{role}-model names a model of an endpoint; --{role} is none")
     if a.student:
         candidates["student"] = engine("--student", a.student, a.student_model)
     if not candidates:
@@ -152,26 +158,6 @@ def _engines(a: argparse.Namespace) -> Engines:
     critic = engine("--critic", a.critic, a.critic_model) if a.critic else next(iter(candidates.values()))
     writer = engine("--writer", a.writer, a.writer_model) if a.writer else critic
     return Engines(candidates, critic, writer)
-
-
-def _tournament(plan: RefinePlan, a: argparse.Namespace) -> Tournament | None:
-    """Return a tournament by the plan's reward model: the draft that is preferred to most others wins."""
-    if plan.tournament is None:
-        return None
-    model = load_reward_model(plan.tournament, a.device, a.dtype)
-
-    def choose(messages: Sequence[Mapping[str, Any]], drafts: Sequence[Draft]) -> int | None:
-        texts = [draft.text for draft in drafts]
-        if 2 * max(len(model.read(messages, text)) for text in texts) > model.context:
-            return None
-        pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
-        wins = [0.0] * len(texts)
-        for (i, j), preference in zip(pairs, model.compare(messages, [(texts[i], texts[j]) for i, j in pairs])):
-            wins[i] += preference
-            wins[j] += 1 - preference
-        return wins.index(max(wins))
-
-    return choose
 
 
 if __name__ == "__main__":

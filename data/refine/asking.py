@@ -40,8 +40,7 @@ class Asker:
 
     Attributes:
         seed: of all calls, together with role, task and question.
-        unreadable: role -> reason -> how often.
-        prompt_tokens: role -> tokens of the prompts.
+        unreadable: role -> reason -> replies.
     """
 
     caller: Caller
@@ -63,6 +62,7 @@ class Asker:
                 if reply is None:  # the engine gave up; the caller counts it
                     continue
                 history = questions[i].history
+                history.calls[role] = history.calls.get(role, 0) + 1
                 history.tokens[role] = history.tokens.get(role, 0) + reply.completion_tokens
                 try:
                     results[i] = questions[i].read(reply)

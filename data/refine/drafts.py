@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from data.calls.call import CUT
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.text.thoughts import END_OF_THINK, THINK
 
@@ -36,12 +37,12 @@ class Draft:
         name: such as "teacher-0", "student-3", "round1-0".
         reasoning: its thought; "" without one.
         content: the answer itself.
-        finish: "stop", or "length" for a truncated one.
-        status: of the task's verifier; "" where the critic alone judges.
+        finish: "stop", or why the model was stopped before it had finished: "length", "content_filter".
+        status: of the task's verifier; "" where the critic alone judges, and for a truncated draft.
         scores: dimension -> score from 0 to 1; empty for a truncated draft.
-        total: mean of the scores by the plan's weights.
+        total: mean over the plan's dimensions by their weights; a dimension without a score counts 0.
         passed: every dimension of the plan reaches its `least`.
-        critiques: what the critic found, if it was asked.
+        critiques: what the critic found; None if it was not asked, or its reply could not be read.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Draft:
     @property
     def is_cut(self) -> bool:
         """Whether the model was stopped before it had finished."""
-        return self.finish == "length"
+        return self.finish in CUT
 
     @property
     def text(self) -> str:
@@ -109,7 +110,8 @@ class History:
         rounds: of critique and revision that were done.
         chains: that were tried; the last one is kept, unless it has a problem.
         dropped: why the instruction gives no sample; "" if it gives one.
-        tokens: role -> generated tokens.
+        calls: role -> replies, those that could not be read included.
+        tokens: role -> generated tokens of these.
     """
 
     task: Task
@@ -119,6 +121,7 @@ class History:
     rounds: int = 0
     chains: list[Chain] = field(default_factory=list)
     dropped: str = ""
+    calls: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -24,7 +24,7 @@ from pathlib import Path
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.refine.drafts import REVISION, Draft, History
-from data.refine.make import read_histories
+from data.refine.make import read_histories, trained_messages
 from data.refine.report import CANDIDATE_ROLES
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import atomic_write, write_json
@@ -103,9 +103,9 @@ def rung_tokens(history: History) -> Counter[str]:
     rebuilding = sum(history.tokens.get(role, 0) for role in REBUILDING)
     everything, refining = sum(history.tokens.values()), sum(history.tokens.values()) - rebuilding
     is_right_at_once = any(d.passed and not d.name.startswith(REVISION) for d in history.drafts)
-    first = len(history.drafts) and candidates // max(1, sum(not d.name.startswith(REVISION) for d in history.drafts))
+    n_candidates = sum(n for role, n in history.calls.items() if role.startswith(CANDIDATE_ROLES))
     return Counter(
-        raw=first,
+        raw=round(candidates / n_candidates) if n_candidates else 0,
         rejection=candidates,
         rejection_rebuilt=candidates + rebuilding * is_right_at_once,
         refined_old_chain=refining,
@@ -124,8 +124,7 @@ def _rebuilt(history: History) -> tuple[str, str] | None:
 
 
 def _record(history: History, reasoning: str, content: str) -> bytes:
-    message = {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
-    record = {"id": history.task.id, "messages": [*history.task.messages, message]}
+    record = {"id": history.task.id, "messages": trained_messages(history.task, reasoning, content)}
     return f"{json.dumps(record, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
 
 

@@ -7,7 +7,7 @@ that can be replayed. Nothing is executed: numbers are read and computed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -15,18 +15,37 @@ LineCheck = Callable[[str, str], Sequence[bool | None]]
 NUMBER = r"-?\d+(?:\.\d+)?"
 EXPRESSION = rf"{NUMBER}(?:\s*[-+*/x]\s*{NUMBER})*"
 TERM = re.compile(rf"\s*([-+*/x]?)\s*({NUMBER})")
-# `3 + 4 = 7` or `3 + 4 + 5 = 7 + 5 = 12`, but no end of a longer expression such as `2y + 3 + 4 = 9`.
+# `3 + 4 = 7` or `3 + 4 + 5 = 7 + 5 = 12`, but no part of a longer expression such as `2y + 3 + 4 = 9` or `1 + 2 = 3y`.
 EQUATION = re.compile(
-    rf"(?<![\w.)])(?<![-+*/x^])(?<![-+*/x^]\s)({EXPRESSION}(?:\s*=\s*{EXPRESSION})+)(?!\s*[-+*/x^(]|[\w.]\w)"
+    rf"(?<![\w.)\]}}^])(?<![-+*/x^]\s)(?<![-+*/x])({EXPRESSION}(?:\s*=\s*{EXPRESSION})+)"
+    r"(?!\s*(?:[-+*/x^(!%]|remainder|rem\b|R\b|余)|\w|\.\d|[²³])",
+    re.ASCII,  # a Chinese character may stand on either side
 )
+# What makes the number after it, or the sign before it, part of something else.
+OPEN_BEFORE = re.compile(
+    r"(?:[-+*/^(√]|\b(?:mod|log|ln|lg|sin|cos|tan|sqrt|times|plus|minus|by|over|x)|\\[a-zA-Z]+)\s*\Z", re.IGNORECASE
+)
+SPELLINGS = {"×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "\\times": "*", "\\cdot": "*", "\\div": "/", "\\,": ""}
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def equations(question: str, chain: str) -> list[bool | None]:
     """Replay each equation between numbers with + - * / x, in every line; a line without one is None.
 
-    `*`, `x` and `/` bind before + and -. A number with decimals stands for all that round to it.
+    `*`, `x` and `/` bind before + and -. A number with decimals that is a side of its own may be rounded.
     """
-    return [_all_hold(EQUATION.findall(line)) for line in chain.splitlines()]
+    return [_all_hold(list(_equations(line))) for line in chain.splitlines()]
+
+
+def _equations(line: str) -> Iterator[str]:
+    for spelling, sign in SPELLINGS.items():
+        line = line.replace(spelling, sign)
+    line = THOUSANDS.sub("", line)
+    for match in EQUATION.finditer(line):
+        before = line[max(0, match.start() - 12) : match.start()]
+        follows_a_term = match[1].startswith("-") and re.search(r"[\w)\]}]\s*\Z", before)
+        if not follows_a_term and not OPEN_BEFORE.search(before):
+            yield match[1]
 
 
 def _all_hold(equations: Sequence[str]) -> bool | None:
@@ -40,8 +59,9 @@ def _equal(left: str, right: str) -> bool:
     values = _value(left), _value(right)
     if values[0] is None or values[1] is None:
         return False
-    decimals = max(len(number.partition(".")[2]) for side in (left, right) for _, number in TERM.findall(side))
-    return abs(values[0] - values[1]) <= (Fraction(1, 2 * 10**decimals) if decimals else 0)
+    results = [side.strip() for side in (left, right) if len(TERM.findall(side)) == 1]
+    decimals = [len(number.partition(".")[2]) for number in results if "." in number]
+    return abs(values[0] - values[1]) <= (Fraction(1, 2 * 10 ** min(decimals)) if decimals else 0)
 
 
 def _value(expression: str) -> Fraction | None:
@@ -62,7 +82,7 @@ def _value(expression: str) -> Fraction | None:
 
 def sorting(question: str, chain: str) -> list[bool | None]:
     """Replay "Sort <letters>": each line has the smallest letter that is left, and the letters left after it."""
-    left = question.split()[-1]
+    left = question.split()[-1] if question.split() else ""
     holds: list[bool | None] = []
     for line in chain.splitlines():
         smallest = min(left, default="")

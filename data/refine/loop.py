@@ -28,9 +28,7 @@ from nb_lightning.rewards.tasks import Task
 from nb_lightning.rewards.verifier import Score, Verifier
 
 SCORING_THREADS = 4
-NO_VERIFIER = "preference"  # a task of this verifier has no reference: the critic alone judges it
-VERIFIER_ITEM = "Its result is right. (The task's own checker decides this.)"
-FAILED_CANDIDATES = "no candidate finished"
+FAILED_CANDIDATES = "no candidate is a finished answer"
 NOT_PASSED = "no draft passed"
 # Messages, drafts -> index of the best; None if they cannot be compared.
 Tournament = Callable[[Sequence[Mapping[str, Any]], Sequence[Draft]], int | None]
@@ -56,7 +54,7 @@ class Refinement:
     """Refines batches of instructions.
 
     Attributes:
-        verifiers: by name, of all tasks.
+        verifiers: by name, of all tasks that have one.
         tournament: chooses among drafts that pass; None takes the first of the highest total.
     """
 
@@ -81,7 +79,7 @@ class Refinement:
             if not open_ones:
                 break
             before = [h.best for h in open_ones]
-            self._criticise(open_ones)
+            self._criticise([h for h in open_ones if not stale[id(h)]])  # else the best draft is an old one
             self._revise(open_ones, number)
             self._choose(open_ones)
             for history, best in zip(open_ones, before):
@@ -95,7 +93,8 @@ class Refinement:
 
     def _write_checklists(self, histories: Sequence[History]) -> None:
         for history in histories:
-            history.checklist = [VERIFIER_ITEM] if has_verifier(history.task) else []
+            verified = self.plan.by_verifier(history.task.verifier)
+            history.checklist = [self.prompts.text("verifier_item")] if verified else []
         if not self.plan.checklist:
             return
         questions = [
@@ -124,11 +123,12 @@ class Refinement:
     def _score(self, drafts: Sequence[tuple[History, Draft]]) -> None:
         """Score finished drafts: by the verifier, and then by the critic those that the verifier lets pass."""
         finished = [(h, draft) for h, draft in drafts if not draft.is_cut and draft.content]
-        self._verify([(h, draft) for h, draft in finished if has_verifier(h.task)])
+        self._verify([(h, draft) for h, draft in finished if self.plan.by_verifier(h.task.verifier)])
         questions, asked = [], []
         for history, draft in finished:
-            names = [*self._by_model(history.task)]
-            if names and self._passes(history.task, draft, self._by_verifier(history.task)):
+            verifier = history.task.verifier
+            names = [*self.plan.by_model(verifier)]
+            if names and _passes(draft, self.plan.by_verifier(verifier)):
                 messages = self.prompts.messages(
                     "score", dimensions={name: self.plan.dimensions[name].description for name in names},
                     **self._shown(history, draft),
@@ -139,10 +139,11 @@ class Refinement:
         for draft, scores in zip(asked, self.asker.ask("score", self.engines.critic, sampling, questions)):
             draft.scores |= scores or {}
         for history, draft in finished:
-            dimensions = {**self._by_verifier(history.task), **self._by_model(history.task)}
-            scored = {name: dimensions[name].weight for name in draft.scores}
-            draft.total = sum(draft.scores[name] * w for name, w in scored.items()) / (sum(scored.values()) or 1.0)
-            draft.passed = self._passes(history.task, draft, dimensions)
+            verifier = history.task.verifier
+            dimensions = {**self.plan.by_verifier(verifier), **self.plan.by_model(verifier)}
+            weighted = sum(d.weight * draft.scores.get(name, 0.0) for name, d in dimensions.items())
+            draft.total = weighted / sum(d.weight for d in dimensions.values())
+            draft.passed = _passes(draft, dimensions)
 
     def _verify(self, drafts: Sequence[tuple[History, Draft]]) -> None:
         """Set the scores of the dimensions that the task's verifier gives."""
@@ -154,20 +155,10 @@ class Refinement:
             history, own = entry
             for draft, score in zip(own, score_texts(self.verifiers, history.task, [draft.text for draft in own])):
                 draft.status = score.info["status"]
-                draft.scores = dict.fromkeys(self._by_verifier(history.task), score.reward)
+                draft.scores = dict.fromkeys(self.plan.by_verifier(history.task.verifier), score.reward)
 
         with ThreadPoolExecutor(SCORING_THREADS) as threads:
             list(threads.map(verify, by_task.values()))
-
-    def _by_verifier(self, task: Task) -> dict[str, Dimension]:
-        return self.plan.dimensions_of(task.verifier, "verifier") if has_verifier(task) else {}
-
-    def _by_model(self, task: Task) -> dict[str, Dimension]:
-        by_model = self.plan.dimensions_of(task.verifier, "model")
-        return by_model if has_verifier(task) else {**self.plan.dimensions_of(task.verifier, "verifier"), **by_model}
-
-    def _passes(self, task: Task, draft: Draft, dimensions: Mapping[str, Dimension]) -> bool:
-        return all(draft.scores.get(name, -1.0) >= dimension.least for name, dimension in dimensions.items())
 
     def _choose(self, histories: Sequence[History]) -> None:
         """Choose the best draft: one that passes before others, then the highest total, then the first."""
@@ -187,10 +178,9 @@ class Refinement:
     # Critique and revision -------------------------------------------------------------------------------------------
 
     def _criticise(self, histories: Sequence[History]) -> None:
-        """Ask the critic about each best draft that it has not seen."""
-        new = [h for h in histories if h.best_draft and h.best_draft.critiques is None]
+        """Ask the critic about each best draft."""
         questions = []
-        for history in new:
+        for history in histories:
             draft = history.best_draft
             assert draft is not None
             read = read_critiques if self.plan.critiques == "json" else read_line_critiques
@@ -198,7 +188,7 @@ class Refinement:
             reader = partial(read, draft=draft, items=len(history.checklist))
             questions.append(Question(history, draft.name, messages, reader))
         sampling = self.plan.sampling.critique.sampling()
-        for history, critiques in zip(new, self.asker.ask("critique", self.engines.critic, sampling, questions)):
+        for history, critiques in zip(histories, self.asker.ask("critique", self.engines.critic, sampling, questions)):
             assert history.best_draft is not None
             history.best_draft.critiques = critiques
 
@@ -209,8 +199,8 @@ class Refinement:
             assert draft is not None
             history.rounds = number
             messages = self.prompts.messages(
-                "revise", critiques=draft.critiques or [], verdicts=verdicts(draft), verdict=verdict(draft),
-                **self._shown(history, draft),
+                "revise", critiques=draft.critiques or [], verdict=verdict(draft),
+                verdicts=verdicts(draft) if self.plan.critiques == "lines" else "", **self._shown(history, draft),
             )  # fmt: skip
             for n in range(self.plan.revisions):
                 name = f"{REVISION}{number}-{n}"
@@ -234,9 +224,8 @@ class Refinement:
         }
 
 
-def has_verifier(task: Task) -> bool:
-    """Whether a task has a reference that its verifier compares with."""
-    return task.verifier != NO_VERIFIER
+def _passes(draft: Draft, dimensions: Mapping[str, Dimension]) -> bool:
+    return all(draft.scores.get(name, -1.0) >= dimension.least for name, dimension in dimensions.items())
 
 
 def score_texts(verifiers: Mapping[str, Verifier], task: Task, texts: Sequence[str]) -> list[Score]:
@@ -250,8 +239,7 @@ def verdict(draft: Draft) -> str:
 
 
 def verdicts(draft: Draft) -> str:
-    """Write the critiques as the signs of the draft's lines; "" where the critic's reply could not be read."""
+    """Write critiques by line as the signs of the lines; "" where the critic's reply could not be read."""
     if draft.critiques is None:
         return ""
-    numbers = [int(c.where.removeprefix("line ")) - 1 for c in draft.critiques if c.where.startswith("line ")]
-    return write_line_critiques(draft, min(numbers, default=None))
+    return write_line_critiques(draft, int(draft.critiques[0].where.split()[1]) - 1 if draft.critiques else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,7 +37,7 @@ def refine_tasks(
     Every reply is in the caller's journal, so a stopped run does the same again without paying, and goes on.
 
     Args:
-        provenance: goes into each sample: engines, plan, prompts and seed by their digests.
+        provenance: goes into each sample: the engines, and the digest of all that the work depends on.
     """
     report, caller.kept = Report(), 0
     with ExitStack() as files:
@@ -63,11 +64,10 @@ def sample_of(history: History, provenance: Mapping[str, Any]) -> dict[str, Any]
     """Write a history's sample as a record of `data.prepare --chat`."""
     draft, chain = history.best_draft, history.chains[-1]
     assert draft is not None
-    reasoning = {"reasoning_content": chain.reasoning} if chain.reasoning else {}
     return {
         "id": history.task.id,
         "source": history.task.source,
-        "messages": [*history.task.messages, {"role": "assistant", **reasoning, "content": draft.content}],
+        "messages": trained_messages(history.task, chain.reasoning, draft.content),
         "refine": {
             "draft": draft.name,
             "judged_by": "verifier" if draft.status else "critic",
@@ -78,10 +78,25 @@ def sample_of(history: History, provenance: Mapping[str, Any]) -> dict[str, Any]
             "chains": len(history.chains),
             "lexical_anchoring": chain.lexical,
             "probability_anchoring": chain.probability,
+            "calls": history.calls,
             "tokens": history.tokens,
             **provenance,
         },
     }
+
+
+def trained_messages(task: Task, reasoning: str, content: str) -> list[dict[str, Any]]:
+    """Return a task's messages and an answer, of which the answer alone is to be trained on."""
+    asked = [{**message, "train": False} if message["role"] == "assistant" else message for message in task.messages]
+    return [
+        *asked,
+        {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content},
+    ]
+
+
+def digest_of(claim: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a claim: of the tasks, engines, plan, prompts and seed that samples depend on."""
+    return hashlib.sha256(json.dumps(claim, sort_keys=True).encode()).hexdigest()
 
 
 def read_histories(folder: Path) -> Iterator[History]:

@@ -1,22 +1,25 @@
 """Read what models answer: strictly, and never by a guess. Pure functions of a reply.
 
 Each returns what the reply says, or raises `Unreadable`, whose message is counted in the report. A reply that was cut
-off by its length is never read.
+off by its length is never read. Words may stand around what was asked for, such as a preamble or the fence of a code
+block; but it must be there once.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.calls.call import Reply
 from data.refine.drafts import Critique, Draft
+from nb_lightning.text.messages import ChatError, check_messages
 from nb_lightning.text.thoughts import END_OF_THINK, THINK, split_thought
+from nb_lightning.text.tool_calls import CLOSE, OPEN
 
 LONGEST_LIST = 50  # items of a checklist, problems of a critique
-FENCE = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)\n[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+NO_JSON = "not one JSON object"
 
 
 class Unreadable(ValueError):
@@ -26,16 +29,28 @@ class Unreadable(ValueError):
 def thought_and_answer(reply: Reply) -> tuple[str, str]:
     """Split a reply into its thought and its answer; the reply may be cut off.
 
-    A reply that was cut off inside its thought has no answer.
+    A reply that was cut off inside its thought has no answer. Calls of tools become text in the answer, in the form
+    that the verifier `tool_call` reads.
+
+    Raises:
+        Unreadable: the message is none, such as one that is not UTF-8.
     """
     message = {**reply.message, "role": "assistant", "content": reply.message.get("content") or ""}
-    if "reasoning" in message and not message.get("reasoning_content"):
-        message["reasoning_content"] = message["reasoning"]
+    try:
+        (message,) = check_messages([message])
+    except ChatError as error:
+        raise Unreadable(error.kind) from None
     message = split_thought(message)
     content, thought = message["content"], message.get("reasoning_content") or ""
     if not thought and content.lstrip().startswith(THINK) and END_OF_THINK not in content:
         return content.lstrip().removeprefix(THINK).strip(), ""
-    return thought.strip(), content.strip()
+    calls = [_call_text(call["function"]) for call in message.get("tool_calls", ())]
+    return thought.strip(), "\n".join([content, *calls]).strip()
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    call = {"name": function["name"], "arguments": function["arguments"]}
+    return f"{OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{CLOSE}"
 
 
 def finished_answer(reply: Reply) -> str:
@@ -53,9 +68,9 @@ def finished_answer(reply: Reply) -> str:
 
 
 def read_draft(reply: Reply, name: str) -> Draft:
-    """Read a candidate or a revision; one that is cut off has finish "length"."""
+    """Read a candidate or a revision, which may be cut off."""
     reasoning, content = thought_and_answer(reply)
-    return Draft(name, reasoning, content, "length" if reply.is_cut else "stop")
+    return Draft(name, reasoning, content, reply.finish if reply.is_cut else "stop")
 
 
 def read_checklist(reply: Reply) -> list[str]:
@@ -71,10 +86,10 @@ def read_scores(reply: Reply, dimensions: Sequence[str]) -> dict[str, float]:
     scores = _object(finished_answer(reply), {"scores"})["scores"]
     if not isinstance(scores, dict) or scores.keys() != set(dimensions):
         raise Unreadable("scores of other dimensions than asked")
-    for score in scores.values():
-        if isinstance(score, bool) or not isinstance(score, int) or not 0 <= score <= 10:
-            raise Unreadable("a score that is no whole number from 0 to 10")
-    return {name: scores[name] / 10 for name in dimensions}
+    numbers = {name: _whole(scores[name]) for name in dimensions}
+    if any(number is None or not 0 <= number <= 10 for number in numbers.values()):
+        raise Unreadable("a score that is no whole number from 0 to 10")
+    return {name: (number or 0) / 10 for name, number in numbers.items()}
 
 
 def read_critiques(reply: Reply, draft: Draft, items: int) -> list[Critique]:
@@ -92,10 +107,10 @@ def read_critiques(reply: Reply, draft: Draft, items: int) -> list[Critique]:
 def _critique(problem: Any, items: int) -> Critique:
     if not isinstance(problem, dict) or problem.keys() != {"item", "where", "problem", "fix"}:
         raise Unreadable("a problem with other fields than item, where, problem, fix")
-    item = problem["item"]
-    if item is not None and (isinstance(item, bool) or not isinstance(item, int) or not 1 <= item <= items):
+    item = None if problem["item"] is None else _whole(problem["item"])
+    if problem["item"] is not None and (item is None or not 1 <= item <= items):
         raise Unreadable("a problem whose item is not in the checklist")
-    where = problem["where"] if problem["where"] == "" else _text(problem["where"], "where")
+    where = "" if problem["where"] in ("", None) else _text(problem["where"], "where")
     return Critique(item, where, _text(problem["problem"], "problem"), _text(problem["fix"], "fix"))
 
 
@@ -134,20 +149,40 @@ def first_word(line: str) -> str:
 
 
 def read_tagged(reply: Reply, tags: Sequence[str]) -> dict[str, str]:
-    """Read <tag>...</tag> for each tag, once and in this order; text before, between and after them is left out."""
-    text, position, found = finished_answer(reply), 0, {}
+    """Read <tag>...</tag> for each tag, once and in this order; text before, between and after them is left out.
+
+    A part may hold any tags, also its own if they are balanced: a task may ask for its answer in <answer> tags.
+    """
+    text, position, parts = finished_answer(reply), 0, {}
     for tag in tags:
-        opening, closing = f"<{tag}>", f"</{tag}>"
-        if text.count(opening) != 1 or text.count(closing) != 1:
+        blocks = list(_outermost(text, tag, position))
+        if len(blocks) != 1:
             raise Unreadable(f"not exactly one <{tag}>...</{tag}>")
-        start, stop = text.index(opening), text.index(closing)
-        if not position <= start < stop:
-            raise Unreadable(f"<{tag}> in the wrong place")
-        found[tag] = text[start + len(opening) : stop].strip()
-        position = stop + len(closing)
-        if not found[tag]:
+        start, stop = blocks[0]
+        parts[tag] = text[start:stop].strip()
+        position = stop + len(f"</{tag}>")
+        if not parts[tag]:
             raise Unreadable(f"an empty <{tag}>")
-    return found
+    return parts
+
+
+def _outermost(text: str, tag: str, position: int) -> Iterator[tuple[int, int]]:
+    """Yield where each outermost <tag>...</tag> from `position` on begins and ends inside.
+
+    Raises:
+        Unreadable: tags are not balanced.
+    """
+    depth = start = 0
+    for match in re.compile(f"<(/?){tag}>").finditer(text, position):
+        depth += -1 if match[1] else 1
+        if depth < 0:
+            break
+        if depth == 1 and not match[1]:
+            start = match.end()
+        if depth == 0:
+            yield start, match.start()
+    if depth:
+        raise Unreadable(f"not exactly one <{tag}>...</{tag}>")
 
 
 def read_thought_chain(reply: Reply) -> dict[str, str]:
@@ -163,20 +198,22 @@ def read_thought_chain(reply: Reply) -> dict[str, str]:
 
 
 def _object(text: str, keys: set[str]) -> dict[str, Any]:
-    """Read the one JSON object of an answer: alone, in one fenced block, or after words; nothing may follow it."""
-    fenced = FENCE.findall(text)
-    if len(fenced) > 1:
-        raise Unreadable("more than one fenced block")
-    source = fenced[0].strip() if fenced else text[max(text.find("{"), 0) :].strip()
-    try:
-        value = json.loads(source, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except Unreadable:
-        raise
-    except (ValueError, RecursionError):
-        raise Unreadable("not one JSON object") from None
-    if not isinstance(value, dict) or value.keys() != keys:
-        raise Unreadable(f"not an object with exactly {', '.join(sorted(keys))}")
-    return value
+    """Read the one JSON object with exactly these keys; words, fences and other objects may stand around it."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    objects, position = [], text.find("{")
+    while position >= 0:
+        try:
+            value, position = decoder.raw_decode(text, position)
+            objects.append(value)
+        except Unreadable:
+            raise
+        except (ValueError, RecursionError):
+            position += 1
+        position = text.find("{", position)
+    fitting = [value for value in objects if value.keys() == keys]
+    if len(fitting) != 1:
+        raise Unreadable(NO_JSON if not objects else f"not one object with exactly {', '.join(sorted(keys))}")
+    return fitting[0]
 
 
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
@@ -194,3 +231,12 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise Unreadable(f"{name} is no text")
     return value.strip()
+
+
+def _whole(value: Any) -> int | None:
+    """Return a whole number, also of 8.0 or "8", which can mean nothing else; None for anything else."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,2}", value.strip()):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        return None
+    return int(value)

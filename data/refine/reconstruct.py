@@ -17,7 +17,7 @@ from data.refine.anchoring import AnchoringModel, contains_answer, lexical_ancho
 from data.refine.asking import Asker, Question, warmer
 from data.refine.drafts import Chain, History, with_thought
 from data.refine.line_checks import LINE_CHECKS
-from data.refine.loop import SCORING_THREADS, has_verifier, score_texts
+from data.refine.loop import SCORING_THREADS, score_texts
 from data.refine.parse import finished_answer, read_tagged, read_thought_chain
 from data.refine.plan import RefinePlan, RoleSampling
 from data.refine.prompts import Prompts, task_text
@@ -28,8 +28,9 @@ from nb_lightning.rewards.verifier import Verifier
 
 # A chain that says so was written backwards from the answer.
 QUOTES = (
-    "given answer", "provided answer", "reference answer", "answer provided", "answer given", "answer we were given",
-    "the outline", "expected answer", "给定的答案", "给出的答案", "参考答案", "提供的答案", "提纲",
+    "given answer", "provided answer", "reference answer", "expected answer", "known answer", "target answer",
+    "stated answer", "answer provided", "answer given", "answer we were given", "final_answer", "the outline",
+    "给定答案", "给定的答案", "给出的答案", "所给答案", "参考答案", "提供的答案", "已知答案", "目标答案", "提纲",
 )  # fmt: skip
 NO_SKELETON, LEAKED = "no skeleton", "the skeleton contains the answer"
 NO_CHAIN = "no chain"
@@ -129,29 +130,35 @@ class Reconstruction:
         self._measure([h for h in histories if not h.chains[-1].problem])
 
     def _problem(self, history: History) -> str:
-        settings, chain = self.plan.reconstruct, history.chains[-1]
-        if len(chain.reasoning) < settings.min_chain_chars:
-            return "too short"
-        lowered = chain.reasoning.lower()
-        if any(quote in lowered and quote not in task_text(history.task).lower() for quote in QUOTES):
-            return "it speaks of an answer that was given"
-        if settings.mode != "none" and not self._agrees(history):
-            return "its own answer is another"
+        settings, chain, task = self.plan.reconstruct, history.chains[-1], task_text(history.task)
         check = LINE_CHECKS.get(settings.line_checks.get(history.task.source, ""))
         if check is not None:
-            verdicts = [v for v in check(task_text(history.task), chain.reasoning) if v is not None]
+            verdicts = [verdict for verdict in check(task, chain.reasoning) if verdict is not None]
             chain.lines_checked, chain.lines_valid = len(verdicts), sum(verdicts)
-            if not all(verdicts):
-                return "a line does not hold"
+        if len(chain.reasoning) < settings.min_chain_chars:
+            return "too short"
+        if settings.mode != "none":  # else nobody saw an answer
+            lowered, question = chain.reasoning.lower(), task.lower()
+            if any(quote in lowered and quote not in question for quote in QUOTES):
+                return "it speaks of an answer that was given"
+            if not self._agrees(history):
+                return "its own answer is another"
+        if chain.lines_valid < chain.lines_checked:
+            return "a line does not hold"
         return ""
 
     def _agrees(self, history: History) -> bool:
-        """Whether the writer's own answer is right by the verifier; without one, whether it is the refined answer."""
-        chain = history.chains[-1]
-        if has_verifier(history.task):
-            text = with_thought(chain.reasoning, chain.own_answer)
-            return score_texts(self.verifiers, history.task, [text])[0].reward == 1
-        return fold(final_answer(chain.own_answer)) == fold(final_answer(answer_of(history)))
+        """Whether the writer's own answer is the refined one, or as good by the task's verifier."""
+        chain, draft = history.chains[-1], history.best_draft
+        assert draft is not None
+        if fold(final_answer(chain.own_answer)) == fold(final_answer(draft.content)):
+            return True
+        dimensions = self.plan.by_verifier(history.task.verifier)
+        if not dimensions:
+            return False
+        text = with_thought(chain.reasoning, chain.own_answer)
+        reward = score_texts(self.verifiers, history.task, [text])[0].reward
+        return reward >= max(draft.scores[name] for name in dimensions)
 
     def _measure(self, histories: Sequence[History]) -> None:
         settings = self.plan.reconstruct
@@ -171,9 +178,11 @@ class Reconstruction:
             for h in histories
         ]
         for history, value in zip(histories, self.anchoring.anchoring(chains)):
-            history.chains[-1].probability = value
-            if settings.max_probability is not None and value > settings.max_probability:
-                history.chains[-1].problem = "anchoring by probability above reconstruct.max_probability"
+            chain = history.chains[-1]
+            chain.probability = value
+            limit = settings.max_probability
+            if value is not None and limit is not None and value > limit and not chain.problem:
+                chain.problem = "anchoring by probability above reconstruct.max_probability"
 
 
 def answer_of(history: History) -> str:

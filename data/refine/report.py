@@ -13,6 +13,21 @@ CANDIDATE_ROLES = ("teacher", "student")  # what the names of these roles begin 
 
 
 @dataclass
+class Mean:
+    """A mean of numbers that are not held."""
+
+    total: float = 0.0
+    n: int = 0
+
+    def add(self, number: float) -> None:
+        self.total, self.n = self.total + number, self.n + 1
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.n if self.n else None
+
+
+@dataclass
 class Report:
     """Counts over histories, which are not held.
 
@@ -23,6 +38,7 @@ class Report:
         dropped: reason -> tasks.
         rounds: rounds until a draft passed -> tasks.
         tokens: role -> generated tokens.
+        statuses: of the tasks' verifiers -> drafts.
         lines: of all chains that were written, refused ones included: chains, chains_valid, lines, lines_valid.
         lexical, probability: anchoring of the kept chains.
         judged_by: "verifier" or "critic" -> samples.
@@ -36,8 +52,9 @@ class Report:
     rounds: Counter[int] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     lines: Counter[str] = field(default_factory=Counter)
-    lexical: list[float] = field(default_factory=list)
-    probability: list[float] = field(default_factory=list)
+    lexical: Mean = field(default_factory=Mean)
+    probability: Mean = field(default_factory=Mean)
+    statuses: Counter[str] = field(default_factory=Counter)
     judged_by: Counter[str] = field(default_factory=Counter)
 
     def add(self, history: History) -> None:
@@ -46,6 +63,7 @@ class Report:
         self.tasks += 1
         self.first_right += first_right
         self.tokens.update(history.tokens)
+        self.statuses.update(draft.status for draft in history.drafts if draft.status)
         source.update(tasks=1, first_right=int(first_right), kept=int(not history.dropped))
         for chain in history.chains:
             if chain.lines_checked:
@@ -62,9 +80,9 @@ class Report:
         assert draft is not None
         self.judged_by["verifier" if draft.status else "critic"] += 1
         if chain.lexical is not None:
-            self.lexical.append(chain.lexical)
+            self.lexical.add(chain.lexical)
         if chain.probability is not None:
-            self.probability.append(chain.probability)
+            self.probability.add(chain.probability)
 
     def reasons(self) -> str:
         return ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
@@ -84,6 +102,7 @@ class Report:
             "dropped": dict(self.dropped.most_common()),
             "sources": {name: dict(counts) for name, counts in self.by_source.items()},
             "judged_by": dict(self.judged_by),
+            "verifier": dict(self.statuses.most_common()),
             "rounds": {str(n): count for n, count in sorted(self.rounds.items())},
             "tokens": {**self.tokens, "all": generated},
             "tokens_per_sample": generated / self.kept if self.kept else None,
@@ -96,8 +115,8 @@ class Report:
                 "every_line_valid": self.lines["chains_valid"],
                 "lines": self.lines["lines"],
                 "lines_valid": self.lines["lines_valid"],
-                "lexical_anchoring": _mean(self.lexical),
-                "probability_anchoring": _mean(self.probability),
+                "lexical_anchoring": self.lexical.value,
+                "probability_anchoring": self.probability.value,
             },
             "unreadable": {role: dict(reasons) for role, reasons in unreadable.items()},
             "calls": calls,
@@ -129,10 +148,6 @@ def format_report(report: Mapping[str, Any], path: str) -> str:
     if anchoring:
         lines.append(f"  anchoring: {', '.join(anchoring)} (docs/refine.md)")
     return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _number(value: float | None) -> str:

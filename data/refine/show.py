@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 import jinja2
+from rich import markup
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.panel import Panel
 from rich.rule import Rule
 
@@ -23,20 +23,29 @@ SHOWN = 3  # ids in a message
 
 
 def show(folder: Path, task_id: str, console: Console | None = None) -> None:
-    """Print everything about the instruction with this id.
+    """Print everything about the instruction with this id; about each, where several sources have one.
 
     Raises:
         ValueError: no finished run in `folder`, or no such instruction.
     """
     console = console or Console()
-    ids = []
+    first: list[str] = []
+    n = n_shown = 0
     for history in read_histories(folder):
+        n += 1
         if history.task.id == task_id:
             console.print(*_blocks(history), sep="\n")
-            return
-        ids.append(history.task.id)
-    more = f" and {len(ids) - SHOWN:,} more" if len(ids) > SHOWN else ""
-    raise ValueError(f"{folder} has no instruction {task_id!r}; it has {', '.join(ids[:SHOWN])}{more}")
+            n_shown += 1
+        elif len(first) < SHOWN:
+            first.append(history.task.id)
+    if not n_shown:
+        more = f" and {n - SHOWN:,} more" if n > SHOWN else ""
+        raise ValueError(f"{folder} has no instruction {task_id!r}; it has {', '.join(first)}{more}")
+
+
+def escape(text: str) -> str:
+    """Show a text as it is: neither its brackets nor its control characters are obeyed."""
+    return markup.escape("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text))
 
 
 def _blocks(history: History) -> Iterator[RenderableType]:

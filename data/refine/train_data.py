@@ -20,6 +20,7 @@ import argparse
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -99,8 +100,10 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise ValueError(f"--{name} is {getattr(a, name)}; it must be at least 1")
     plan = read_plan(a.plan, a.overrides)
-    prompts = read_prompts(plan.language, plan.prompts)
-    worked_by_file = {Path(path): read_worked(Path(path))[: a.limit] for path in a.worked}
+    prompts = read_prompts(plan.language, plan.prompts, plan.critiques)
+    paths = [Path(path) for path in a.worked]
+    _check_paths(paths, a.output)
+    worked_by_file = {path: read_worked(path)[: a.limit] for path in paths}
     (a.output / CALLS).mkdir(parents=True, exist_ok=True)
     drafts: dict[str, list[Draft]] = {}
     if a.student:
@@ -129,6 +132,17 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
     return written
 
 
+def _check_paths(paths: Sequence[Path], output: Path) -> None:
+    for path in paths:
+        if output.resolve() == path.parent.resolve():
+            raise ValueError(f"--output {output} is the folder of {path}, which would be replaced; name another folder")
+    for stem, n in Counter(path.stem for path in paths).items():
+        if n > 1:
+            raise ValueError(
+                f"--worked names {n} files that are called {stem}; the name is their source, so rename one"
+            )
+
+
 def read_worked(path: Path) -> list[Worked]:
     """Read conversations whose last message is an assistant's answer; the file's name is their source.
 
@@ -136,7 +150,7 @@ def read_worked(path: Path) -> list[Worked]:
         ValueError: the file cannot be read, or a line is something else; names it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     worked = []
@@ -144,8 +158,9 @@ def read_worked(path: Path) -> list[Worked]:
         if not line.strip():
             continue
         try:
-            messages = check_messages(json.loads(line)["messages"])
-        except (ValueError, KeyError, TypeError) as error:
+            record = json.loads(line)
+            messages = check_messages(record.get("messages") if isinstance(record, dict) else None)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no conversation: {error}") from error
         answer = split_thought(messages[-1])
         if len(messages) < 2 or answer["role"] != "assistant" or not answer["content"].strip():
@@ -188,23 +203,29 @@ def _critique_record(
     wrong = first_wrong_line(draft, w, plan)
     shown = {"task": task_text(w.task), "checklist": [], "reasoning": draft.reasoning, "answer": draft.content,
              "draft": "\n".join(draft.lines)}  # fmt: skip
-    right_lines = w.answer.lines
-    if wrong is not None:
-        fix = f"It is: {right_lines[wrong]}" if wrong < len(right_lines) else "Leave it out."
-        place = draft.lines[wrong] if plan.critiques == "json" and wrong < len(draft.lines) else f"line {wrong + 1}"
-        draft.critiques = [Critique(None, place, "This does not hold.", fix)]
-    else:
+    if wrong is None:
         draft.critiques = []
+    elif plan.critiques == "lines":
+        draft.critiques = [Critique(None, f"line {wrong + 1}", "wrong", "write it again")]
+    else:
+        draft.critiques = [Critique(None, draft.lines[wrong], "This does not hold.", _fix(draft, wrong, w.answer))]
     if kind == "critique":
         asked = prompts.messages("critique", verdict="", **shown)
         if plan.critiques == "lines":
             return [*asked, _assistant(write_line_critiques(draft, wrong))]
         problems = [{"item": c.item, "where": c.where, "problem": c.problem, "fix": c.fix} for c in draft.critiques]
         return [*asked, _assistant(json.dumps({"problems": problems}, ensure_ascii=False))]
-    if plan.critiques == "lines" and wrong is not None:
-        draft.critiques = [Critique(None, f"line {wrong + 1}", "wrong", "write it again")]
-    asked = prompts.messages("revise", critiques=draft.critiques, verdicts=verdicts(draft), verdict="", **shown)
+    signs = verdicts(draft) if plan.critiques == "lines" else ""
+    asked = prompts.messages("revise", critiques=draft.critiques, verdicts=signs, verdict="", **shown)
     return [*asked, _assistant(w.answer.content, w.answer.reasoning)]
+
+
+def _fix(draft: Draft, wrong: int, worked: Draft) -> str:
+    """Say how to mend a line: the worked answer has the line where all before it are the same."""
+    same = [fold(line) for line in draft.lines[:wrong]] == [fold(line) for line in worked.lines[:wrong]]
+    if not same:
+        return "Work it out again."
+    return f"It is: {worked.lines[wrong]}" if wrong < len(worked.lines) else "Leave it out."
 
 
 def _chain_record(kind: str, w: Worked, plan: RefinePlan, prompts: Prompts, rng: random.Random) -> list[dict[str, Any]]:
@@ -214,10 +235,11 @@ def _chain_record(kind: str, w: Worked, plan: RefinePlan, prompts: Prompts, rng:
         asked = prompts.messages("skeleton", task=task, answer=w.answer.content)
         return [*asked, _assistant(f"<skeleton>\n{skeleton}\n</skeleton>" if tagged else skeleton)]
     is_plain = rng.random() < 0.5
-    asked = prompts.messages("chain", task=task, answer=w.answer.content, skeleton="" if is_plain else skeleton)
+    answer = w.answer.content if plan.reconstruct.answer_in_sight else ""
+    asked = prompts.messages("chain", task=task, answer=answer, skeleton="" if is_plain else skeleton)
     if not tagged:
         return [*asked, _assistant(w.answer.content, w.answer.reasoning)]
-    summary = f"<summary>\n{skeleton}\n</summary>\n" if is_plain else ""
+    summary = f"<summary>\n{skeleton}\n</summary>\n" if is_plain and answer else ""
     chain = f"<chain>\n{w.answer.reasoning}\n</chain>\n<answer>\n{w.answer.content}\n</answer>"
     return [*asked, _assistant(summary + chain)]
 
@@ -270,21 +292,27 @@ def first_wrong_line(draft: Draft, w: Worked, plan: RefinePlan) -> int | None:
     """Return the index of the first wrong line of a draft's lines; None if the draft is right.
 
     Lines of reasoning are judged by the source's line check, where the plan names one: a right chain in other words is
-    right. Without one they are compared with the worked answer's.
+    right. Without one, and in the answer itself, lines are compared with the worked answer's.
     """
+    reasoning, content = (
+        [line for line in text.splitlines() if line.strip()] for text in (draft.reasoning, draft.content)
+    )
     check = LINE_CHECKS.get(plan.reconstruct.line_checks.get(w.task.source, ""))
-    n_reasoning = len([line for line in draft.reasoning.splitlines() if line.strip()])
-    worked_lines = w.answer.lines
-    for number, line in enumerate(draft.lines):
-        if check is not None and number < n_reasoning:
-            verdicts = check(task_text(w.task), draft.reasoning)
-            if number < len(verdicts) and verdicts[number] is False:
-                return number
-        elif number >= n_reasoning:
-            return None if fold(draft.content) == fold(w.answer.content) else number
-        elif number >= len(worked_lines) or fold(line) != fold(worked_lines[number]):
-            return number
-    return None
+    if check is not None and reasoning:
+        verdicts = check(task_text(w.task), "\n".join(reasoning))
+        if False in verdicts:  # it may be of a line that is missing: then the answer comes too early
+            return min(verdicts.index(False), len(reasoning) + len(content) - 1)
+    elif reasoning and (number := _first_difference(reasoning, w.answer.lines)) is not None:
+        return number
+    if fold(draft.content) == fold(w.answer.content):
+        return None
+    number = _first_difference(content, [line for line in w.answer.content.splitlines() if line.strip()])
+    return len(reasoning) + (len(content) - 1 if number is None else number)  # None: the end is missing
+
+
+def _first_difference(lines: Sequence[str], right: Sequence[str]) -> int | None:
+    """Return the index of the first line that is not the one of `right`; None if `lines` are its beginning."""
+    return next((i for i, line in enumerate(lines) if i >= len(right) or fold(line) != fold(right[i])), None)
 
 
 def _assistant(content: str, reasoning: str = "") -> dict[str, Any]:

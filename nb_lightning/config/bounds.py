@@ -60,7 +60,7 @@ def check_bounds(config: Any, path: str) -> None:
 
     Args:
         config: The dataclass.
-        path: Its YAML key, for the error messages.
+        path: Its YAML key, for the error messages; "" for the root.
 
     Raises:
         ValueError: The first field outside its bound.
@@ -68,4 +68,4 @@ def check_bounds(config: Any, path: str) -> None:
     for one in fields(config):
         value, bound = getattr(config, one.name), one.metadata.get("bound")
         if bound is not None and value is not None:
-            bound.require(f"{path}.{one.name}", value)
+            bound.require(f"{path}.{one.name}".lstrip("."), value)
