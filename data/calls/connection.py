@@ -1,7 +1,7 @@
 """One HTTP connection to an endpoint that speaks OpenAI's API, kept open from request to request.
 
-The standard library's client: it takes a third of the CPU time of OpenAI's (docs/performance.md), and all that is done
-about errors is seen here.
+The standard library's client takes a sixth of the CPU time of OpenAI's (docs/performance.md), and what is done about
+errors is all in this package.
 """
 
 from __future__ import annotations

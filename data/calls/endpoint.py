@@ -81,7 +81,7 @@ class Endpoint:
                 self._raise_if_final(answer, connection)
                 error, wait = (
                     NoAnswer(f"HTTP {answer.status}", connection.redact(_words(answer.body))),
-                    _asked_wait(answer),
+                    asked_wait(answer),
                 )
             except _TooLong as too_long:
                 return Failure(TOO_LONG, connection.redact(str(too_long)), retries)
@@ -199,7 +199,7 @@ def _error(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": error}
 
 
-def _asked_wait(answer: Answer) -> float | None:
+def asked_wait(answer: Answer) -> float | None:
     """Return the seconds that a Retry-After header asks for; it has seconds or a date."""
     asked = answer.headers.get("retry-after", "").strip()
     try:

@@ -80,7 +80,8 @@ def parse_engine(text: str, flag: str) -> str:
         return text
     try:
         url = urlsplit(text)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        is_one_word = text.isprintable() and not any(map(str.isspace, text))
+        valid = is_one_word and url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:
         valid = False
     if not valid:

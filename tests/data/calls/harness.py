@@ -15,11 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.calls.call import Call, Failure, Reply
 from data.calls.engine import OnReply
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.sampling import Sampling
+from nb_lightning.model.transformer import ModelShape, Transformer
+from nb_lightning.text.chat_template import ChatTemplate
+from tests.dpd_harness import save_model
 
 Fault = str | int | tuple[int, dict[str, str]]  # see `StandIn.fault`
 GREEDY = Sampling(8, temperature=0.0)
@@ -60,7 +67,9 @@ class StandIn(ThreadingHTTPServer):
         self.answered: Counter[int] = Counter()
         self.fault = fault
         self.answer: Callable[[dict[str, Any]], dict[str, Any]] = lambda request: completion(reply_text(request))
-        self.hang_s = 5.0
+        self.refuse: dict[int, dict[str, str]] = {}  # seed -> the error of a 400
+        self.hang_s = 2.0
+        self.place, self.reached = -1, threading.Event()  # set with the request of this number
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -82,12 +91,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.requests.append(request)
             self.server.headers.append(dict(self.headers))
             number = len(self.server.requests) - 1
+            if number + 1 == self.server.place:
+                self.server.reached.set()
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
             fault = self.server.fault(request, number)
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
-            if isinstance(status, int):
+            if error := self.server.refuse.get(request["seed"]):
+                self._send(400, json.dumps({"error": error}).encode(), {})
+            elif isinstance(status, int):
                 self._send(status, json.dumps({"error": {"message": f"status {status}"}}).encode(), headers)
             else:
                 self._answer(request, status)
@@ -138,6 +151,19 @@ def standing_in(*arguments: Any) -> Iterator[StandIn]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def save_random_model(folder: Path) -> Path:
+    """Write a Hugging Face folder of a small model that says something else to each prompt."""
+    model = Transformer(ModelShape(260, 64, 2, 2, 1, 32, 128))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            random = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.copy_(random)
+    save_model(model, folder)
+    load_tokenizer("bytes").save(folder, ChatTemplate.chatml().source)
+    return folder
 
 
 class Echo:
