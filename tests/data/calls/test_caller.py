@@ -6,11 +6,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from data.calls.budget import Budget, BudgetSpent, Spent
 from data.calls.call import Call, Reply, join_seeds
@@ -250,6 +252,19 @@ def test_a_share_of_failures_that_cannot_be(share: float, tmp_path: Path) -> Non
 
 
 # Counts -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_progress_line_says_calls_tokens_cost_failures_and_what_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.calls.caller.tqdm", partial(tqdm, mininterval=0.0, ncols=200))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    caller = Caller(tmp_path, Budget(price=(1000.0, 2000.0)), max_failed=0.5)
+    caller.kept = 1234
+    caller.ask(Echo(failing=["b"], url="http://x/v1"), [make_call(text) for text in "abc"], "teacher")
+    shown = capsys.readouterr().err
+    assert "teacher: 100%" in shown and "3/3" in shown
+    assert "28 tokens, cost 0.036, 1 failed, 1,234 kept" in shown
 
 
 def test_tokens_and_cost_are_the_same_whatever_was_cached(tmp_path: Path) -> None:

@@ -323,6 +323,29 @@ def test_a_teacher_behind_an_endpoint(models: Path, tmp_path: Path, endpoint: En
     assert pairs and all(pair["provenance"]["teacher"] == {"name": "big", "url": endpoint.url} for pair in pairs)
 
 
+def test_a_spent_budget_is_one_line_and_a_larger_one_goes_on(models: Path, tmp_path: Path, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda request: {"content": "7"}
+    words = ["--teacher", endpoint.url, "--teacher-model", "big", "--limit", "14", "--concurrency", "3"]
+    output = tmp_path / "pairs"
+    for limit in (0, 9, 31):
+        with pytest.raises(SystemExit) as stopped:
+            main(command(models, output, *words, "--max-calls", str(limit)))
+        error = str(stopped.value)
+        assert "\n" not in error
+        if not limit:
+            assert error == "error: --max-calls is 0; it must be a number above 0" and not output.exists()
+            continue
+        assert error.startswith(f"error: the budget is spent: {limit} calls of --max-calls {limit} (")
+        assert error.endswith("and the same command with a larger budget goes on")
+        assert len(lines(output / "calls.jsonl")) == limit
+    main(command(models, output, *words))
+    assert len(endpoint.requests) == 2 * 14  # the teacher's; the student is a model on this machine
+    main(command(models, tmp_path / "whole", *words))
+    assert (output / "pairs.jsonl").read_bytes() == (tmp_path / "whole/pairs.jsonl").read_bytes()
+    calls = json.loads((output / "report.json").read_text())["calls"]
+    assert calls["cached"] == 31 and calls["roles"]["teacher"]["calls"] == 28 == calls["roles"]["teacher"]["cached"]
+
+
 @pytest.mark.parametrize(
     "reply",
     [{key: "It is 7."} for key in ("reasoning_content", "reasoning", "thinking")]
