@@ -37,7 +37,11 @@ def explain(error: Exception, conf: Path) -> str:
         key, value = ambiguous.groups()
         return f"{key}={value} has a comma: write '{key}=[{value}]' for a list, {_quoted(key, value)} for a text"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return _unknown_key(cause.full_key or message, str(cause.key), _keys_of(cause.parent_node))
+        key, known = cause.full_key or message, _keys_of(cause.parent_node)
+        if _is_open(cause.parent_node):
+            entries = f" it has {', '.join(known)};" if known else ""
+            return f"{key.rpartition('.')[0]} has no {cause.key};{entries} a new one begins with +: '+{key}=...'"
+        return _unknown_key(key, str(cause.key), known)
     if isinstance(cause, ValidationError) and merges:
         key, _, value = override.lstrip("+").partition("=")
         return _explain_value(cause.full_key or key, value, str(cause).splitlines()[0])
@@ -119,6 +123,11 @@ def _keys_of(parent: Any) -> list[str]:
     if is_dataclass(schema):
         return [field.name for field in fields(schema)]
     return [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+
+
+def _is_open(parent: Any) -> bool:
+    """Whether a node of the config takes keys of any name, as `data.sources` does."""
+    return isinstance(parent, DictConfig) and OmegaConf.get_type(parent) is dict
 
 
 def _unknown_key(full_key: str, key: str, known: Sequence[str]) -> str:
