@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from nb_lightning import ablate
 from nb_lightning.config.compose import plan_of
+from nb_lightning.model.transformer import ModelShape
 from nb_lightning.run_folder import read_metrics
 from tests.config.harness import composed
 from tests.harness import TINY, TRACE, environment, read_trace
@@ -151,4 +152,15 @@ def test_both_plans_of_fg_wsd_see_as_many_tokens_of_every_source() -> None:
         seen[run.arm] = {s: sum(p.tokens * p.mixture.get(s, 0) for p in plan.phases) for s in sources}
     for source, tokens in seen["fg_wsd"].items():
         assert seen["vanilla_wsd"][source] == pytest.approx(tokens, rel=0.005), source
-    assert np.isclose(*(sum(of_arm.values()) for of_arm in seen.values()))
+    fg_wsd, vanilla = (sum(of_arm.values()) for of_arm in seen.values())
+    assert fg_wsd == pytest.approx(vanilla)
+
+
+def test_the_looped_arm_costs_as_many_flops() -> None:
+    flops = {}
+    for run in ablate.plan_runs("loops", ablate.read_ablation("loops"), [0], [], "outputs"):
+        config = composed(*run.overrides)
+        shape, plan = ModelShape(**asdict(config.model)), plan_of(config.stage).in_whole_steps()
+        flops[run.arm] = sum(phase.tokens * shape.flops_per_token(phase.seq_len) for phase in plan.phases)
+    plain, looped = flops.values()
+    assert looped == pytest.approx(plain, rel=0.01)
