@@ -55,8 +55,8 @@ def test_the_spelling_that_an_error_gives_is_the_value_itself(value: str) -> Non
         ("+stage.optim.beta=1", "stage.optim.beta is not a key; did you mean stage.optim.betas?"),
         ("++stage.phases.decay.token=1", "stage.phases.decay.token is not a key; did you mean "
          "stage.phases.decay.tokens?"),
-        ("data.sources.web=/x", "data.sources has no web; it has docs, code, tests, arithmetic; a new one begins with +: "
-         "'+data.sources.web=...'"),
+        ("data.sources.web=/x", "data.sources has no web; it has docs, code, tests, arithmetic; a new one begins with "
+         "+: '+data.sources.web=...'"),
         ("stage.phases.x.tokens=1", "stage.phases has no x; it has warmup, diversity_enriched_stable, "
          "high_quality_stable, decay; a new one begins with +: '+stage.phases.x=...'"),
         ("stage=pretrian", "stage=pretrian: there is no such config; allowed: dpd, pretrain, reward_model, rl, sft"),
