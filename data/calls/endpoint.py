@@ -79,17 +79,14 @@ class Endpoint:
                 if answer.status == http.HTTPStatus.OK:
                     return _reply(answer.body, retries, time.perf_counter() - start)
                 self._raise_if_final(answer, connection)
-                error, wait = (
-                    NoAnswer(f"HTTP {answer.status}", connection.redact(_words(answer.body))),
-                    asked_wait(answer),
-                )
+                error, wait = NoAnswer(f"HTTP {answer.status}", _words(answer.body)), asked_wait(answer)
             except _TooLong as too_long:
                 return Failure(TOO_LONG, connection.redact(str(too_long)), retries)
             except NoAnswer as no_answer:
                 error, wait = no_answer, None
             retries[error.kind] += 1
             if retries.total() == self.attempts:
-                return Failure(error.kind, f"{self.url}: {error}", retries)
+                return Failure(error.kind, f"{self.url}: {connection.redact(str(error))}", retries)
             if wait is None:
                 wait = FIRST_WAIT_S * 2 ** (retries.total() - 1)
             connection.close()  # it may be dead before the wait is over

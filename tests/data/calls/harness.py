@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append(request)
-            self.server.headers.append(dict(self.headers))
+            self.server.headers.append({**self.headers, "path": self.path})
             number = len(self.server.requests) - 1
             if number + 1 == self.server.place:
                 self.server.reached.set()

@@ -65,6 +65,15 @@ def test_what_an_endpoint_is_sent(server: StandIn, tmp_path: Path, monkeypatch: 
     assert "secret" not in (tmp_path / "calls.jsonl").read_text()
 
 
+def test_the_proxy_of_the_environment_is_used(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for url, path in (("http://host.invalid/v1", "http://host.invalid/v1"), (server.url, "/v1")):
+        Caller(tmp_path / path.replace("/", "_")).ask(Endpoint(url, "big", attempts=1), CALLS[:2], "teacher")
+        assert [headers["path"] for headers in server.headers] == [f"{path}/chat/completions"] * 2
+        server.headers.clear()
+
+
 def test_calls_run_at_the_same_time(server: StandIn, tmp_path: Path) -> None:
     barrier = threading.Barrier(8)
 
@@ -184,9 +193,11 @@ def test_what_no_repetition_mends_stops_at_once_with_the_servers_words(
     assert len((tmp_path / "calls.jsonl").read_text().splitlines()) == 5
 
 
-def test_the_key_is_taken_out_of_a_servers_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_taken_out_of_a_servers_words(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    assert Connection("http://x/v1", 1.0).redact("wrong key: sk-secret!") == "wrong key: ***!"
+    server.answer = lambda request: {"error": {"message": "wrong key: sk-secret!"}}  # with status 200
+    failure = Endpoint(server.url, "big", attempts=1).ask(Connection(server.url, 30.0), CALLS[0], threading.Event())
+    assert isinstance(failure, Failure) and "wrong key: ***!" in failure.detail and "secret" not in failure.detail
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sec\nret")
     with pytest.raises(ValueError, match="OPENAI_API_KEY has characters that no HTTP header can carry"):
         Connection("http://x/v1", 1.0)
