@@ -21,12 +21,14 @@ import torch
 from nb_lightning import export
 from nb_lightning.checkpoints.gguf import save_gguf
 from nb_lightning.checkpoints.gguf_tokenizer import tokenizer_to_gguf
+from nb_lightning.checkpoints.hf_config import shape_from_config
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.decoder import Sampling, generate
 from tests.checkpoints.harness import Random, texts, train
 from tests.harness import run_train
 from tests.model.harness import TINY
+from tests.nanbeige_harness import CONFIGS, RandomWeights
 
 pytestmark = pytest.mark.slow
 ENGLISH = pydoc_data.topics.topics["naming"]
@@ -204,6 +206,25 @@ def test_llama_cpp_runs_a_model_of_ours(corpus: Path, tmp_path: Path) -> None:
         messages = [{"role": "user", "content": "Hi"}]
         prompt = server.post("/apply-template", messages=messages)["prompt"]
         assert prompt == ours.chat.render(messages, add_generation_prompt=True)
+    finally:
+        server.stop()
+
+
+def test_llama_cpp_runs_a_looped_model(tmp_path: Path) -> None:
+    """Nanbeige 4.2's kind: llama.cpp knows its architecture from b10159 on."""
+    shape, file = shape_from_config(CONFIGS["4.2"]), tmp_path / "looped.gguf"
+    assert shape.n_loops == 2
+    train(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    weights = RandomWeights(shape, std=0.2)  # large enough that each pass matters
+    save_gguf(weights, shape, file, "float32", 256, tokenizer_to_gguf(tokenizer, shape.vocab_size), "0")
+    ours, server = load_pretrained(str(file), "cpu"), Server(file, 256)
+    try:
+        for text in ("def f(x):\n  ", "naïve 你好 ", ENGLISH[:200]):
+            ids = tokenizer.tokenizer.encode(text).ids
+            answer = server.post("/completion", prompt=ids, n_predict=24, temperature=0, return_tokens=True)
+            (completion,) = generate(ours.model, [ids], Sampling(24, temperature=0, stop_ids=ours.stop_ids))
+            assert answer["tokens"] == completion.ids
     finally:
         server.stop()
 
