@@ -51,7 +51,7 @@ class Reader:
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
-        for name in ("train.py", "docs"):
+        for name in ("train.py", "conf", "docs"):
             (folder / name).symlink_to(ROOT / name)
         names = re.findall(r"^(\w+)=", SETTINGS, re.MULTILINE)
         assert settings.keys() <= set(names)
