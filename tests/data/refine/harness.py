@@ -17,8 +17,11 @@ from data.refine.loop import Engines, Refinement, Tournament
 from data.refine.plan import Dimension, RefinePlan
 from data.refine.prompts import read_prompts
 from data.refine.reconstruct import Reconstruction
+from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import Task, write_tasks
+from nb_lightning.text.chat_template import ChatTemplate
+from tests.dpd_harness import POLICY, random_model, save_model
 
 # What the English prompts begin with.
 BEGINNINGS = {
@@ -58,7 +61,7 @@ def chain(reasoning: str, answer: str) -> str:
 class Scripted:
     """An engine that says by role what it is told to, and keeps what it was asked."""
 
-    def __init__(self, name: str = "scripted", **lines: Line) -> None:
+    def __init__(self, name: str = "scripted", /, **lines: Line) -> None:
         self.name, self.lines = name, lines
         self.prompts: dict[str, list[str]] = {}
         self.calls: list[Call] = []
@@ -122,3 +125,10 @@ def write_sums(path: Path, n: int, source: str = "sums") -> list[Task]:
     tasks = [make_task(f"Add {i} and {i + 1}.", str(2 * i + 1), id=str(i), source=source) for i in range(n)]
     write_tasks(path, tasks)
     return tasks
+
+
+def save_chat_model(folder: Path) -> Path:
+    """Save a tiny random model over bytes that chats in ChatML, as a Hugging Face folder."""
+    save_model(random_model(POLICY, 0), folder)
+    load_tokenizer("bytes").save(folder, ChatTemplate.chatml().source)
+    return folder
