@@ -24,7 +24,6 @@ from nb_lightning.files import sha256_of
 from nb_lightning.phases import PhasePlan
 from nb_lightning.rewards.tasks import Task, read_tasks
 from nb_lightning.rollouts.attempts import Prompt
-from nb_lightning.rollouts.sampler import encode_task
 from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.chat_tokens import ChatTokenizer
 
@@ -90,7 +89,7 @@ class PromptData(PlannedData[PromptDataConfig]):
             self._prompt_ids[name] = {}
             for task in tasks:
                 try:
-                    self._prompt_ids[name][task.id] = encode_task(chat, task)
+                    self._prompt_ids[name][task.id] = chat.prompt(task.messages, task.tools, require_tools=True)
                 except ValueError as error:
                     raise ValueError(f"data.sources.{name}: task {task.id!r}: {error}") from error
         self._build_order()

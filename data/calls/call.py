@@ -23,12 +23,14 @@ class Call:
         sampling: how tokens are drawn.
         seed: of the draws, not negative; see `join_seeds`.
         number: tells calls with otherwise equal contents apart. Each has its own draws.
+        tools: functions that the model may call, as in OpenAI's API; None without any.
     """
 
     messages: Sequence[Mapping[str, Any]]
     sampling: Sampling
     seed: int
     number: int = 0
+    tools: Sequence[Mapping[str, Any]] | None = None
 
     def key(self, engine: Mapping[str, Any]) -> str:
         """Return the SHA-256 of all that the reply depends on, in hexadecimal.
@@ -37,6 +39,7 @@ class Call:
             engine: `Engine.about`.
         """
         content = [engine, self.messages, _changed_fields(self.sampling), self.seed, self.number]
+        content += [self.tools] if self.tools else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

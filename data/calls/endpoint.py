@@ -99,6 +99,8 @@ class Endpoint:
             "model": self.model, "messages": list(call.messages), "temperature": s.temperature, "top_p": s.top_p,
             "max_tokens": s.max_new_tokens, "seed": _fold(call.seed, call.number),
         }  # fmt: skip
+        if call.tools:
+            body["tools"] = list(call.tools)
         if s.top_k:  # not OpenAI's own, but of vLLM, llama.cpp and nb_lightning.serve
             body["top_k"] = s.top_k
         return body

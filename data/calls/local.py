@@ -99,12 +99,12 @@ class _Batch:
 
     def requests(self) -> Iterator[Request]:
         """Yield the calls that can be answered, until `on_reply` raises; report the others."""
-        messages, encoded = None, None
+        asked, encoded = None, None
         for number, call in enumerate(self.calls):
             if self.error is not None:
                 return
-            if call.messages is not messages:  # several calls in a row may ask the same
-                messages, encoded = call.messages, self._encode(call)
+            if asked is None or call.messages is not asked.messages or call.tools is not asked.tools:
+                asked, encoded = call, self._encode(call)  # several calls in a row may ask the same
             if isinstance(encoded, Failure):
                 self._report(number, encoded)
                 continue
@@ -122,7 +122,7 @@ class _Batch:
 
     def _encode(self, call: Call) -> list[int] | Failure:
         try:
-            ids = self.chat.prompt(call.messages)
+            ids = self.chat.prompt(call.messages, call.tools, require_tools=True)
         except ChatError as error:
             return Failure(REFUSED, str(error))
         if self.context is not None and len(ids) >= self.context:

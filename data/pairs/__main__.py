@@ -24,12 +24,12 @@ from data.calls.local import LocalModel
 from data.pairs.judge import EndpointJudge, Judge, RewardModelJudge
 from data.pairs.make import make_pairs
 from data.pairs.report import format_report
-from data.pairs.responses import Sampler, key_of
+from data.pairs.responses import Sampler
 from data.pairs.rule import BY, Rule
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import sha256_of
 from nb_lightning.generation.sampling import Sampling
-from nb_lightning.rewards.tasks import Task, read_tasks
+from nb_lightning.rewards.tasks import read_task_files
 from nb_lightning.text.chat_template import read_template
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.variables import check_variables
@@ -96,7 +96,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     judge = None
     if rule.by != "verifier":
         judge = _judge(a)
-    tasks, files = _tasks(a.tasks, a.limit)
+    tasks = read_task_files(a.tasks, a.limit)
+    files = [(Path(path).name, sha256_of(Path(path))) for path in a.tasks]
     teacher, student, chat = _samplers(a)
     claim = {
         "tasks": files,
@@ -123,19 +124,6 @@ def _judge(a: argparse.Namespace) -> Judge:
     if not (a.judge and a.judge_model):
         raise ValueError(f"--by {a.by} needs --judge: a run of stage=reward_model, or an endpoint with --judge-model")
     return EndpointJudge(make_engine("--judge", a.judge, a.judge_model, a))
-
-
-def _tasks(paths: Sequence[str], limit: int | None) -> tuple[list[Task], list[tuple[str, str]]]:
-    """Read all tasks; return them, and name and SHA-256 of each file."""
-    tasks: dict[str, Task] = {}
-    for path in paths:
-        for task in read_tasks(path)[:limit]:
-            if key_of(task) in tasks:
-                raise ValueError(f"{path}: task {task.id!r} of {task.source!r} is in another of the files too")
-            if task.tools:
-                raise ValueError(f"{path}: task {task.id!r} has tools; pairs are made of tasks without them")
-            tasks[key_of(task)] = task
-    return list(tasks.values()), [(Path(path).name, sha256_of(Path(path))) for path in paths]
 
 
 def _samplers(a: argparse.Namespace) -> tuple[Sampler, Sampler, ChatTokenizer]:

@@ -12,7 +12,7 @@ from data.calls.caller import MAX_FAILED, NO_LIMIT, Caller
 from data.pairs.answers import Answers
 from data.pairs.judge import Comparison, Judge, compare
 from data.pairs.report import build_report
-from data.pairs.responses import Sampler, key_of
+from data.pairs.responses import Sampler
 from data.pairs.rule import NOT_PREFERRED, UNJUDGED, Rule
 from data.pairs.workspace import PAIRS, REPORT, VERSION, claim_folder
 from data.prepare.claim import as_json
@@ -51,7 +51,7 @@ def make_pairs(
         claim_folder(folder, claim, overwrite)
         answers, unwritable = _sample(tasks, teacher, student, rule, caller)
         for a in answers:
-            chosen = rule.choose_pairs(a.teacher, a.student, f"{claim['seed']} {key_of(a.task)}")
+            chosen = rule.choose_pairs(a.teacher, a.student, f"{claim['seed']} {a.task.key}")
             a.pairs, a.reason = ((), chosen) if isinstance(chosen, str) else (chosen, "")
         provenance = {key: claim[key] for key in ("teacher", "student", "sampling", "seed")}
         if judge is not None:
@@ -77,9 +77,9 @@ def _sample(
         The responses to each task, and `Responses.unwritable` of the teacher.
     """
     by_teacher = teacher.sample(tasks, caller)
-    asked = [task for task in tasks if not isinstance(rule.choosable(by_teacher.by_task[key_of(task)]), str)]
+    asked = [task for task in tasks if not isinstance(rule.choosable(by_teacher.by_task[task.key]), str)]
     by_student = student.sample(asked, caller).by_task
-    answers = [Answers(task, by_teacher.by_task[key_of(task)], by_student.get(key_of(task), [])) for task in tasks]
+    answers = [Answers(task, by_teacher.by_task[task.key], by_student.get(task.key, [])) for task in tasks]
     return answers, by_teacher.unwritable
 
 
@@ -101,6 +101,7 @@ def _ask_judge(answers: Sequence[Answers], judge: Judge, least: float, caller: C
 
 def _lines(a: Answers) -> Iterable[dict[str, Any]]:
     """Write the pairs of a task as records of `data.prepare --pairs`."""
+    tools = {"tools": a.task.tools} if a.task.tools else {}
     for n, (chosen, rejected) in enumerate(a.pairs):
         scores: dict[str, Any] = {
             "teacher": [r.reward for r in a.teacher],
@@ -111,7 +112,7 @@ def _lines(a: Answers) -> Iterable[dict[str, Any]]:
         if a.preferences is not None:
             scores["preference"] = a.preferences[n]
         yield {
-            "id": a.task.id, "source": a.task.source, "messages": a.task.messages,
+            "id": a.task.id, "source": a.task.source, "messages": a.task.messages, **tools,
             "chosen": chosen.text, "rejected": rejected.text,
             "chosen_finish": chosen.finish, "rejected_finish": rejected.finish,
             "scores": scores,

@@ -51,7 +51,7 @@ class Responses:
     """All responses of a model.
 
     Attributes:
-        by_task: `key_of` a task -> its responses.
+        by_task: a task's key -> its responses.
         unwritable: why the student's template cannot write a reply -> how many such replies there are. They are no
             responses, and neither are failed calls.
     """
@@ -81,8 +81,8 @@ class Sampler:
 
     def calls(self, task: Task) -> list[Call]:
         """Return the calls for the responses to a task."""
-        seed = join_seeds(self.seed, zlib.crc32(key_of(task).encode()))
-        return [Call(task.messages, self.sampling, seed, j) for j in range(self.k)]
+        seed = join_seeds(self.seed, zlib.crc32(task.key.encode()))
+        return [Call(task.messages, self.sampling, seed, j, task.tools) for j in range(self.k)]
 
     def text(self, task: Task, reply: Reply) -> str:
         """Return a reply as text in the student's template.
@@ -93,7 +93,7 @@ class Sampler:
         if self.chat is None:
             return reply.message["content"]
         message = {key: reply.message[key] for key in MESSAGE_FIELDS if key in reply.message}
-        return render_last(check_messages([*task.messages, message], strict=True), self.chat)
+        return render_last(check_messages([*task.messages, message], strict=True), self.chat, task.tools)
 
     def sample(self, tasks: Sequence[Task], caller: Caller) -> Responses:
         """Answer and score all tasks."""
@@ -103,7 +103,7 @@ class Sampler:
         texts: dict[str, list[tuple[str, str]]] = {}  # with finish
         unwritable: dict[str, int] = {}
         for task in tasks:
-            written = texts.setdefault(key_of(task), [])
+            written = texts.setdefault(task.key, [])
             for reply in (next(replies) for _ in range(self.k)):
                 if reply is None:
                     continue
@@ -114,21 +114,16 @@ class Sampler:
         return Responses(score_all(tasks, texts, self.role), unwritable)
 
 
-def key_of(task: Task) -> str:
-    """Return what tells a task from those of all files."""
-    return f"{task.source}\n{task.id}"
-
-
 def score_all(tasks: Sequence[Task], texts: dict[str, list[tuple[str, str]]], role: str) -> dict[str, list[Response]]:
     """Score texts by the verifiers of their tasks, which run model-written code in their own processes.
 
     Args:
-        texts: `key_of` a task -> the texts of its responses, and how each finished.
+        texts: a task's key -> the texts of its responses, and how each finished.
     """
     verifiers = get_verifiers(tasks) if tasks else {}
 
     def score(task: Task) -> list[Response]:
-        written = texts[key_of(task)]
+        written = texts[task.key]
         if not written:
             return []
         question = str(task.messages[-1].get("content", ""))
@@ -137,16 +132,16 @@ def score_all(tasks: Sequence[Task], texts: dict[str, list[tuple[str, str]]], ro
 
     with ThreadPoolExecutor(SCORING_THREADS) as threads:
         scored = tqdm(threads.map(score, tasks), f"{role}, scores", len(tasks), unit="prompt", disable=None)
-        return {key_of(task): responses for task, responses in zip(tasks, scored)}
+        return {task.key: responses for task, responses in zip(tasks, scored)}
 
 
-def render_last(messages: list[Any], chat: ChatTokenizer) -> str:
+def render_last(messages: list[Any], chat: ChatTokenizer, tools: Sequence[Any] | None = None) -> str:
     """Render the last message as the template writes it, with its whole thought, without the token that ends a turn.
 
     Raises:
         ChatError: as `ChatTemplate.render_turns`; or the template leaves out the reasoning or a call.
     """
-    text, turns = chat.template.render_turns(messages)
+    text, turns = chat.template.render_turns(messages, tools)
     end = chat.tokenizer.tokenizer.id_to_token(chat.end_id)
     assert end is not None
     turn, opens = turns[-1], chat.template.opens_thought

@@ -7,8 +7,8 @@
 | `prompt` and `completion` | two texts (a user's and an assistant's turn), or two lists of messages |
 | `instruction` and `output` | Alpaca's texts (data/prepare/other_forms.py) |
 
-and may have `tools` (a list, or its JSON), `system` (a text) and `chat_template_kwargs` (variables of the template, an
-object or its JSON, which win over the command's).
+and may have `tools` (a list, or its JSON; or `functions`, OpenAI's earlier form), `system` (a text) and
+`chat_template_kwargs` (variables of the template, an object or its JSON, which win over the command's).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nb_lightning.text.thoughts import without_thought
 from nb_lightning.text.variables import check_variables
 
 VARIABLES = "chat_template_kwargs"
-FIELDS = ("messages", "conversations", "prompt", "completion", *ALPACA, "tools", "system", VARIABLES)
+FIELDS = ("messages", "conversations", "prompt", "completion", *ALPACA, "tools", "functions", "system", VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def chat_of(record: Mapping[str, Any]) -> Chat:
     if not trained:
         raise ChatError("every assistant turn is marked train: false")
     answers = [i for i in assistant if "user" in roles[:i]] or assistant
-    chat = Chat(checked, tools_of(fields.get("tools")), trained, answers[0], variables_of(fields))
+    chat = Chat(checked, tools_of(fields), trained, answers[0], variables_of(fields))
     _require_written(chat)
     return chat
 
@@ -113,18 +113,27 @@ def messages_of(value: Any, role: str, name: str) -> list[Any]:
     return value
 
 
-def tools_of(value: Any) -> list[Any] | None:
-    """Read the field `tools`: a list, or its JSON."""
+def tools_of(fields: Mapping[str, Any]) -> list[Any] | None:
+    """Read the field `tools`, or `functions`: a list, or its JSON."""
+    lists = {name: tools for name in ("tools", "functions") if (tools := _objects(fields.get(name), name))}
+    if len(lists) > 1:
+        raise ChatError("both tools and functions")
+    if "functions" in lists:
+        return [{"type": "function", "function": function} for function in lists["functions"]]
+    return lists.get("tools")
+
+
+def _objects(value: Any, name: str) -> list[Any] | None:
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise ChatError("tools are not JSON") from None
+            raise ChatError(f"{name} are not JSON") from None
     if value is None or value == "":
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise ChatError("tools are not a list of objects")
-    check_json(value, "tools")
+        raise ChatError(f"{name} are not a list of objects")
+    check_json(value, name)
     return value
 
 

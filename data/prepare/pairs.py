@@ -65,7 +65,7 @@ class Pairs(Chats):
         if _are_chosen(fields):
             del fields["messages"]
         builder = self.builder(variables_of(fields))
-        prompt, tools = _without_thoughts(builder, _prompt_of(fields)), tools_of(fields.get("tools"))
+        prompt, tools = _without_thoughts(builder, _prompt_of(fields)), tools_of(fields)
         chosen, rejected = (_sample(builder, prompt, fields, side, tools) for side in SIDES)
         if chosen == rejected:
             raise ChatError("chosen equals rejected")

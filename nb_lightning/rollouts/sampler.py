@@ -23,7 +23,6 @@ from nb_lightning.rewards.verifier import Verifier
 from nb_lightning.rollouts.attempts import Attempts, Prompt
 from nb_lightning.rollouts.ranks import gather_shares, rank_and_world_size
 from nb_lightning.text.chat_tokens import ChatTokenizer, thought_opened_by
-from nb_lightning.text.left_out import missing_tool
 
 SCORING_THREADS = 4
 OnScored = Callable[[Attempts], object]  # called from a scoring thread; what it returns is ignored
@@ -61,7 +60,7 @@ class RolloutSampler:
         prompts = []
         for task in tasks:
             try:
-                ids = encode_task(chat, task)
+                ids = chat.prompt(task.messages, task.tools, require_tools=True)
             except ValueError as error:
                 raise ValueError(f"task {task.id!r}: {error}") from error
             prompts.append(Prompt(task, ids, (seed, zlib.crc32(f"{task.source}\n{task.id}".encode()))))
@@ -139,15 +138,3 @@ class RolloutSampler:
         question = str(task.messages[-1].get("content", ""))
         attempts.scores = self.verifiers[task.verifier].score(question, attempts.texts, task.reference)
         on_scored(attempts)
-
-
-def encode_task(chat: ChatTokenizer, task: Task) -> list[int]:
-    """Encode the chat of a task, up to where the assistant begins.
-
-    Raises:
-        ChatError: the template refuses the messages, or leaves out the tools.
-    """
-    ids = chat.prompt(task.messages, task.tools)
-    if missing := missing_tool(task.tools, chat.tokenizer.decode(ids)):
-        raise missing
-    return ids

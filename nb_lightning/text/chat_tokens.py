@@ -82,14 +82,19 @@ class ChatTokenizer:
             return self
         return ChatTokenizer(self.tokenizer, self.template.with_variables(variables), self._guarded)
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, require_tools: bool = False
+    ) -> list[int]:
         """Tokenize a conversation up to where the assistant begins to write.
 
         Raises:
-            ChatError: as `ChatTemplate.render`.
+            ChatError: as `ChatTemplate.render`; or, with `require_tools`, the template leaves out a tool.
         """
         messages, tools, guarded = self._guard(messages, tools)
-        return self._guarded.encode(self._rendering.render(messages, tools, add_generation_prompt=True), [], guarded)[0]
+        text = self._rendering.render(messages, tools, add_generation_prompt=True)
+        if require_tools and (missing := missing_tool(tools, text)):
+            raise missing
+        return self._guarded.encode(text, [], guarded)[0]
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatTokens:
         """Tokenize a conversation, and locate the assistant's turns in it.

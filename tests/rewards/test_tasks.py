@@ -7,7 +7,6 @@ import pytest
 
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.rewards.tasks import Task, read_tasks, write_tasks
-from nb_lightning.rollouts.sampler import encode_task
 from nb_lightning.text.chat_tokens import ChatTokenizer
 
 GOOD = {"id": "a", "source": "s", "messages": [{"role": "user", "content": "é?"}], "verifier": "exact", "reference": 1}
@@ -40,10 +39,11 @@ def test_tools_are_read_and_written(tmp_path: Path) -> None:
 def test_the_prompt_of_a_task_has_its_tools() -> None:
     task = Task(**GOOD | {"tools": [{"type": "function", "function": {"name": "add"}}]})
     chat = ChatTokenizer.of(load_tokenizer("bytes"))
-    assert encode_task(chat, task) == chat.prompt(task.messages, task.tools) != chat.prompt(task.messages)
+    ids = chat.prompt(task.messages, task.tools, require_tools=True)
+    assert ids == chat.prompt(task.messages, task.tools) != chat.prompt(task.messages)
     deaf = ChatTokenizer.of(load_tokenizer("bytes"), "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     with pytest.raises(ValueError, match="the template leaves out the tools: 'add' is not in its text"):
-        encode_task(deaf, task)
+        deaf.prompt(task.messages, task.tools, require_tools=True)
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:

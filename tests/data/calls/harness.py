@@ -75,6 +75,12 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
+    def wait_until_counted(self, answers: int) -> None:
+        """Wait until `answers` are counted: a client may have an answer before it is."""
+        deadline = time.monotonic() + 30
+        while self.answered.total() < answers and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: clients are killed on purpose."""
 

@@ -127,6 +127,7 @@ def test_whatever_passes_is_asked_again_and_counted_by_kind(server: StandIn, tmp
     assert caller.summary()["retries"] == kinds and len(kinds) == 6
     assert [reply.attempts for reply in replies if reply] == [n % 6 + 1 for n in range(len(CALLS))]
     assert len(server.requests) == len(CALLS) + len(expected)
+    server.wait_until_counted(len(CALLS))
     assert all(server.answered[n] == 1 for n in range(len(CALLS)))
     server.fault = lambda request, number: ""
     assert texts(replies) == texts(Caller(tmp_path / "none").ask(Endpoint(server.url, "big"), CALLS, "teacher"))

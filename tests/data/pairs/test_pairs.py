@@ -366,6 +366,14 @@ def test_a_teachers_call_is_written(endpoint: Endpoint, tmp_path: Path, is_old: 
     assert answer_of(endpoint, tmp_path)[0] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
+def test_a_task_s_tools_reach_the_teacher_and_its_call_is_written(endpoint: Endpoint, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    endpoint.answer = lambda request: {"content": None, "tool_calls": [call]} if request["tools"] == tools else {}
+    text, _ = answer_of(endpoint, tmp_path, tools=tools)
+    assert text == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
 def test_a_teachers_reasoning_that_the_students_template_leaves_out_is_named(
     models: Path, endpoint: Endpoint, tmp_path: Path
 ) -> None:
@@ -387,10 +395,12 @@ def test_a_teachers_reasoning_that_the_students_template_leaves_out_is_named(
     )
 
 
-def answer_of(endpoint: Endpoint, folder: Path, template: str | None = None) -> tuple[str, str]:
+def answer_of(
+    endpoint: Endpoint, folder: Path, template: str | None = None, tools: list[dict[str, Any]] | None = None
+) -> tuple[str, str]:
     chat = ChatTokenizer.of(load_tokenizer("bytes"), template)
     sampler = Sampler("teacher", EndpointEngine(endpoint.url, "big"), Sampling(8), 1, 0, chat)
-    task = Task("t", "s", [{"role": "user", "content": "3 + 4?"}], "exact", "7")
+    task = Task("t", "s", [{"role": "user", "content": "3 + 4?"}], "exact", "7", tools)
     (reply,) = Caller(folder).ask(sampler.engine, sampler.calls(task), "teacher")
     assert reply is not None
     return sampler.text(task, reply), reply.finish

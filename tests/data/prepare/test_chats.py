@@ -65,6 +65,13 @@ def test_alpaca_records() -> None:
     assert trained(marked) == "[Hello<|im_end|>][Yes<|im_end|>][2<|im_end|>]"
 
 
+def test_functions_are_tools_in_an_earlier_form() -> None:
+    function = {"name": "get_weather", "parameters": {"type": "object"}}
+    (old,) = samples_of({"messages": PAIR, "functions": [function]})
+    (new,) = samples_of({"messages": PAIR, "tools": [{"type": "function", "function": function}]})
+    assert old == new and "get_weather" in everything(old)
+
+
 def test_system_and_tools_are_written() -> None:
     tool = {"type": "function", "function": {"name": "add"}}
     for tools in ([tool], json.dumps([tool])):
@@ -100,6 +107,8 @@ def test_system_and_tools_are_written() -> None:
         ({"prompt": "x", "completion": {}}, "completion is neither a text nor a list of messages"),
         ({"messages": PAIR, "tools": "{"}, "tools are not JSON"),
         ({"messages": PAIR, "tools": [1]}, "tools are not a list of objects"),
+        ({"messages": PAIR, "functions": [1]}, "functions are not a list of objects"),
+        ({"messages": PAIR, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "both tools and functions"),
         ({"messages": PAIR, "system": 3}, "message 0: content is not a string"),
         ({"messages": [{"role": "system", "content": "x"}, *PAIR], "system": "y"}, "two system prompts"),
     ],
