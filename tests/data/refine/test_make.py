@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +22,20 @@ from data.refine.show import show, write_page
 from nb_lightning.rewards.tasks import Task
 from tests.data.prepare.chat_harness import stored, trained
 from tests.data.refine.harness import (
-    APPROVAL,
-    SKELETON,
     Scripted,
-    chain,
     make_plan,
     make_refinement,
     make_task,
+    solve,
     write_sums,
 )
 
 FILES = ("samples.jsonl", "histories.jsonl", "dropped.jsonl")
 
 
-def numbers_of(prompt: str) -> tuple[int, int]:
-    question = prompt[prompt.index("Add ") :].split(".")[0].split()
-    return int(question[1]), int(question[3])
-
-
 def solver() -> Scripted:
-    """Wrong at every third task, mended in the first round; no chain for every seventh; nothing at all for task 5."""
-
-    def candidate(prompt: str) -> str:
-        a, b = numbers_of(prompt)
-        return "" if a == 5 else str(a + b + (a % 3 == 0))
-
-    def write(prompt: str) -> str:
-        a, b = numbers_of(prompt)
-        return "I cannot." if a % 7 == 0 else chain(f"{a} + {b} = {a + b}", str(a + b))
-
-    return Scripted(candidate=candidate, critique=APPROVAL, revise=lambda p: str(sum(numbers_of(p))),
-                    skeleton=SKELETON, chain=write)  # fmt: skip
+    roles = ("candidate", "critique", "revise", "skeleton", "chain")
+    return Scripted(**{role: partial(solve, role) for role in roles})
 
 
 def run(folder: Path, tasks: list[Task], budget: Budget, batch: int = 4) -> tuple[dict[str, Any], Scripted]:
