@@ -26,12 +26,14 @@ class Question:
     Attributes:
         name: distinguishes the calls of one role about one instruction; part of the seed.
         read: reads the reply; raises `Unreadable`.
+        is_answer: the reply answers the task itself, and may call its tools.
     """
 
     history: History
     name: str
     messages: Sequence[dict[str, Any]]
     read: Callable[[Reply], Any]
+    is_answer: bool = False
 
 
 @dataclass
@@ -73,8 +75,10 @@ class Asker:
         return results
 
     def _call(self, role: str, question: Question, sampling: Sampling, attempt: int) -> Call:
-        name = f"{self.seed} {role} {question.history.task.key} {question.name}"
-        return Call(question.messages, sampling, zlib.crc32(name.encode()) >> 1, attempt)
+        task = question.history.task
+        name = f"{self.seed} {role} {task.key} {question.name}"
+        tools = task.tools if question.is_answer else None
+        return Call(question.messages, sampling, zlib.crc32(name.encode()) >> 1, attempt, tools)
 
 
 def warmer(sampling: Sampling) -> Sampling:

@@ -24,7 +24,7 @@ from pathlib import Path
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.refine.drafts import REVISION, Draft, History
-from data.refine.make import read_histories, trained_messages
+from data.refine.make import conversation, read_histories
 from data.refine.report import CANDIDATE_ROLES
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import atomic_write, write_json
@@ -124,7 +124,7 @@ def _rebuilt(history: History) -> tuple[str, str] | None:
 
 
 def _record(history: History, reasoning: str, content: str) -> bytes:
-    record = {"id": history.task.id, "messages": trained_messages(history.task, reasoning, content)}
+    record = {"id": history.task.id, **conversation(history.task, reasoning, content)}
     return f"{json.dumps(record, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
 
 

@@ -109,7 +109,7 @@ class Refinement:
         sampling = self.plan.sampling.candidates.sampling()
         for role, engine in self.engines.candidates.items():
             questions = [
-                Question(h, str(n), h.task.messages, partial(read_draft, name=f"{role}-{n}"))
+                Question(h, str(n), h.task.messages, partial(read_draft, name=f"{role}-{n}"), is_answer=True)
                 for h in histories
                 for n in range(self.plan.k)
             ]
@@ -204,7 +204,7 @@ class Refinement:
             )  # fmt: skip
             for n in range(self.plan.revisions):
                 name = f"{REVISION}{number}-{n}"
-                questions.append(Question(history, name, messages, partial(read_draft, name=name)))
+                questions.append(Question(history, name, messages, partial(read_draft, name=name), is_answer=True))
         new = []
         sampling = self.plan.sampling.revise.sampling()
         for question, draft in zip(questions, self.asker.ask("revise", self.engines.writer, sampling, questions)):

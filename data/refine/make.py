@@ -67,7 +67,7 @@ def sample_of(history: History, provenance: Mapping[str, Any]) -> dict[str, Any]
     return {
         "id": history.task.id,
         "source": history.task.source,
-        "messages": trained_messages(history.task, chain.reasoning, draft.content),
+        **conversation(history.task, chain.reasoning, draft.content),
         "refine": {
             "draft": draft.name,
             "judged_by": "verifier" if draft.status else "critic",
@@ -85,13 +85,11 @@ def sample_of(history: History, provenance: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def trained_messages(task: Task, reasoning: str, content: str) -> list[dict[str, Any]]:
-    """Return a task's messages and an answer, of which the answer alone is to be trained on."""
+def conversation(task: Task, reasoning: str, content: str) -> dict[str, Any]:
+    """Write a task and an answer as a record of `data.prepare --chat`; the answer alone is to be trained on."""
     asked = [{**message, "train": False} if message["role"] == "assistant" else message for message in task.messages]
-    return [
-        *asked,
-        {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content},
-    ]
+    answer = {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
+    return {"messages": [*asked, answer], **({"tools": task.tools} if task.tools else {})}
 
 
 def digest_of(claim: Mapping[str, Any]) -> str:

@@ -156,11 +156,14 @@ def _read(name: str, path: Path, missing: tuple[str, ...]) -> str:
 
 
 def task_text(task: Task) -> str:
-    """Write a task's messages as one text: the question alone, or each message under its role, with calls of tools."""
+    """Write a task as one text: the question alone, or its tools and each message under its role."""
     messages = check_messages(task.messages)
-    if len(messages) == 1:
+    if len(messages) == 1 and not task.tools:
         return messages[0]["content"]
-    return "\n\n".join(f"[{message['role']}]\n{_message_text(message)}" for message in messages)
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in task.tools or ()]
+    parts = [("tools", "\n".join(tools))] if tools else []
+    parts += [(message["role"], _message_text(message)) for message in messages]
+    return "\n\n".join(f"[{name}]\n{text}" for name, text in parts)
 
 
 def _message_text(message: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
         asker = Asker(Caller(a.output / CALLS, budget_of(a), a.max_failed), a.seed)
         engine = make_engine("--student", a.student, a.student_model, a)
         questions = [
-            Question(history, str(n), w.task.messages, lambda reply, n=n: read_draft(reply, f"student-{n}"))
+            Question(history, str(n), w.task.messages, partial(read_draft, name=f"student-{n}"), is_answer=True)
             for worked in worked_by_file.values()
             for w in worked
             for history in [History(w.task)]

@@ -8,8 +8,9 @@ import pytest
 
 from data.calls.call import Failure
 from data.refine.asking import RETRY_TEMPERATURE, TRIES
-from data.refine.drafts import Draft, History
+from data.refine.drafts import Chain, Draft, History
 from data.refine.loop import FAILED_CANDIDATES, NOT_PASSED
+from data.refine.make import sample_of
 from data.refine.plan import Dimension, RefinePlan
 from data.refine.tournament import choose
 from nb_lightning.text.messages import ChatError
@@ -194,6 +195,21 @@ def test_candidates_that_are_no_answer(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert history.calls == {"teacher": 3}  # the fourth got no reply
     assert (history.best, history.dropped) == (None, FAILED_CANDIDATES)
+
+
+def test_a_tasks_tools_reach_who_answers_and_are_shown_to_who_judges(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    wanted = {"name": "add", "arguments": {"a": 2}}
+    task = make_task("Use add.", [wanted], "tool_call", tools=tools)
+    called = reply("", "tool_calls", tool_calls=[{"id": "1", "type": "function", "function": wanted}])
+    engine = Scripted(candidate="It is 5.", critique=APPROVAL, revise=called)
+    refinement, _, _ = make_refinement(tmp_path, make_plan(rounds=1), [task], engine)
+    (history,) = refinement.refine([task])
+    assert [(d.status, d.passed) for d in history.drafts] == [("no_answer", False), ("correct", True)]
+    assert [call.tools for call in engine.calls] == [tools, None, tools]
+    assert '"name": "add"' in engine.prompts["critique"][0]
+    history.chains.append(Chain("add"))
+    assert sample_of(history, {})["tools"] == tools
 
 
 def test_two_tasks_with_one_id_are_two_tasks(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.refine.drafts import Chain, Critique, Draft, History
 from data.refine.ladder import RUNGS, rung_tokens, write_ladder
-from data.refine.make import claim_folder, read_histories, refine_tasks, sample_of, trained_messages
+from data.refine.make import claim_folder, conversation, read_histories, refine_tasks, sample_of
 from data.refine.report import Report, format_report
 from data.refine.show import show, write_page
 from nb_lightning.rewards.tasks import Task
@@ -138,7 +138,7 @@ def test_prepare_takes_the_samples_as_they_stand_and_trains_reasoning_and_answer
         {"role": "user", "content": "2?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "3"},
     ])  # fmt: skip
-    assert trained_messages(task, "thought", "answer")[1]["train"] is False
+    assert conversation(task, "thought", "answer")["messages"][1]["train"] is False
     history = History(task, drafts=[Draft("teacher-0", "", "answer", "stop")], best=0, chains=[Chain("thought")])
     multi = tmp_path / "multi.jsonl"
     multi.write_text(json.dumps(sample_of(history, {})) + "\n")
