@@ -100,6 +100,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch", "limit"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise ValueError(f"--{name} is {getattr(a, name)}; it must be at least 1")
+    if a.output.exists() and not a.output.is_dir():
+        raise ValueError(f"--output {a.output} is no folder")
     plan = read_plan(a.plan, a.overrides)
     prompts = read_prompts(plan.language, plan.prompts, plan.critiques)
     budget = budget_of(a)

@@ -134,6 +134,8 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def _check_paths(paths: Sequence[Path], output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is no folder")
     for path in paths:
         if output.resolve() == path.parent.resolve():
             raise ValueError(f"--output {output} is the folder of {path}, which would be replaced; name another folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from data.calls.budget import Budget, BudgetSpent
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
+from data.refine.__main__ import main
 from data.refine.drafts import Chain, Critique, Draft, History
 from data.refine.ladder import RUNGS, rung_tokens, write_ladder
 from data.refine.make import claim_folder, conversation, read_histories, refine_tasks, sample_of
@@ -301,3 +303,18 @@ def test_half_of_a_page_has_revisions_where_there_are_enough(
     write_page(tmp_path, tmp_path / "page.html", samples=4)
     page = (tmp_path / "page.html").read_text()
     assert (page.count("<h2>1-"), page.count("<h2>0-")) == shown
+
+
+def test_the_command_shows_a_history_and_writes_a_page(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--output", str(made), "--show", "3", "--page", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out
+    assert "Add 3 and 4." in out and out.endswith(f"{tmp_path / 'page.html'}\n")
+    assert (tmp_path / "page.html").read_text().count("<article>") == 22
+    for arguments, problem in (
+        (["--output", str(made), "--show", "x"], f"{made} has no instruction 'x'; it has 0, 1, 2 and 19 more"),
+        (["--output", str(tmp_path), "--show", "1"], f"{tmp_path} has no histories.jsonl; data.refine writes it when"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {re.escape(problem)}"):
+            main(arguments)

@@ -274,5 +274,7 @@ def test_bad_tasks_are_one_line(tmp_path: Path) -> None:
         write_tasks(path, tasks)
         with pytest.raises(SystemExit, match=f"^error: {re.escape(problem)}"):
             main(["--tasks", str(path), "--output", str(tmp_path / "out"), *ENDPOINT])
+    with pytest.raises(SystemExit, match=rf"^error: --output {path} is no folder"):
+        main(["--tasks", str(path), "--output", str(path), *ENDPOINT])
     with pytest.raises(SystemExit, match=r"^error: --tasks is missing: name one or several .jsonl files of tasks"):
         main(["--output", str(tmp_path / "out"), *ENDPOINT])

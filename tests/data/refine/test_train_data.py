@@ -193,5 +193,7 @@ def test_no_file_is_replaced_by_another(tmp_path: Path) -> None:
     ):
         main(["--worked", str(one), "--output", str(tmp_path / "a")])
     assert one.read_bytes() == before
+    with pytest.raises(SystemExit, match=rf"^error: --output {two} is no folder$"):
+        main(["--worked", str(one), "--output", str(two)])
     with pytest.raises(SystemExit, match="--worked names 2 files that are called sums; the name is their source"):
         main(["--worked", str(one), str(two), "--output", str(tmp_path / "out")])
