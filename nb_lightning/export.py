@@ -66,9 +66,11 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError("nothing to write: give --to, --gguf or --adapter")
     shard_bytes = _parse_bytes(a.shard_size)
     origin = find_origin(a.origin)
-    for target, check in ((a.to, _require_folder), (a.gguf, _require_file), (a.adapter, _require_folder)):
+    targets = {"--to": a.to, "--gguf": a.gguf, "--adapter": a.adapter}
+    for flag, target in targets.items():
         if target:
-            check(Path(target), origin.path)
+            check = _require_file if flag == "--gguf" else _require_folder
+            check(flag, Path(target), origin.path)
     if a.adapter:
         export_adapter(origin, Path(a.adapter))
     if not (a.to or a.gguf):
@@ -172,32 +174,34 @@ def _beside(target: Path) -> Path:
     return target.absolute().with_name(f".writing-{target.absolute().name}")
 
 
-def _require_folder(target: Path, origin: Path) -> None:
+def _require_folder(flag: str, target: Path, origin: Path) -> None:
     """Refuse a folder that holds anything but an earlier export."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ValueError(f"--to {target} is a file or a link, not a folder")
+        raise ValueError(f"{flag} {target} is a file or a link, not a folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if target.resolve() in (origin.resolve(), *origin.resolve().parents):
-        raise ValueError(f"--to {target} is where the weights come from")
+        raise ValueError(f"{flag} {target} is where the weights come from")
     try:
         exported = folders.read_info(target, EXPORT)["files"]
     except folders.DamagedCheckpoint as error:
-        raise ValueError(f"--to {target} holds something that is not an earlier export; name another folder") from error
+        raise ValueError(
+            f"{flag} {target} holds something that is not an earlier export; name another folder"
+        ) from error
     for path in target.iterdir():
         if path.name not in exported and path.name != EXPORT:
-            raise ValueError(f"--to {target} is an earlier export, but {path.name} is not of it; name another folder")
+            raise ValueError(f"{flag} {target} is an earlier export, but {path.name} is not of it; name another folder")
 
 
-def _require_file(target: Path, origin: Path) -> None:
+def _require_file(flag: str, target: Path, origin: Path) -> None:
     """Refuse a path that holds anything but the file of an earlier export."""
     if target.suffix != ".gguf":
-        raise ValueError(f"--gguf {target} does not end in .gguf")
+        raise ValueError(f"{flag} {target} does not end in .gguf")
     if target.resolve() == origin.resolve():
-        raise ValueError(f"--gguf {target} is where the weights come from")
+        raise ValueError(f"{flag} {target} is where the weights come from")
     gguf.require_package()
     if (target.exists() or target.is_symlink()) and not (target.is_file() and gguf.is_ours(target)):
-        raise ValueError(f"--gguf {target} is something else than an earlier export; name another file")
+        raise ValueError(f"{flag} {target} is something else than an earlier export; name another file")
 
 
 def _parse_bytes(text: str) -> int:

@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings = SourceSettings(
             a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs, a.special_tokens
         )
+        if chats and not template and a.tokenizer != "bytes" and settings.load_tokenizer().chat_template is None:
+            print(f"note: {a.tokenizer} has no chat template; ChatML is used, or name one: --template", file=sys.stderr)
         if variables and (unread := Chats(settings).encoder.template.describe_unread()):
             print(f"note: {unread}", file=sys.stderr)
         prepared = prepare(

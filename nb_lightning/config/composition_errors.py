@@ -112,6 +112,8 @@ def _explain_option(error: MissingConfigException, conf: Path) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = sorted(error.options or (path.stem for path in (conf / group).glob("*.yaml")))
     options = [name for name in options if name != "schema"]
+    if not (conf / "train.yaml").is_file():
+        return f"{conf} has no train.yaml: train.py must lie in its checkout, beside conf/"
     if not options:
         return f"{group}={option}: there is no such config; conf/{group}/ has none"
     return f"{group}={option}: there is no such config; allowed: {', '.join(options)}"

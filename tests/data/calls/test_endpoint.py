@@ -315,6 +315,7 @@ def test_killed_at_random_places_it_goes_on_to_the_same_output(server: StandIn, 
             journaled, paid = keys_in(folder), len(server.requests)
         answered = server.answered.copy()
         assert not run_until_killed(server, folder, 10**6)
+        server.wait_until_counted(answered.total() + 80 - journaled)
         whole_answers = sum((server.answered - answered).values())
         assert whole_answers == 80 - journaled and len(server.requests) >= paid
         assert (folder / "out.json").read_bytes() == (tmp_path / "whole/out.json").read_bytes()
