@@ -129,7 +129,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         asker = Asker(caller, a.seed)
         tournament = tournament_of(plan.tournament, a.device, a.dtype) if plan.tournament else None
         refinement = Refinement(plan, prompts, engines, asker, verifiers, tournament)
-        reconstruction = Reconstruction(plan, prompts, engines.writer, asker, verifiers, anchoring)
+        reconstruction = Reconstruction(plan, prompts, engines.writer, engines.critic, asker, verifiers, anchoring)
         provenance = {"engines": about, "plan": a.plan, "seed": a.seed, "claim": digest_of(claim)}
         return refine_tasks(tasks, refinement, reconstruction, caller, provenance, a.output, a.batch)
 

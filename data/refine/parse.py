@@ -148,6 +148,14 @@ def first_word(line: str) -> str:
     return line.split()[0]
 
 
+def read_same(reply: Reply) -> bool:
+    """Read {"same": true} or {"same": false}."""
+    same = _object(finished_answer(reply), {"same"})["same"]
+    if not isinstance(same, bool):
+        raise Unreadable("same is neither true nor false")
+    return same
+
+
 def read_tagged(reply: Reply, tags: Sequence[str]) -> dict[str, str]:
     """Read <tag>...</tag> for each tag, once and in this order; text before, between and after them is left out.
 

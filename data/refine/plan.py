@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Dimension:
             the verifier of tasks without a reference).
         verifiers: the dimension applies to tasks of these verifiers; empty for all.
         description: what the critic is to look at; the templates describe `DESCRIBED`.
+        critic_least: instead of `least` where a task has no reference and the critic judges everything; None: `least`.
     """
 
     weight: float = bounded(1.0, FINITE_NOT_NEGATIVE)
@@ -43,6 +44,7 @@ class Dimension:
     by: str = bounded("model", one_of("verifier", "model"))
     verifiers: list[str] = field(default_factory=list)
     description: str = ""
+    critic_least: float | None = bounded(None, SHARE)
 
     def applies_to(self, verifier: str) -> bool:
         """Whether tasks of a verifier have this dimension."""
@@ -72,6 +74,7 @@ class SamplingByRole:
     revise: RoleSampling = field(default_factory=RoleSampling)
     skeleton: RoleSampling = field(default_factory=RoleSampling)
     chain: RoleSampling = field(default_factory=RoleSampling)
+    same: RoleSampling = field(default_factory=RoleSampling)
 
 
 @dataclass
@@ -122,7 +125,12 @@ class RefinePlan:
 
     def by_model(self, verifier: str) -> dict[str, Dimension]:
         """Return the dimensions that the critic scores: all of them where the task has no reference."""
-        return {n: d for n, d in self._dimensions(verifier).items() if d.by == "model" or verifier == NO_VERIFIER}
+        if verifier != NO_VERIFIER:
+            return {n: d for n, d in self._dimensions(verifier).items() if d.by == "model"}
+        return {
+            n: d if d.critic_least is None else replace(d, least=d.critic_least)
+            for n, d in self._dimensions(verifier).items()
+        }
 
     def _dimensions(self, verifier: str) -> dict[str, Dimension]:
         return {name: dimension for name, dimension in self.dimensions.items() if dimension.applies_to(verifier)}

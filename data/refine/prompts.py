@@ -25,7 +25,8 @@ from nb_lightning.text.messages import check_messages
 SHIPPED = Path(__file__).parent / "prompts"
 LANGUAGES = tuple(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
 # name -> the variables that a template gets. Of each group it must read at least one, or the model would not see what
-# it is asked about. `answer` is the draft's answer, `draft` its reasoning and answer, `verdicts` the signs of lines.
+# it is asked about. `answer` is the draft's answer, `draft` its reasoning and answer, `verdicts` the signs of lines,
+# `own_answer` what the writer of a chain concluded.
 # "verifier_item" is no prompt: it is the checklist's first item where the task has a verifier.
 GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "verifier_item": (),
@@ -35,16 +36,19 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "revise": (("task",), ("answer", "draft"), ("critiques", "verdicts")),
     "skeleton": (("task",), ("answer",)),
     "chain": (("task",), ("answer",)),
+    "same": (("answer",), ("own_answer",)),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "score": ("checklist", "reasoning"),
     "critique": ("checklist", "reasoning", "verdict"),
     "revise": ("checklist", "reasoning", "verdict"),
     "chain": ("skeleton",),
+    "same": ("task",),
 }
 # With these a template is tried before any call is made.
 FULL: dict[str, Any] = {
-    "task": "t", "answer": "a", "draft": "d", "reasoning": "r", "skeleton": "s", "verdict": "wrong", "verdicts": "t -",
+    **{name: name for name in ("task", "answer", "own_answer", "draft", "reasoning")},
+    **{name: name for name in ("skeleton", "verdict", "verdicts")},
     "checklist": ["c"], "dimensions": {"correctness": ""},
     "critiques": [Critique(1, "w", "p", "f"), Critique(None, "", "p", "f")],
 }  # fmt: skip

@@ -18,7 +18,7 @@ from data.refine.asking import Asker, Question, warmer
 from data.refine.drafts import Chain, History, with_thought
 from data.refine.line_checks import LINE_CHECKS
 from data.refine.loop import SCORING_THREADS, score_texts
-from data.refine.parse import finished_answer, read_tagged, read_thought_chain
+from data.refine.parse import finished_answer, read_same, read_tagged, read_thought_chain
 from data.refine.plan import RefinePlan, RoleSampling
 from data.refine.prompts import Prompts, task_text
 from nb_lightning.generation.sampling import Sampling
@@ -43,6 +43,7 @@ class Reconstruction:
     plan: RefinePlan
     prompts: Prompts
     writer: Engine
+    critic: Engine
     asker: Asker
     verifiers: Mapping[str, Verifier]
     anchoring: AnchoringModel | None = None
@@ -123,10 +124,10 @@ class Reconstruction:
 
     def _check(self, histories: Sequence[History]) -> None:
         """Set the problem of each last chain that fails a check, and measure its anchoring."""
-        with ThreadPoolExecutor(SCORING_THREADS) as threads:
-            problems = list(threads.map(self._problem, histories))
-        for history, problem in zip(histories, problems):
-            history.chains[-1].problem = problem
+        for history in histories:
+            history.chains[-1].problem = self._problem(history)
+        if self.plan.reconstruct.mode != "none":  # else nobody saw an answer
+            self._require_same_answer([h for h in histories if not h.chains[-1].problem])
         self._measure([h for h in histories if not h.chains[-1].problem])
 
     def _problem(self, history: History) -> str:
@@ -137,28 +138,45 @@ class Reconstruction:
             chain.lines_checked, chain.lines_valid = len(verdicts), sum(verdicts)
         if len(chain.reasoning) < settings.min_chain_chars:
             return "too short"
-        if settings.mode != "none":  # else nobody saw an answer
-            lowered, question = chain.reasoning.lower(), task.lower()
-            if any(quote in lowered and quote not in question for quote in QUOTES):
-                return "it speaks of an answer that was given"
-            if not self._agrees(history):
-                return "its own answer is another"
+        lowered, question = chain.reasoning.lower(), task.lower()
+        if settings.mode != "none" and any(quote in lowered and quote not in question for quote in QUOTES):
+            return "it speaks of an answer that was given"
         if chain.lines_valid < chain.lines_checked:
             return "a line does not hold"
         return ""
 
-    def _agrees(self, history: History) -> bool:
-        """Whether the writer's own answer is the refined one, or as good by the task's verifier."""
+    def _require_same_answer(self, histories: Sequence[History]) -> None:
+        """Refuse chains whose own answer is not the refined one.
+
+        Answers that differ in their letters are compared by the task's verifier; where it has none, the critic says
+        whether they are the same.
+        """
+        others = [h for h in histories if fold(final_answer(_own_answer(h))) != fold(final_answer(answer_of(h)))]
+        verified = [h for h in others if self.plan.by_verifier(h.task.verifier)]
+        with ThreadPoolExecutor(SCORING_THREADS) as threads:
+            same = dict(zip(map(id, verified), threads.map(self._is_as_good, verified)))
+        asked = [h for h in others if id(h) not in same]
+        questions = [
+            Question(
+                h, str(len(h.chains)), self.prompts.messages(
+                    "same", task=task_text(h.task), answer=answer_of(h), own_answer=_own_answer(h)
+                ), read_same,
+            )
+            for h in asked
+        ]  # fmt: skip
+        answers = self.asker.ask("same", self.critic, self.plan.sampling.same.sampling(), questions)
+        same |= dict(zip(map(id, asked), answers))
+        for history in others:
+            if not same[id(history)]:  # None: the critic's reply could not be read
+                history.chains[-1].problem = "its own answer is another"
+
+    def _is_as_good(self, history: History) -> bool:
+        """Whether the chain with the writer's own answer has the reward of the refined answer."""
         chain, draft = history.chains[-1], history.best_draft
         assert draft is not None
-        if fold(final_answer(chain.own_answer)) == fold(final_answer(draft.content)):
-            return True
-        dimensions = self.plan.by_verifier(history.task.verifier)
-        if not dimensions:
-            return False
         text = with_thought(chain.reasoning, chain.own_answer)
         reward = score_texts(self.verifiers, history.task, [text])[0].reward
-        return reward >= max(draft.scores[name] for name in dimensions)
+        return reward >= max(draft.scores[name] for name in self.plan.by_verifier(history.task.verifier))
 
     def _measure(self, histories: Sequence[History]) -> None:
         settings = self.plan.reconstruct
@@ -189,3 +207,7 @@ def answer_of(history: History) -> str:
     """Return the refined answer, without its reasoning."""
     assert history.best_draft is not None
     return history.best_draft.content
+
+
+def _own_answer(history: History) -> str:
+    return history.chains[-1].own_answer

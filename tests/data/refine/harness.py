@@ -31,6 +31,7 @@ BEGINNINGS = {
     "Write a better answer": "revise",
     "A task and its answer": "skeleton",
     "Write out the reasoning": "chain",
+    "Two answers to one task": "same",
 }
 Said = str | Reply | Failure
 Line = Said | Sequence[Said] | Callable[[str], Said]  # what is always said; in turn; or to a prompt
@@ -117,7 +118,7 @@ def make_refinement(
     verifiers = get_verifiers(task for task in tasks if task.verifier != "preference")
     engines = Engines({"teacher": teacher or engine}, engine, engine)
     refinement = Refinement(plan, prompts, engines, asker, verifiers, tournament)
-    return refinement, Reconstruction(plan, prompts, engine, asker, verifiers), asker.caller
+    return refinement, Reconstruction(plan, prompts, engine, engine, asker, verifiers), asker.caller
 
 
 def solve(role: str, prompt: str) -> str:

@@ -85,6 +85,9 @@ def test_who_scores_a_dimension() -> None:
     })  # fmt: skip
     assert [*plan.by_verifier("exact")] == ["correctness"] and [*plan.by_model("exact")] == ["safety"]
     assert [*plan.by_verifier("code")] == ["correctness", "tests"]
+    assert plan.by_model("preference")["correctness"].least == plan.dimensions["correctness"].least
+    plan.dimensions["correctness"].critic_least = 0.7
+    assert plan.by_model("preference")["correctness"].least == 0.7 != plan.by_verifier("exact")["correctness"].least
     assert [*plan.by_verifier("preference")] == [] and [*plan.by_model("preference")] == ["correctness", "safety"]
 
 

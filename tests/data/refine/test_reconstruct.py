@@ -113,11 +113,25 @@ def test_the_own_answer_may_be_written_in_another_way_if_the_verifier_takes_it(t
     assert problem(tmp_path / "2", chain("half", "\\boxed{0.6}"), **refined) == "its own answer is another"
 
 
-def test_without_a_verifier_the_own_answer_must_be_the_refined_one(tmp_path: Path) -> None:
-    refined: dict[str, Any] = dict(content="Let us see.\nAnswer: a  rose", verifier="preference", reference=None)
-    assert problem(tmp_path, chain("it is", "Answer: a rose"), **refined) == ""
-    assert problem(tmp_path / "2", chain("it is", "a rose"), **refined) == ""
-    assert problem(tmp_path / "3", chain("it is", "a tulip"), **refined) == "its own answer is another"
+@pytest.mark.parametrize(
+    "own, says, problem",
+    [
+        ("Answer: a rose", None, ""),  # the same letters: nobody is asked
+        ("a rose", None, ""),
+        ("it is a rose", '{"same": true}', ""),
+        ("a tulip", '{"same": false}', "its own answer is another"),
+        ("a tulip", "yes", "its own answer is another"),  # not readable, twice
+    ],
+)
+def test_without_a_verifier_the_critic_says_whether_the_own_answer_is_the_refined_one(
+    tmp_path: Path, own: str, says: str | None, problem: str
+) -> None:
+    history = history_of(content="Let us see.\nAnswer: a  rose", verifier="preference", reference=None)
+    engine = Scripted(skeleton=SKELETON, chain=chain("it is", own), **({"same": says} if says else {}))
+    _, reconstruction, _ = make_refinement(tmp_path, make_plan(), [history.task], engine)
+    reconstruction.reconstruct([history])
+    assert history.chains[0].problem == problem
+    assert engine.counts["same"] == {None: 0, "yes": 2}.get(says, 1)
 
 
 def test_an_answer_of_partial_credit_needs_no_full_credit_of_its_chain(tmp_path: Path) -> None:
@@ -142,7 +156,7 @@ def test_lines_are_replayed_of_every_chain_that_is_written(tmp_path: Path) -> No
         chain("2 + 3 = 6\nso 6", "6"), chain("2 + 3 = 6\n6 - 1 = 5\nhence 5", "5"), chain("2 + 3 = 5\n5 = 5", "5"),
     ])  # fmt: skip
     assert [(c.problem, c.lines_valid, c.lines_checked) for c in history.chains] == [
-        ("its own answer is another", 0, 1), ("a line does not hold", 1, 2), ("", 1, 1),
+        ("a line does not hold", 0, 1), ("a line does not hold", 1, 2), ("", 1, 1),
     ]  # fmt: skip
     assert history.dropped == ""
 
