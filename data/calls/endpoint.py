@@ -176,7 +176,7 @@ def _reply(body: bytes, retries: Counter[str], seconds: float) -> Reply:
         if not isinstance(finish, str):
             raise TypeError(f"finish_reason is {finish!r}")
         tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         text = body[:WORDS].decode("utf-8", "replace")
         raise NoAnswer("no chat completion", f"{type(error).__name__} {error} in {text!r}") from None
     message = {"role": "assistant", "content": "", **message}
@@ -199,16 +199,19 @@ def _error(body: bytes) -> dict[str, Any]:
 
 
 def asked_wait(answer: Answer) -> float | None:
-    """Return the seconds that a Retry-After header asks for; it has seconds or a date."""
+    """Return the seconds that a Retry-After header asks for; it has seconds or a date.
+
+    None without one, and for no time or a past one: asked again at once, all attempts would be gone in a moment.
+    """
     asked = answer.headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(asked))
+        seconds = float(asked)
     except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+        try:
+            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return seconds if seconds > 0 else None
 
 
 def _fold(seed: int, number: int) -> int:

@@ -171,8 +171,12 @@ def test_the_wait_doubles_and_retry_after_is_obeyed_up_to_the_maximum(server: St
     assert stop.waits == [0.5, 1.0, 7.0, 60.0, 8.0]
 
 
+@pytest.mark.parametrize("asked", ["0", "-5", "nan", formatdate(0), "1 Jan 9999 00:00:00 +99999999999999"])
+def test_a_retry_after_that_asks_for_no_time_leaves_the_wait_to_us(asked: str) -> None:
+    assert asked_wait(Answer(429, b"", {"retry-after": asked})) is None
+
+
 def test_a_retry_after_may_be_a_date() -> None:
-    assert asked_wait(Answer(429, b"", {"retry-after": formatdate(0)})) == 0.0  # it is past
     later = asked_wait(Answer(429, b"", {"retry-after": formatdate(4e9)}))
     assert later is not None and later > 1e8
 
