@@ -133,7 +133,8 @@ def _kind_of(file: Path, text_suffixes: tuple[str, ...]) -> str | None:
 
 def _holds_array(file: Path) -> bool:
     with read_errors_of(str(file)):
-        return next(unpack(str(file)), b"").removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        first = next(filter(None, unpack(str(file))), b"")  # of an archive, a block may unpack to nothing
+        return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _whole(kind: str, file: Path) -> Part:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import random
+import string
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -90,6 +92,19 @@ def test_every_kind_of_json_may_be_compressed(tmp_path: Path, pack: Callable[[by
         assert texts(tmp_path / f"{name}.{ending}") == long
     parts, ignored = cut_inputs([str(tmp_path)])  # in a folder, only arrays among the .json
     assert sorted(Path(part.files[0]).name[0] for part in parts) == list("abce") and ignored == {f".{ending}": 1}
+
+
+def test_an_array_is_one_behind_an_empty_member_and_in_blocks_that_unpack_late(tmp_path: Path) -> None:
+    noise = ["".join(random.Random(0).choices(string.ascii_letters + string.digits, k=300_000))]  # hardly compresses
+    for name, content in (
+        ("a.json.gz", gzip.compress(b"") + gzip.compress(as_array(TEXTS))),
+        ("b.json.xz", lzma.compress(b"") + lzma.compress(as_array(TEXTS))),
+        # what pzstd writes before each frame
+        ("c.json.zst", b"\x50\x2a\x4d\x18\x02\0\0\0ab" + zstandard.compress(as_array(TEXTS))),
+        ("d.json.zst", zstandard.compress(as_array(noise))),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert texts(tmp_path / name) == (noise if name[0] == "d" else TEXTS)
 
 
 def test_bad_records_of_an_archive_are_numbered(tmp_path: Path) -> None:
