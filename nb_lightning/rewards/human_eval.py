@@ -16,6 +16,7 @@ import gzip
 import json
 import math
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def read_problems(path: str | Path) -> Iterator[tuple[int, Task | ValueError]]:
     try:
         raw = Path(path).read_bytes()
         text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

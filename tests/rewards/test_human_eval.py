@@ -134,6 +134,9 @@ def test_what_is_left_out_is_named_with_its_line(name: str, tmp_path: Path, monk
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
-    for name in ("a.jsonl.gz", "none.jsonl"):
+    archive = gzip.compress(b"{}\n" * 99)
+    (tmp_path / "damaged.jsonl.gz").write_bytes(archive[:12] + bytes([archive[12] ^ 255]) + archive[13:])
+    (tmp_path / "cut.jsonl.gz").write_bytes(archive[:-9])
+    for name in ("a.jsonl.gz", "damaged.jsonl.gz", "cut.jsonl.gz", "none.jsonl"):
         with pytest.raises(ValueError, match=f"{name} cannot be read: "):
             list(read_problems(tmp_path / name))
