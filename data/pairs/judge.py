@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,11 +37,12 @@ UNDECIDED = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two responses to the same messages."""
+    """Two responses to the same messages, and the functions that both could call."""
 
     messages: Sequence[Mapping[str, Any]]
     first: str
     second: str
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 class Judge(Protocol):
@@ -99,7 +101,7 @@ class RewardModelJudge:
 
     def calls(self, comparison: Comparison) -> list[Call]:
         answers = ({"role": "assistant", "content": text} for text in (comparison.first, comparison.second))
-        return [Call([*comparison.messages, *answers], VERDICT, seed=0)]
+        return [Call([*comparison.messages, *answers], VERDICT, seed=0, tools=comparison.tools)]
 
     def preference(self, replies: Sequence[Reply]) -> float:
         return float(replies[0].message["content"])
@@ -108,9 +110,9 @@ class RewardModelJudge:
         for number, call in enumerate(calls):
             *messages, first, second = call.messages
             texts = first["content"], second["content"]
-            tokens = sum(len(self.model.read(messages, text)) for text in texts)
+            tokens = sum(len(self.model.read(messages, text, call.tools)) for text in texts)
             fits = tokens <= self.model.context
-            preference = self.model.compare(messages, [texts])[0] if fits else UNDECIDED
+            preference = self.model.compare(messages, [texts], call.tools)[0] if fits else UNDECIDED
             on_reply(number, Reply({"role": "assistant", "content": repr(preference)}, "stop", tokens, 1))
 
 
@@ -122,6 +124,8 @@ class EndpointJudge:
 
     def calls(self, comparison: Comparison) -> list[Call]:
         conversation = "\n\n".join(f"{m['role']}: {m.get('content', '')}" for m in comparison.messages)
+        if comparison.tools:
+            conversation = f"tools: {json.dumps(comparison.tools, ensure_ascii=False)}\n\n{conversation}"
         orders = (comparison.first, comparison.second), (comparison.second, comparison.first)
         questions = [QUESTION.format(conversation=conversation, a=a, b=b) for a, b in orders]
         return [Call([{"role": "user", "content": question}], VERDICT, seed=0) for question in questions]

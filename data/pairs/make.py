@@ -86,7 +86,9 @@ def _sample(
 def _ask_judge(answers: Sequence[Answers], judge: Judge, least: float, caller: Caller) -> None:
     """Keep the pairs whose chosen response the judge prefers, by at least `least`."""
     comparisons = [
-        Comparison(a.task.messages, chosen.text, rejected.text) for a in answers for chosen, rejected in a.pairs
+        Comparison(a.task.messages, chosen.text, rejected.text, a.task.tools)
+        for a in answers
+        for chosen, rejected in a.pairs
     ]
     preferences = iter(compare(judge, comparisons, caller))
     for a in answers:

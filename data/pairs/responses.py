@@ -142,7 +142,7 @@ def render_last(messages: list[Any], chat: ChatTokenizer, tools: Sequence[Any] |
         ChatError: as `ChatTemplate.render_turns`; or the template leaves out the reasoning or a call.
     """
     text, turns = chat.template.render_turns(messages, tools)
-    end = chat.tokenizer.tokenizer.id_to_token(chat.end_id)
+    end = chat.tokenizer.tokenizer.id_to_token(chat.end_id_of(bool(tools)))
     assert end is not None
     turn, opens = turns[-1], chat.template.opens_thought
     written = text[turn.start : turn.end]

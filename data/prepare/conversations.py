@@ -23,8 +23,8 @@ from nb_lightning.text.messages import ChatError, check_json, check_messages, is
 from nb_lightning.text.thoughts import without_thought
 from nb_lightning.text.variables import check_variables
 
-VARIABLES = "chat_template_kwargs"
-FIELDS = ("messages", "conversations", "prompt", "completion", *ALPACA, "tools", "functions", "system", VARIABLES)
+TOOLS, VARIABLES = ("tools", "functions"), "chat_template_kwargs"
+FIELDS = ("messages", "conversations", "prompt", "completion", *ALPACA, *TOOLS, "system", VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ def messages_of(value: Any, role: str, name: str) -> list[Any]:
 
 def tools_of(fields: Mapping[str, Any]) -> list[Any] | None:
     """Read the field `tools`, or `functions`: a list, or its JSON."""
-    lists = {name: tools for name in ("tools", "functions") if (tools := _objects(fields.get(name), name))}
+    lists = {name: tools for name in TOOLS if (tools := _objects(fields.get(name), name))}
     if len(lists) > 1:
         raise ChatError("both tools and functions")
     if "functions" in lists:
-        return [{"type": "function", "function": function} for function in lists["functions"]]
+        return [f if "function" in f else {"type": "function", "function": f} for f in lists["functions"]]
     return lists.get("tools")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.chats import Chats
-from data.prepare.conversations import VARIABLES, Chat, messages_of, question_of, tools_of, variables_of
+from data.prepare.conversations import TOOLS, VARIABLES, Chat, messages_of, question_of, tools_of, variables_of
 from data.prepare.other_forms import alpaca_prompt, from_sharegpt, from_transcript, is_transcript
 from data.prepare.samples import Parsed, SampleBuilder, mark_trained
 from data.prepare.source_writer import SampleWriter
@@ -39,7 +39,7 @@ SPEAKS = {"role": "assistant", "content": ""}  # the end of a transcript that th
 class Pairs(Chats):
     """A form of records: a pair becomes two samples. See data/prepare/forms.py."""
 
-    fields = (*PROMPTS, "input", "history", "tools", "system", VARIABLES, *SIDES)
+    fields = (*PROMPTS, "input", "history", *TOOLS, "system", VARIABLES, *SIDES)
     fields += tuple(f"{side}_finish" for side in SIDES)
 
     def open_writer(self, folder: Path) -> SampleWriter:

@@ -31,7 +31,7 @@ SCORING_THREADS = 4
 FAILED_CANDIDATES = "no candidate is a finished answer"
 NOT_PASSED = "no draft passed"
 # Messages, drafts -> index of the best; None if they cannot be compared.
-Tournament = Callable[[Sequence[Mapping[str, Any]], Sequence[Draft]], int | None]
+Tournament = Callable[[Task, Sequence[Draft]], int | None]
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Refinement:
             history.best = scored[key.index(max(key))]
             passing = [i for i in scored if history.drafts[i].passed]
             if self.tournament is not None and len(passing) > 1:
-                winner = self.tournament(history.task.messages, [history.drafts[i] for i in passing])
+                winner = self.tournament(history.task, [history.drafts[i] for i in passing])
                 history.best = history.best if winner is None else passing[winner]
 
     # Critique and revision -------------------------------------------------------------------------------------------

@@ -44,22 +44,25 @@ class RewardModel:
         self.form = ComparisonForm.of(chat)
         self._lock = threading.Lock()
 
-    def read(self, messages: Sequence[Message], response: str) -> list[int]:
-        """Encode a response's half of a comparison: prompt, response, end of turn.
+    def read(self, messages: Sequence[Message], response: str, tools: Sequence[Any] | None = None) -> list[int]:
+        """Encode a response's half of a comparison: prompt with its tools, response, end of turn.
 
         Raises:
             ChatError: messages that the template refuses, or a text that the tokenizer cannot encode.
         """
-        return self.chat.answered(messages, response).ids
+        return self.chat.answered(messages, response, tools=tools).ids
 
-    def compare(self, messages: Sequence[Message], pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def compare(
+        self, messages: Sequence[Message], pairs: Sequence[tuple[str, str]], tools: Sequence[Any] | None = None
+    ) -> list[float]:
         """Return the probability that the first of each pair is the better response; 0.5 for equal texts.
 
         Raises:
             ValueError: a comparison has more tokens than `context`.
             ChatError: see `read`.
         """
-        halves = {text: self.read(messages, text) for text in dict.fromkeys(text for pair in pairs for text in pair)}
+        texts = dict.fromkeys(text for pair in pairs for text in pair)
+        halves = {text: self.read(messages, text, tools) for text in texts}
         # Each order once. Not in a set, whose own order would change the last bits from process to process.
         unique = dict.fromkeys(order for pair in pairs if pair[0] != pair[1] for order in (pair, pair[::-1]))
         orders = sorted(unique, key=lambda order: len(halves[order[0]]) + len(halves[order[1]]))

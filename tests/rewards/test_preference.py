@@ -274,6 +274,13 @@ def test_the_reward_model_judges_pairs(run: Path, model: RewardModel, tmp_path: 
     asked = [Comparison(ASKED, one, other) for one, other in PAIRS[:5]]
     asked.append(Comparison(ASKED, "x" * 200, "y"))
     assert compare(judge, asked, Caller(tmp_path)) == [*model.compare(ASKED, PAIRS[:5]), 0.5]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    judge.model.context = model.context + 1000  # of the tools, in bytes
+    seen = Comparison(ASKED, "abc", "abc!", tools)
+    (with_tools,) = compare(judge, [seen], Caller(tmp_path))
+    halves = [judge.model.chat.answered(ASKED, text, tools=tools).ids for text in ("abc", "abc!")]
+    p, q = judge.model._judge([comparison(*halves), comparison(*halves[::-1])])
+    assert with_tools == (p + 1 - q) / 2 != model.compare(ASKED, [("abc", "abc!")])[0]
     assert judge.about() == {"name": "reward_model", "digest": find_origin(str(run)).digest()}
     words = ["--tasks", "t", "--teacher", "t", "--student", "s", "--output", "o", "--by", "judge", "--judge", "nowhere"]
     with pytest.raises(SystemExit, match="error: no checkpoint at 'nowhere'"):

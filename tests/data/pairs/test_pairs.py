@@ -23,6 +23,7 @@ from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer
 from nb_lightning.rewards.tasks import Task, write_tasks
+from nb_lightning.text.chat_template import choose_by_tools
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.messages import ChatError
 from nb_lightning.token_source import Source
@@ -374,6 +375,15 @@ def test_a_task_s_tools_reach_the_teacher_and_its_call_is_written(endpoint: Endp
     assert text == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
+def test_the_end_of_a_turn_of_a_template_for_tools_is_no_part_of_a_response(endpoint: Endpoint, tmp_path: Path) -> None:
+    template = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n{{ m.content }}%s{%% endfor %%}"
+    template += "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+    chosen = choose_by_tools(template % "<|im_end|>", template % "<|endoftext|>")
+    endpoint.answer = lambda request: {"content": "7"}
+    for number, tools in enumerate((None, [{"type": "function", "function": {"name": "add"}}])):
+        assert answer_of(endpoint, tmp_path / str(number), chosen, tools) == ("7", "stop")
+
+
 def test_a_teachers_reasoning_that_the_students_template_leaves_out_is_named(
     models: Path, endpoint: Endpoint, tmp_path: Path
 ) -> None:
@@ -404,6 +414,15 @@ def answer_of(
     (reply,) = Caller(folder).ask(sampler.engine, sampler.calls(task), "teacher")
     assert reply is not None
     return sampler.text(task, reply), reply.finish
+
+
+def test_a_judge_sees_the_tools() -> None:
+    judge = EndpointJudge(EndpointEngine("http://127.0.0.1:1/v1", "judge"))
+    plain, with_tools = (
+        judge.calls(Comparison([{"role": "user", "content": "3 + 4"}], "7", "8", tools))[0].messages[0]["content"]
+        for tools in (None, [{"name": "add"}])
+    )
+    assert with_tools == plain.replace("user: 3 + 4", 'tools: [{"name": "add"}]\n\nuser: 3 + 4')
 
 
 def test_a_judge_is_asked_both_ways_round(models: Path, tmp_path: Path, endpoint: Endpoint) -> None:

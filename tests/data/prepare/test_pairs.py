@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data.prepare.__main__ import main
 from data.prepare.make import prepare
 from data.prepare.pairs import Pairs
+from data.prepare.parts import cut_inputs
+from data.prepare.records import read_objects
 from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.text.chat_tokens import ChatTokenizer
@@ -201,6 +205,22 @@ def test_system_tools_and_calls(form: Pairs) -> None:
     trained = form.tokenizer.decode([token & ~TRAINED for token in chosen if token & TRAINED])
     assert text.startswith(prompt) and "<|im_start|>tool\n5<|im_end|>" in text
     assert trained == '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>5<|im_end|>'
+
+
+def test_functions_are_tools_in_a_table_too(form: Pairs, tmp_path: Path) -> None:
+    function = {"name": "add"}
+    records = [
+        {"prompt": "2 + 3 = ?", "chosen": "5", "rejected": "6", "functions": None, name: json.dumps(value)}
+        for name, value in (
+            ("tools", [{"type": "function", "function": function}]),  # its keys are the columns
+            ("functions", [function]),
+            ("functions", [{"type": "function", "function": function}]),
+        )
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    (part,), _ = cut_inputs([str(tmp_path / "a.parquet")])
+    parsed = form.parse_many([record.value for record in read_objects(part, form.fields)])
+    assert parsed[0] == parsed[1] == parsed[2] == form.parse(records[0])
 
 
 def test_a_marked_turn_of_a_response_is_not_trained_on(form: Pairs) -> None:

@@ -13,6 +13,7 @@ from data.refine.loop import FAILED_CANDIDATES, NOT_PASSED
 from data.refine.make import sample_of
 from data.refine.plan import Dimension, RefinePlan
 from data.refine.tournament import choose
+from nb_lightning.rewards.tasks import Task
 from nb_lightning.text.messages import ChatError
 from tests.data.refine.harness import (
     APPROVAL,
@@ -233,23 +234,29 @@ def test_candidates_come_from_every_engine(tmp_path: Path) -> None:
 # Tournament ----------------------------------------------------------------------------------------------------------
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
 class Preferring:
     """A reward model that prefers longer texts, by the ratio of their lengths."""
 
     context = 100
 
-    def read(self, messages: object, text: str) -> list[int]:
+    def read(self, messages: object, text: str, tools: object) -> list[int]:
+        assert tools == TOOLS
         if text == "unreadable":
             raise ChatError("no")
         return [0] * len(text)
 
-    def compare(self, messages: object, pairs: list[tuple[str, str]]) -> list[float]:
+    def compare(self, messages: object, pairs: list[tuple[str, str]], tools: object) -> list[float]:
+        assert tools == TOOLS
         return [len(a) / (len(a) + len(b)) for a, b in pairs]
 
 
 def test_a_tournament_takes_the_most_expected_wins() -> None:
     def chosen(*texts: str) -> int | None:
-        return choose(Preferring(), [], [Draft("", "", text, "stop") for text in texts])  # type: ignore[arg-type]
+        task = Task("t", "s", [], "exact", "", TOOLS)
+        return choose(Preferring(), task, [Draft("", "", text, "stop") for text in texts])  # type: ignore[arg-type]
 
     assert chosen("a", "bbb", "cc") == 1
     assert chosen("aa", "bb") == 0  # equal: the first
@@ -261,7 +268,7 @@ def test_a_tournament_takes_the_most_expected_wins() -> None:
 def test_a_tournament_is_among_drafts_that_pass(tmp_path: Path) -> None:
     seen = []
 
-    def tournament(messages: object, drafts: object) -> int | None:
+    def tournament(task: object, drafts: object) -> int | None:
         seen.append([d.name for d in drafts])  # type: ignore[attr-defined]
         return 1 if len(seen) == 1 else None
 
