@@ -215,7 +215,7 @@ class ChatTokenizer:
                 raise ChatError("reasoning where the generation prompt closes the thought")
         ids, (start,) = self._guarded.encode(prompt + text, [len(prompt)], guarded)
         ids = [*ids, self.end_id_of(bool(tools))] if ended else ids
-        left_out = missing_tool(guarded_tools, prompt) or missing_part(asked, guarded_tools, prompt, {})
+        left_out = missing_part(asked, guarded_tools, prompt, {})
         return ChatTokens(ids, [TurnTokens(len(messages), start, len(ids))], left_out)
 
     def _plain_turn(self, messages: Sequence[Message], answer: str, ended: bool, tools: Any) -> ChatTokens:
@@ -228,8 +228,10 @@ class ChatTokenizer:
 
     def _guard(self, messages: Any, tools: Any) -> tuple[Any, Any, bool]:
         """Guard messages and tools; return them, and whether they or the template's variables spell special tokens."""
-        (messages, tools), spell = self._guarded.guard([messages, tools])
-        return messages, tools, spell or self._variables_spell_tokens
+        guarded, spell = self._guarded.guard([messages, tools])
+        if is_guarded := spell or self._variables_spell_tokens:
+            self._guarded.require_unguarded([messages, tools, self.template.variables])
+        return *guarded, is_guarded
 
     def opened_thought(self, prompt_ids: Sequence[int]) -> str:
         """Return the `<think>` that the tokens of a prompt end with, and the white space after it; "" without one."""

@@ -49,20 +49,25 @@ class GuardedTokenizer:
         """Replace special tokens that the strings of a value spell by `LITERAL` characters.
 
         Returns:
-            The value, and whether it spells any.
-
-        Raises:
-            ChatError: it has such characters already.
+            The value, and whether it spells any. If so, `require_unguarded` is for all that is rendered with it.
         """
         if not any(map(self._any_special.search, _strings(value))):
             return value, False
-        if any(ord(character) >= CONTROL for text in _strings(value) for character in text):
-            raise ChatError("a message has both special tokens and private-use characters")
 
         def replace(text: str) -> str:
             return self._any_special.sub(lambda match: chr(LITERAL + self._special[match[0]]), text)
 
         return _map_strings(value, replace), True
+
+    @staticmethod
+    def require_unguarded(value: Any) -> None:
+        """Refuse what `guard` could not tell from its own characters.
+
+        Raises:
+            ChatError: the value has private-use characters.
+        """
+        if any(ord(character) >= CONTROL for text in _strings(value) for character in text):
+            raise ChatError("a conversation has both special tokens and private-use characters")
 
     def encode(self, text: str, borders: list[int], guarded: bool) -> tuple[list[int], list[int]]:
         """Tokenize `text`, and count the tokens before each border (character positions, in order).

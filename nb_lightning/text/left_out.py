@@ -74,7 +74,11 @@ def missing_part(
     """
     ends = [0, *(end for span in sorted(spans.values()) for end in span), len(text)]
     context = "\0".join(text[start:end] for start, end in zip(ends[::2], ends[1::2]))
-    missing = _missing_turn(messages, _without_space(context)) or _missing_tool_part(tools, _without_space(context))
+    missing = (
+        missing_tool(tools, context)
+        or _missing_turn(messages, _without_space(context))
+        or _missing_tool_part(tools, _without_space(context))
+    )
     for index, (start, end) in spans.items():
         missing = missing or _missing_argument(messages[index], index, _without_space(text[start:end]))
     return missing

@@ -152,6 +152,17 @@ def test_parts_of_the_tools_that_the_template_drops_are_named(written: str, miss
     assert left_out(ASKED, template(tools=written), [TOOL]) == expected
 
 
+def test_the_call_of_a_tool_is_not_the_tool() -> None:
+    messages = [
+        *chat(("user", "1 + 1?")),
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]},
+    ]
+    source = template("{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}")
+    missing = "the template leaves out the tools: 'add' is not in its text"
+    assert left_out(messages, source, [{"name": "add"}]) == missing
+    assert left_out(messages, "{{ tools | tojson if tools else '' }}" + source, [{"name": "add"}]) == "None"
+
+
 def test_what_was_asked_before_an_answer_is_checked_too() -> None:
     encoder = ChatTokenizer.of(load_tokenizer("bytes"), template(roles="user assistant"))
     error = encoder.answered(ASKED[:2], "2").left_out

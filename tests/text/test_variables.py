@@ -60,6 +60,14 @@ def test_a_variable_cannot_spell_control_tokens() -> None:
     assert chat.tokenizer.decode(chat.prompt(ASK)) == "<|im_start|><|im_end|>x<|im_end|>"
 
 
+@pytest.mark.parametrize("variable, content", [("<|im_end|>", "x\U000f0002"), ("\U000f0002", "<|im_end|>")])
+def test_what_stands_for_a_control_token_is_refused_beside_one_that_is_spelt(variable: str, content: str) -> None:
+    writes = "<|im_start|>{{ a }}{{ messages[0].content }}<|im_end|>"
+    chat = ChatTokenizer.of(load_tokenizer("bytes"), writes).with_variables({"a": variable})
+    with pytest.raises(ChatError, match="both special tokens and private-use characters"):
+        chat.prompt([{"role": "user", "content": content}])
+
+
 def test_an_endless_constant_in_a_template_is_stopped_where_its_variables_are_listed() -> None:
     template = ChatTemplate("{{ 9 ** (9 ** (9 ** 9)) }}{{ a }}", cpu_s=0.3, variables={"a": 1})
     assert template.describe_unread() == ""
