@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -51,11 +52,12 @@ class LocalModel:
         origin = self._origin
         parts = origin.path.resolve().parts
         name = f"{parts[-3]}/{parts[-1]}" if parts[-2] == CHECKPOINTS else parts[-1]  # run and checkpoint
+        # Of the prompts: equal weights may lie beside another tokenizer or template.
+        form = json.dumps([self.chat.tokenizer.digest, self.chat.template.source])
         about: dict[str, Any] = {"name": name, "digest": origin.digest()}
+        about["prompts"] = hashlib.sha256(form.encode()).hexdigest()
         if self.variables:
             about["template_kwargs"] = self.variables
-        if self.template is not None:
-            about["template"] = hashlib.sha256(self.template.encode("utf-8", "backslashreplace")).hexdigest()
         return about
 
     @cached_property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +83,28 @@ def test_at_a_limit_the_rows_that_run_are_finished(folder: Path, tmp_path: Path)
 @pytest.mark.runs
 def test_who_a_model_is(folder: Path) -> None:
     digest = find_origin(str(folder)).digest()
-    assert LocalModel(str(folder)).about() == {"name": "tiny", "digest": digest}
+    about = LocalModel(str(folder)).about()
+    assert about == {"name": "tiny", "digest": digest, "prompts": about["prompts"]}
     other = LocalModel(str(folder), THINKS, variables={"enable_thinking": False}).about()
-    assert other["template_kwargs"] == {"enable_thinking": False} and len(other["template"]) == 64
+    assert other == {**about, "prompts": other["prompts"], "template_kwargs": {"enable_thinking": False}}
     reply = Reply({}, "stop", 1, 1)
-    assert make_call("a").key(other) != make_call("a").key({"name": "tiny", "digest": digest}) and not reply.is_cut
+    assert make_call("a").key(other) != make_call("a").key(about) and not reply.is_cut
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("content", [THINKS, None])
+def test_equal_weights_beside_another_template_or_tokenizer_are_asked_anew(
+    folder: Path, tmp_path: Path, content: str | None
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    if content:
+        (other / "chat_template.jinja").write_text(content)
+    else:
+        spec = json.loads((other / "tokenizer.json").read_text())
+        spec["normalizer"] = {"type": "Lowercase"}
+        (other / "tokenizer.json").write_text(json.dumps(spec))
+    one, another = LocalModel(str(folder)).about(), LocalModel(str(other)).about()
+    assert one["digest"] == another["digest"] and one["prompts"] != another["prompts"]
 
 
 # Flags --------------------------------------------------------------------------------------------------------------
