@@ -72,18 +72,20 @@ class Refinement:
         self._sample_candidates(histories)
         self._choose(histories)
         stale = dict.fromkeys(map(id, histories), 0)  # rounds without a better draft
+        criticised: dict[int, int | None] = {}  # the best draft that the critic has seen
         for number in range(1, self.plan.rounds + 1):
             open_ones = [
                 h for h in histories if not h.passed and h.best is not None and stale[id(h)] < self.plan.patience
             ]
             if not open_ones:
                 break
-            before = [h.best for h in open_ones]
-            self._criticise([h for h in open_ones if not stale[id(h)]])  # else the best draft is an old one
+            before = [_total(h) for h in open_ones]
+            self._criticise([h for h in open_ones if criticised.get(id(h)) != h.best])
+            criticised |= {id(h): h.best for h in open_ones}
             self._revise(open_ones, number)
             self._choose(open_ones)
-            for history, best in zip(open_ones, before):
-                stale[id(history)] = stale[id(history)] + 1 if history.best == best else 0
+            for history, total in zip(open_ones, before):
+                stale[id(history)] = 0 if _total(history) > total else stale[id(history)] + 1
         for history in histories:
             if history.best is None:
                 history.dropped = FAILED_CANDIDATES
@@ -161,14 +163,18 @@ class Refinement:
             list(threads.map(verify, by_task.values()))
 
     def _choose(self, histories: Sequence[History]) -> None:
-        """Choose the best draft: one that passes before others, then the highest total, then the first."""
+        """Choose the best draft: one that passes before others, then the highest total, then the first.
+
+        Of revisions that do not pass and have one total, the last is chosen: the next round goes on from there, and not
+        from the same draft with the same critiques.
+        """
         for history in histories:
             scored = [i for i, draft in enumerate(history.drafts) if draft.scores]
             if not scored:  # an answer without any score can be mended too
                 scored = [i for i, draft in enumerate(history.drafts) if not draft.is_cut and draft.content]
             if not scored:
                 continue
-            key = [(history.drafts[i].passed, history.drafts[i].total) for i in scored]
+            key = [_rank(i, history.drafts[i]) for i in scored]
             history.best = scored[key.index(max(key))]
             passing = [i for i in scored if history.drafts[i].passed]
             if self.tournament is not None and len(passing) > 1:
@@ -222,6 +228,16 @@ class Refinement:
             "answer": draft.content,
             "draft": "\n".join(draft.lines),
         }
+
+
+def _rank(number: int, draft: Draft) -> tuple[bool, float, int]:
+    is_revision = draft.name.startswith(REVISION)
+    return draft.passed, draft.total, number if is_revision and not draft.passed else 0
+
+
+def _total(history: History) -> float:
+    assert history.best_draft is not None
+    return history.best_draft.total
 
 
 def _passes(draft: Draft, dimensions: Mapping[str, Dimension]) -> bool:
