@@ -146,16 +146,20 @@ def _without_thought(builder: SampleBuilder, response: str, side: str) -> str:
 def _responses_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read both responses, each a text or a list of messages; texts of turns (hh-rlhf) are lists of messages.
 
-    Where the prompt is a text of turns too, which ends with "Assistant:", return it as well.
+    Where the prompt is a text of several turns too, return it as well. It may stand before the responses.
     """
     responses = {side: fields[side] for side in SIDES}
-    if is_transcript(prompt := fields.get("prompt")) and (messages := from_transcript(prompt))[-1] == SPEAKS:
-        texts = {side: response.strip() for side, response in responses.items() if isinstance(response, str)}
-        return {**responses, **texts, "prompt": messages[:-1]}
     if not any(name in fields for name in PROMPTS) and all(map(is_transcript, responses.values())):
         return {side: from_transcript(response) for side, response in responses.items()}
     lists = {side: [value] if isinstance(value, Mapping) else value for side, value in responses.items()}
-    return {side: from_sharegpt(value) for side, value in lists.items()}
+    read = {side: from_sharegpt(value) for side, value in lists.items()}
+    if is_transcript(prompt := fields.get("prompt")) and len(messages := from_transcript(prompt)) > 1:
+        for side, response in read.items():
+            if isinstance(response, str):
+                text = response.strip().removeprefix(prompt.strip()).strip()
+                read[side] = text if messages[-1] == SPEAKS else text.removeprefix("Assistant:").strip()
+        read["prompt"] = messages[:-1] if messages[-1] == SPEAKS else messages
+    return read
 
 
 def _are_chosen(fields: Mapping[str, Any]) -> bool:

@@ -111,6 +111,26 @@ def test_turns_before_the_last_are_the_prompt_of_a_transcript(form: Pairs) -> No
     assert shown(form, chosen)[1] == f"A model.{END}" and shown(form, rejected)[1] == f"Nobody\n\nknows.{END}"
 
 
+@pytest.mark.parametrize(
+    "prompt, begins", [(HUMAN, ""), (HUMAN, HUMAN), (HUMAN.removesuffix("\n\nAssistant:"), "\n\nAssistant:")]
+)
+def test_a_prompt_of_turns_may_end_with_either_and_stand_before_the_responses(
+    form: Pairs, prompt: str, begins: str
+) -> None:
+    earlier = "\n\nHuman: 1 + 1 = ?\n\nAssistant: 2"
+    begins = f"{earlier}{begins}" if begins == HUMAN else begins
+    record = {"prompt": f"{earlier}{prompt}", "chosen": f"{begins} 5", "rejected": f"{begins} 6"}
+    before = [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "2"}, *ASKED]
+    expected = form.parse({"messages": before, "chosen": "5", "rejected": "6"})
+    assert form.parse(record) == expected
+    assert form.parse(record | {"rejected": {"role": "assistant", "content": "6"}}) == expected
+
+
+def test_a_prompt_of_turns_that_ends_with_an_answer_is_bad(form: Pairs) -> None:
+    with pytest.raises(ChatError, match="the prompt ends with the assistant"):
+        form.parse({"prompt": f"{HUMAN} 5", "chosen": "a", "rejected": "b"})
+
+
 def test_a_transcript_that_does_not_end_with_the_assistant_is_bad(form: Pairs) -> None:
     with pytest.raises(ChatError, match="a response is not from the assistant's turn to the assistant's"):
         form.parse({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: x"})
