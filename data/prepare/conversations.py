@@ -139,8 +139,9 @@ def _objects(value: Any, name: str) -> list[Any] | None:
 
 def variables_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read the field `chat_template_kwargs`; null variables are left out, as tables fill them in."""
-    value = fields.get(VARIABLES) or {}
-    return {key: variable for key, variable in check_variables(value, VARIABLES).items() if variable is not None}
+    value = fields.get(VARIABLES, "")
+    variables = {} if value == "" else check_variables(value, VARIABLES)
+    return {key: variable for key, variable in variables.items() if variable is not None}
 
 
 def question_of(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:

@@ -64,7 +64,7 @@ def alpaca_prompt(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
             raise ChatError("history is not a list of pairs of texts")
         messages += [{"role": "user", "content": exchange[0]}, {"role": "assistant", "content": exchange[1]}]
-    texts = [fields.get(name) or "" for name in ("instruction", "input")]
+    texts = [fields.get(name, "") for name in ("instruction", "input")]
     for name, text in zip(("instruction", "input"), texts):
         if not isinstance(text, str):
             raise ChatError(f"{name} is not a text")

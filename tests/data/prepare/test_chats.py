@@ -90,6 +90,9 @@ def test_system_and_tools_are_written() -> None:
         ({"instruction": "x", "output": ""}, "message 1: an empty assistant turn"),
         ({"instruction": ["x"], "output": "y"}, "instruction is not a text"),
         ({"instruction": "x", "input": 3, "output": "y"}, "input is not a text"),
+        ({"instruction": "x", "input": 0, "output": "y"}, "input is not a text"),
+        ({"instruction": "x", "output": "y", "chat_template_kwargs": []}, "chat_template_kwargs is not a JSON object; "
+         'write it as {"enable_thinking": false}'),
         ({"instruction": "x", "output": {"a": 1}}, "message 1: content is not a string"),
         ({"instruction": "x", "output": "y", "history": "z"}, "history is not a list of pairs of texts"),
         ({"instruction": "x", "output": "y", "history": [["z"]]}, "history is not a list of pairs of texts"),
