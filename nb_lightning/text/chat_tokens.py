@@ -19,7 +19,7 @@ from nb_lightning.text.chat_template import ChatTemplate
 from nb_lightning.text.guarded import GuardedTokenizer
 from nb_lightning.text.left_out import compare_turn, missing_part, missing_tool
 from nb_lightning.text.messages import ChatError, Message, or_raise, outcome
-from nb_lightning.text.thoughts import END_OF_THINK, THINK, closed_thought, opened_thought
+from nb_lightning.text.thoughts import END_OF_THINK, THINK, closed_thought, empty_thought, opened_thought
 from nb_lightning.text.tokenizer import TextTokenizer
 from nb_lightning.text.turns import Turn
 from nb_lightning.text.variables import Variables
@@ -204,13 +204,16 @@ class ChatTokenizer:
         """
         (asked, text), guarded_tools, guarded = self._guard([messages, answer], tools)
         prompt = self._rendering.render(asked, guarded_tools, add_generation_prompt=True)
-        if opening := opened_thought(prompt):
+        opening, closed = opened_thought(prompt), closed_thought(prompt)
+        if (opening or closed) and text.lstrip().startswith(THINK):
+            text = text.lstrip()
+        if opening:
             if text.startswith(THINK):
                 text = text.removeprefix(opening if text.startswith(opening) else THINK)
             elif END_OF_THINK not in text:
                 return self._plain_turn(messages, answer, ended, tools)
-        elif closed := closed_thought(prompt):
-            text = text.removeprefix(closed)
+        elif closed:
+            text = text.removeprefix(closed if text.startswith(closed) else empty_thought(text))
             if text.startswith(THINK):
                 raise ChatError("reasoning where the generation prompt closes the thought")
         ids, (start,) = self._guarded.encode(prompt + text, [len(prompt)], guarded)

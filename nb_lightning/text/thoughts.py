@@ -57,6 +57,12 @@ def opened_thought(prompt: str) -> str:
     return match[0] if match else ""
 
 
+def empty_thought(text: str) -> str:
+    """Return the empty thought that a text begins with, and the white space after it; "" without one."""
+    match = re.match(rf"{THINK}\s*{END_OF_THINK}\s*", text)
+    return match[0] if match else ""
+
+
 def closed_thought(prompt: str) -> str:
     """Return the empty thought that a prompt ends with, and the white space after it; "" without one."""
     match = re.search(rf"{THINK}\s*{END_OF_THINK}\s*\Z", prompt)

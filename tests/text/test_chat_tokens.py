@@ -270,6 +270,7 @@ QUESTION = [{"role": "user", "content": "97?"}]
     [
         ("two digits\n</think>\n\nPrime.", "<think>\ntwo digits\n</think>\n\nPrime."),  # it continues the thought
         ("<think>\ntwo digits\n</think>\n\nPrime.", "<think>\ntwo digits\n</think>\n\nPrime."),  # it opens it again
+        ("\n<think>\ntwo digits\n</think>\n\nPrime.", "<think>\ntwo digits\n</think>\n\nPrime."),
         ("<think>two digits", "<think>\ntwo digits"),
         ("Prime.", "<think>\n\n</think>\n\nPrime."),  # a plain answer, as the template writes it
     ],
@@ -282,6 +283,17 @@ def test_a_thought_that_the_prompt_opens_is_written_once(answer: str, written: s
     assert text.partition("assistant\n")[2] == written + ("<|im_end|>" if ended else "")
     trained = chat.tokenizer.decode(tokens.ids[tokens.turns[0].start :])
     assert (text.endswith(trained) and "Prime."[-3:] in trained) or "two digits" in trained
+
+
+@pytest.mark.parametrize("empty", ["", "<think>\n\n</think>\n\n", "\n<think>\n\n</think>\n\n", "<think></think>"])
+def test_an_empty_thought_that_the_prompt_closes_is_written_once(empty: str) -> None:
+    chat = ChatTokenizer.of(
+        load_tokenizer("bytes"), OPENS.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
+    )
+    text = chat.tokenizer.decode(chat.answered(QUESTION, f"{empty}Prime.").ids)
+    assert text.endswith("assistant\n<think>\n\n</think>\n\nPrime.<|im_end|>")
+    with pytest.raises(ChatError, match="reasoning where the generation prompt closes the thought"):
+        chat.answered(QUESTION, f"{empty}<think>two digits</think>Prime.")
 
 
 def test_a_prompt_shows_the_thought_that_it_opens() -> None:
