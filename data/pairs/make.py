@@ -16,6 +16,7 @@ from data.pairs.responses import Sampler
 from data.pairs.rule import NOT_PREFERRED, UNJUDGED, Rule
 from data.pairs.workspace import PAIRS, REPORT, VERSION, claim_folder
 from data.prepare.claim import as_json
+from data.prepare.conversations import VARIABLES
 from data.prepare.source_writer import locked
 from nb_lightning.files import atomic_write, write_json
 from nb_lightning.rewards.tasks import Task
@@ -37,7 +38,8 @@ def make_pairs(
 
     Args:
         judge: asked about each pair that the rule chooses; None asks nobody.
-        claim: all that the responses depend on: tasks, models, sampling and seed. Each pair carries the last three.
+        claim: all that the responses depend on: tasks, models, sampling and seed. Each pair carries the last three, and
+            the variables of the template, so that its prompt is prepared as it was sampled.
         overwrite: drop the work of another claim.
         budget, max_failed: see `Caller`.
 
@@ -57,7 +59,8 @@ def make_pairs(
         if judge is not None:
             _ask_judge(answers, judge, rule.preference, caller)
             provenance["judge"] = judge.engine.about()
-        lines = [{**line, "provenance": provenance} for a in answers for line in _lines(a)]
+        variables = {VARIABLES: claim["template_kwargs"]} if "template_kwargs" in claim else {}
+        lines = [{**line, **variables, "provenance": provenance} for a in answers for line in _lines(a)]
         report = {**build_report(answers), "unwritable": unwritable, "calls": caller.summary()}
         _write_lines(folder / PAIRS, lines)
         write_json(folder / REPORT, report)

@@ -19,6 +19,8 @@ from data.pairs.judge import Comparison, EndpointJudge, compare
 from data.pairs.responses import Response, Sampler
 from data.pairs.rule import CUT_OFF, EQUAL, FAILED, NEVER_RIGHT, NEVER_WRONG, NOT_PREFERRED, UNANSWERED, Rule
 from data.prepare.__main__ import main as prepare
+from data.prepare.pairs import Pairs
+from data.prepare.settings import ChatSettings, SourceSettings
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.model.transformer import ModelShape, Transformer
@@ -253,6 +255,30 @@ def test_mistakes_are_one_line(models: Path, made: Path, tmp_path: Path) -> None
             main(words)
         assert error in str(stopped.value) and "\n" not in str(stopped.value)
     assert not (tmp_path / "y").exists()
+
+
+def test_pairs_are_prepared_with_the_variables_they_were_sampled_with(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "noted.jinja").write_text(
+        "{{ note | default('') }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    words = [
+        "--chat-template",
+        str(tmp_path / "noted.jinja"),
+        "--template-kwargs",
+        '{"note": "Hush."}',
+        "--limit",
+        "14",
+    ]
+    main(command(models, tmp_path / "pairs", *words))
+    pairs = lines(tmp_path / "pairs/pairs.jsonl")
+    assert all(pair["chat_template_kwargs"] == {"note": "Hush."} for pair in pairs)
+    form = Pairs(SourceSettings("bytes", chat=ChatSettings((tmp_path / "noted.jinja").read_text()), pairs=True))
+    _, (chosen, _) = form.parse(pairs[0])
+    noted = form.encoder.with_variables({"note": "Hush."})
+    prompt = noted.prompt(pairs[0]["messages"])
+    assert chosen[: len(prompt)] == prompt and form.tokenizer.decode(prompt).startswith("Hush.<|im_start|>")
 
 
 # Endpoints ----------------------------------------------------------------------------------------------------------
