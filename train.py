@@ -252,7 +252,8 @@ def require_same_run(checkpoint: Path, module: BaseStage[Any], data: PlannedData
         raise ValueError(f"seed is {module.cfg.seed}, but {checkpoint} was trained with {saved['seed']}")
     for name, digest in data.digests.items():
         if name in saved["sources"] and saved["sources"][name] != digest:
-            raise ValueError(f"data.sources.{name} holds other data than {checkpoint} was trained on")
+            written = " or other data.template_kwargs" if isinstance(module.cfg.stage, RLConfig) else ""
+            raise ValueError(f"data.sources.{name} holds other data{written} than {checkpoint} was trained on")
 
 
 def require_room(cfg: Config, parameters: int, folder: Path) -> None:

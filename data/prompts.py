@@ -7,6 +7,8 @@ shuffled order, then in another one, and so on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -164,8 +166,12 @@ class PromptData(PlannedData[PromptDataConfig]):
 
     @property
     def digests(self) -> dict[str, str]:
-        """Hash of each source's file."""
-        return self._digests
+        """Hash of each source's file, and of the template's variables, which change its prompts."""
+        if not self.chat.variables:
+            return self._digests
+        variables = json.dumps(self.chat.variables, sort_keys=True)
+        texts = {name: f"{variables} {digest}" for name, digest in self._digests.items()}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
     def describe_sources(self) -> Mapping[str, Any]:
         """Describe each source: number of tasks and hash."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.prompts import PromptData
+from nb_lightning.files import sha256_of
 from nb_lightning.rewards.tasks import read_tasks
 from nb_lightning.text.chat_tokens import ChatTokenizer, thought_opened_by
 from tests.harness import ROOT
@@ -107,6 +108,15 @@ def test_the_digest_is_the_files(made: Path, tmp_path: Path) -> None:
     changed = opened(made, tmp_path, f"data.sources.words={other}")
     assert len(read_tasks(other)) == 12
     assert changed.digests["words"] != data.digests["words"] and changed.digests["digits"] == data.digests["digits"]
+
+
+def test_variables_of_the_template_change_the_digest_and_none_do_not(made: Path, tmp_path: Path) -> None:
+    digests = [
+        opened(made, tmp_path, *(f"+data.template_kwargs.enable_thinking={thinks}" for thinks in given)).digests
+        for given in ((), ("true",), ("false",))
+    ]
+    assert digests[0]["words"] == sha256_of(made / "words.jsonl")  # as before there were variables
+    assert len({digest["words"] for digest in digests}) == 3
 
 
 def test_a_task_that_the_template_refuses_is_named(made: Path, tmp_path: Path) -> None:
