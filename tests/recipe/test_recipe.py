@@ -309,3 +309,4 @@ def test_a_shipped_recipe_composes_and_reads_only_what_an_earlier_step_made(
         for start in filter(None, starts):
             assert start in made, f"{step.name} begins from {start}, which is not there yet"
         made |= {str(place) for place in step.makes}
+        made |= {step.command[i + 1] for i, word in enumerate(step.command) if word == "--output"}
