@@ -1,4 +1,7 @@
-"""Unpack files that are compressed as a whole: .gz, .zst and .xz. The libraries' own readers miss a truncated end."""
+"""Unpack files that are compressed as a whole: .gz, .zst and .xz.
+
+The libraries' own readers take a truncated end, or what follows the first part, for the end of the file.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 BLOCK_BYTES = 2**16
 
@@ -30,45 +33,37 @@ def unpack(name: str) -> Iterator[bytes]:
 
 
 def _gzip_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress all members."""
-    member = None
-    while block := file.read(BLOCK_BYTES):
-        while block:
-            if member is None and not (block := block.lstrip(b"\0")):  # zeros may follow a member
-                break
-            member = member or zlib.decompressobj(wbits=31)
-            yield member.decompress(block)
-            block, member = (member.unused_data, None) if member.eof else (b"", member)
-    if member is not None:
-        raise EOFError("its last member has no end")
+    return _blocks(file, lambda: zlib.decompressobj(wbits=31), "member", zeros_follow=True)
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress all frames. The library's own reader takes a truncated frame for the end of the file."""
     zstandard = importlib.import_module("zstandard")
-    frame = None
-    while block := file.read(BLOCK_BYTES):
-        while block:
-            # `zstd --long` makes large windows, which are refused without this size.
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            yield frame.decompress(block)
-            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("its last frame has no end")
+    # `zstd --long` makes large windows, which are refused without this size.
+    return _blocks(file, lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(), "frame")
 
 
 def _xz_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress all streams. The library's own reader takes what follows a stream and is none for the end."""
-    stream = None
+    return _blocks(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), "stream", zeros_follow=True)
+
+
+def _blocks(file: BinaryIO, new: Callable[[], Any], part: str, zeros_follow: bool = False) -> Iterator[bytes]:
+    """Decompress all parts of an archive, one after the other.
+
+    Args:
+        new: makes the decompressor of a part.
+        part: what the format calls a part, for the error.
+        zeros_follow: whether the format allows zeros after a part.
+    """
+    current = None
     while block := file.read(BLOCK_BYTES):
         while block:
-            if stream is None and not (block := block.lstrip(b"\0")):  # zeros may follow a stream
+            if zeros_follow and current is None and not (block := block.lstrip(b"\0")):
                 break
-            stream = stream or lzma.LZMADecompressor(lzma.FORMAT_XZ)
-            yield stream.decompress(block)
-            block, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
-    if stream is not None:
-        raise EOFError("its last stream has no end")
+            current = current or new()
+            yield current.decompress(block)
+            block, current = (current.unused_data, None) if current.eof else (b"", current)
+    if current is not None:
+        raise EOFError(f"its last {part} has no end")
 
 
 UNPACKED: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
