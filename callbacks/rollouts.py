@@ -59,7 +59,7 @@ class RolloutSamples(pl.Callback):
                 "step": step,
                 "source": attempts.task.source,
                 "task": attempts.task.id,
-                "prompt": str(attempts.task.messages[-1].get("content", "")),
+                "prompt": attempts.task.question,
                 "completion": text,
                 "reward": score.reward,
                 "status": score.info["status"],

@@ -21,12 +21,12 @@ from data.calls.local import LocalModel
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.rewards.verifier import SCORING_THREADS, score_texts
 from nb_lightning.text.chat_tokens import ChatTokenizer
 from nb_lightning.text.left_out import compare_turn
 from nb_lightning.text.messages import REASONING, ChatError, check_messages
 from nb_lightning.text.thoughts import opened_thought
 
-SCORING_THREADS = 4
 MESSAGE_FIELDS = ("role", "content", *REASONING, "tool_calls", "function_call")  # what is read of a reply
 
 
@@ -126,8 +126,7 @@ def score_all(tasks: Sequence[Task], texts: dict[str, list[tuple[str, str]]], ro
         written = texts[task.key]
         if not written:
             return []
-        question = str(task.messages[-1].get("content", ""))
-        scores = verifiers[task.verifier].score(question, [text for text, _ in written], task.reference)
+        scores = score_texts(verifiers, task, [text for text, _ in written])
         return [Response(text, finish, s.reward, s.info["status"]) for (text, finish), s in zip(written, scores)]
 
     with ThreadPoolExecutor(SCORING_THREADS) as threads:

@@ -25,9 +25,8 @@ from data.refine.parse import (
 from data.refine.plan import Dimension, RefinePlan
 from data.refine.prompts import Prompts, task_text
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.rewards.verifier import Score, Verifier
+from nb_lightning.rewards.verifier import SCORING_THREADS, Verifier, score_texts
 
-SCORING_THREADS = 4
 FAILED_CANDIDATES = "no candidate is a finished answer"
 NOT_PASSED = "no draft passed"
 # Messages, drafts -> index of the best; None if they cannot be compared.
@@ -242,11 +241,6 @@ def _total(history: History) -> float:
 
 def _passes(draft: Draft, dimensions: Mapping[str, Dimension]) -> bool:
     return all(draft.scores.get(name, -1.0) >= dimension.least for name, dimension in dimensions.items())
-
-
-def score_texts(verifiers: Mapping[str, Verifier], task: Task, texts: Sequence[str]) -> list[Score]:
-    """Score an assistant's texts by the task's verifier."""
-    return verifiers[task.verifier].score(str(task.messages[-1].get("content", "")), texts, task.reference)
 
 
 def verdict(draft: Draft) -> str:

@@ -17,14 +17,13 @@ from data.refine.anchoring import AnchoringModel, contains_answer, lexical_ancho
 from data.refine.asking import Asker, Question, warmer
 from data.refine.drafts import Chain, History, with_thought
 from data.refine.line_checks import LINE_CHECKS
-from data.refine.loop import SCORING_THREADS, score_texts
 from data.refine.parse import finished_answer, read_same, read_tagged, read_thought_chain
 from data.refine.plan import RefinePlan, RoleSampling
 from data.refine.prompts import Prompts, task_text
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
-from nb_lightning.rewards.verifier import Verifier
+from nb_lightning.rewards.verifier import SCORING_THREADS, Verifier, score_texts
 
 # A chain that says so was written backwards from the answer.
 QUOTES = (

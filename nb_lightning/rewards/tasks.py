@@ -42,6 +42,11 @@ class Task:
         """The task's name among the tasks of several files."""
         return f"{self.source}\n{self.id}"
 
+    @property
+    def question(self) -> str:
+        """The text of the last message."""
+        return str(self.messages[-1].get("content", ""))
+
 
 _FIELDS = tuple(field.name for field in fields(Task) if field.name != "tools")
 

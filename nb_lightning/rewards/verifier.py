@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nb_lightning.rewards.tasks import Task
+
+SCORING_THREADS = 4  # that score at the same time; most of their time they wait for a verifier's process
+
 
 @dataclass(frozen=True)
 class Score:
@@ -70,6 +74,11 @@ class Guarded:
             why = f"{self.name}: a reward of {reward} is not in [0, 1]"
             return Score(0.0, {"status": "verifier_error", "why": why})
         return Score(reward, {"status": "correct" if reward == 1 else "wrong", **score.info})
+
+
+def score_texts(verifiers: Mapping[str, Verifier], task: Task, texts: Sequence[str]) -> list[Score]:
+    """Score answers to a task by the verifier that it names."""
+    return verifiers[task.verifier].score(task.question, texts, task.reference)
 
 
 def statuses(scores: Iterable[Score]) -> dict[str, int]:

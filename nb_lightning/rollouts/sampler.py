@@ -19,12 +19,11 @@ from nb_lightning.checkpoints.pretrained import Pretrained
 from nb_lightning.generation.decoder import MAX_BATCH, Completion, Request, stream
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.rewards.verifier import Verifier
+from nb_lightning.rewards.verifier import SCORING_THREADS, Verifier, score_texts
 from nb_lightning.rollouts.attempts import Attempts, Prompt
 from nb_lightning.rollouts.ranks import gather_shares, rank_and_world_size
 from nb_lightning.text.chat_tokens import ChatTokenizer, thought_opened_by
 
-SCORING_THREADS = 4
 OnScored = Callable[[Attempts], object]  # called from a scoring thread; what it returns is ignored
 
 
@@ -63,7 +62,7 @@ class RolloutSampler:
                 ids = chat.prompt(task.messages, task.tools, require_tools=True)
             except ValueError as error:
                 raise ValueError(f"task {task.id!r}: {error}") from error
-            prompts.append(Prompt(task, ids, (seed, zlib.crc32(f"{task.source}\n{task.id}".encode()))))
+            prompts.append(Prompt(task, ids, (seed, zlib.crc32(task.key.encode()))))
         return prompts
 
     def sample(self, prompts: Sequence[Prompt]) -> tuple[list[Attempts], float]:
@@ -134,7 +133,5 @@ class RolloutSampler:
                 attempts.completions.append(completion)
 
     def _score(self, attempts: Attempts, on_scored: OnScored) -> None:
-        task = attempts.task
-        question = str(task.messages[-1].get("content", ""))
-        attempts.scores = self.verifiers[task.verifier].score(question, attempts.texts, task.reference)
+        attempts.scores = score_texts(self.verifiers, attempts.task, attempts.texts)
         on_scored(attempts)
