@@ -33,6 +33,11 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return content
 
 
+def json_line(value: Any) -> bytes:
+    """Return a value as a line of a .jsonl file. Halves of surrogate pairs, which UTF-8 cannot hold, are escaped."""
+    return f"{json.dumps(value, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from data.pairs.judge import Comparison, Judge, compare
 from data.pairs.report import build_report
 from data.pairs.responses import Sampler
 from data.pairs.rule import NOT_PREFERRED, UNJUDGED, Rule
-from data.pairs.workspace import PAIRS, REPORT, VERSION, claim_folder
-from data.prepare.claim import as_json
+from data.pairs.workspace import FILES, PAIRS, REPORT, VERSION, describe_other_work
+from data.prepare.claim import as_json, claim_folder
 from data.prepare.conversations import VARIABLES
 from data.prepare.source_writer import locked
-from nb_lightning.files import atomic_write, write_json
+from nb_lightning.files import atomic_write, json_line, write_json
 from nb_lightning.rewards.tasks import Task
 
 
@@ -50,7 +49,7 @@ def make_pairs(
     caller = Caller(folder, budget, max_failed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False):
-        claim_folder(folder, claim, overwrite)
+        claim_folder(folder, claim, FILES, overwrite, describe_other_work)
         answers, unwritable = _sample(tasks, teacher, student, rule, caller)
         for a in answers:
             chosen = rule.choose_pairs(a.teacher, a.student, f"{claim['seed']} {a.task.key}")
@@ -127,4 +126,4 @@ def _lines(a: Answers) -> Iterable[dict[str, Any]]:
 def _write_lines(path: Path, lines: Iterable[Any]) -> None:
     with atomic_write(path) as file:
         for line in lines:
-            file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace"))
+            file.write(json_line(line))

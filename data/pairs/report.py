@@ -7,7 +7,8 @@ from typing import Any
 
 from data.pairs.answers import Answers
 from data.pairs.responses import Response
-from data.pairs.workspace import SHOWN
+
+SHOWN = 3  # ids in a line
 
 
 def build_report(answers: Sequence[Answers]) -> dict[str, Any]:

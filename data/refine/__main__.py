@@ -22,11 +22,12 @@ from typing import Any
 from data.calls.caller import Caller
 from data.calls.engine import Engine
 from data.calls.flags import add_call_flags, budget_of, check_call_flags, is_address, make_engine
+from data.prepare.claim import as_json, claim_folder
 from data.prepare.source_writer import locked
 from data.refine.anchoring import AnchoringModel
 from data.refine.asking import Asker
 from data.refine.loop import Engines, Refinement
-from data.refine.make import CALLS, SAMPLES, claim_folder, digest_of, refine_tasks
+from data.refine.make import CALLS, FILES, SAMPLES, describe_other_work, digest_of, refine_tasks
 from data.refine.plan import NO_VERIFIER, read_plan, shipped_plans
 from data.refine.prompts import read_prompts
 from data.refine.reconstruct import Reconstruction
@@ -123,7 +124,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
              "seed": a.seed, "version": VERSION}  # fmt: skip
     a.output.mkdir(parents=True, exist_ok=True)
     with locked(a.output, wait=False):
-        claim_folder(a.output, claim, a.overwrite)
+        claim_folder(a.output, as_json(claim), FILES, a.overwrite, describe_other_work)
         (a.output / CALLS).mkdir(exist_ok=True)
         caller = Caller(a.output / CALLS, budget, a.max_failed)
         asker = Asker(caller, a.seed)

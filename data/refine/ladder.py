@@ -15,7 +15,6 @@ With `--tokenizer`, each is tokenized too, as OUTPUT/sources/<name>, for train.p
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from data.refine.drafts import REVISION, Draft, History
 from data.refine.make import conversation, read_histories
 from data.refine.report import CANDIDATE_ROLES
 from nb_lightning.errors import one_line_errors
-from nb_lightning.files import atomic_write, write_json
+from nb_lightning.files import atomic_write, json_line, write_json
 
 RUNGS = ("raw", "rejection", "rejection_rebuilt", "refined_old_chain", "refined_rebuilt")
 HELD_OUT = 0.03  # of the records of a source
@@ -124,8 +123,7 @@ def _rebuilt(history: History) -> tuple[str, str] | None:
 
 
 def _record(history: History, reasoning: str, content: str) -> bytes:
-    record = {"id": history.task.id, **conversation(history.task, reasoning, content)}
-    return f"{json.dumps(record, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
+    return json_line({"id": history.task.id, **conversation(history.task, reasoning, content)})
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data.calls.caller import Caller
-from data.prepare.claim import CLAIM, as_json, changed_keys, read_claim, write_claim
 from data.refine.drafts import History, history_of
 from data.refine.loop import Refinement
 from data.refine.reconstruct import Reconstruction
 from data.refine.report import Report
-from nb_lightning.files import atomic_write, write_json
+from nb_lightning.files import atomic_write, json_line, write_json
 from nb_lightning.rewards.tasks import Task
 
 SAMPLES, HISTORIES, DROPPED, REPORT = "samples.jsonl", "histories.jsonl", "dropped.jsonl", "report.json"
@@ -47,11 +46,12 @@ def refine_tasks(
             reconstruction.reconstruct(done)
             for history in done:
                 report.add(history)
-                _write(histories, history.as_json())
+                histories.write(json_line(history.as_json()))
                 if history.dropped:
-                    _write(dropped, {"id": history.task.id, "source": history.task.source, "reason": history.dropped})
+                    why = {"id": history.task.id, "source": history.task.source, "reason": history.dropped}
+                    dropped.write(json_line(why))
                 else:
-                    _write(samples, sample_of(history, provenance))
+                    samples.write(json_line(sample_of(history, provenance)))
             caller.kept = report.kept
     content = report.as_json(refinement.asker.unreadable, caller.summary())
     write_json(folder / REPORT, content)
@@ -111,29 +111,9 @@ def read_histories(folder: Path) -> Iterator[History]:
             yield history_of(json.loads(line))
 
 
-def claim_folder(folder: Path, claim: Mapping[str, Any], overwrite: bool) -> None:
-    """Claim `folder` for this work, or resume the same work in it.
-
-    With `overwrite`, other work is replaced; its calls stay, and those that are asked again are not paid again.
-
-    Raises:
-        ValueError: the folder holds something else, or, without `overwrite`, work of another claim.
-    """
-    claim = as_json(claim)
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if names and CLAIM not in names:
-        raise ValueError(f"--output {folder} holds something else ({', '.join(names[:3])}); name another folder")
-    changed = changed_keys(read_claim(folder), claim)
-    if changed and not overwrite:
-        raise ValueError(
-            f"--output {folder} holds work with other {', '.join(changed)}; name another folder, or replace it with "
-            "--overwrite: calls that are the same are not paid again"
-        )
-    if changed:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-    write_claim(folder, claim)
-
-
-def _write(file: BinaryIO, value: Any) -> None:
-    file.write(f"{json.dumps(value, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace"))
+def describe_other_work(old: Mapping[str, Any], changed: Sequence[str]) -> str:
+    """Say what a folder with another claim holds; see `data.prepare.claim.claim_folder`."""
+    return (
+        f"work with other {', '.join(changed)}; name another folder, or replace it with --overwrite: calls that are "
+        "the same are not paid again"
+    )

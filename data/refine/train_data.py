@@ -39,7 +39,7 @@ from data.refine.parse import read_draft, write_line_critiques
 from data.refine.plan import RefinePlan, read_plan
 from data.refine.prompts import Prompts, read_prompts, task_text
 from nb_lightning.errors import one_line_errors
-from nb_lightning.files import atomic_write
+from nb_lightning.files import atomic_write, json_line
 from nb_lightning.rewards.extract import fold
 from nb_lightning.rewards.tasks import Task
 from nb_lightning.text.messages import check_messages
@@ -128,7 +128,7 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
         target = a.output / path.name
         with atomic_write(target) as file:
             for _, messages in kinds:
-                file.write(f"{json.dumps({'messages': messages}, ensure_ascii=False)}\n".encode())
+                file.write(json_line({"messages": messages}))
         written[str(target)] = {kind: len(list(group)) for kind, group in groupby(sorted(kind for kind, _ in kinds))}
     return written
 

@@ -216,7 +216,7 @@ def test_overwriting_keeps_the_claim_until_the_new_one_is_there(
         assert (folder / "claim.json").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.pairs.workspace.write_claim", killed)
+    monkeypatch.setattr("data.prepare.claim.write_claim", killed)
     with pytest.raises(SystemExit):
         main(command(models, again, "--overwrite"))
 

@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 
 from data.calls.budget import Budget, BudgetSpent
+from data.prepare.claim import claim_folder
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.refine.__main__ import main
 from data.refine.drafts import Chain, Critique, Draft, History
 from data.refine.ladder import RUNGS, rung_tokens, write_ladder
-from data.refine.make import claim_folder, conversation, read_histories, refine_tasks, sample_of
+from data.refine.make import FILES as CLAIMED
+from data.refine.make import conversation, describe_other_work, read_histories, refine_tasks, sample_of
 from data.refine.report import Report, format_report
 from data.refine.show import show, write_page
 from nb_lightning.rewards.tasks import Task
@@ -156,14 +158,18 @@ def test_prepare_takes_the_samples_as_they_stand_and_trains_reasoning_and_answer
 # Claims --------------------------------------------------------------------------------------------------------------
 
 
+def claim(folder: Path, content: dict[str, Any], overwrite: bool) -> None:
+    claim_folder(folder, content, CLAIMED, overwrite, describe_other_work)
+
+
 def test_a_changed_plan_is_refused_and_overwriting_keeps_the_paid_calls(tmp_path: Path, tasks: list[Task]) -> None:
-    claim_folder(tmp_path, {"plan": 1, "seed": 0}, overwrite=False)
+    claim(tmp_path, {"plan": 1, "seed": 0}, overwrite=False)
     run(tmp_path, tasks, Budget())
-    claim_folder(tmp_path, {"plan": 1, "seed": 0}, overwrite=False)
+    claim(tmp_path, {"plan": 1, "seed": 0}, overwrite=False)
     assert (tmp_path / "samples.jsonl").exists()
     with pytest.raises(ValueError, match=r"holds work with other plan; name another folder, or replace it with --over"):
-        claim_folder(tmp_path, {"plan": 2, "seed": 0}, overwrite=False)
-    claim_folder(tmp_path, {"plan": 2, "seed": 0}, overwrite=True)
+        claim(tmp_path, {"plan": 2, "seed": 0}, overwrite=False)
+    claim(tmp_path, {"plan": 2, "seed": 0}, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calls", "claim.json"]
     _, engine = run(tmp_path, tasks, Budget())
     assert engine.calls == []
@@ -172,7 +178,7 @@ def test_a_changed_plan_is_refused_and_overwriting_keeps_the_paid_calls(tmp_path
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"holds something else \(thesis.tex\); name another folder"):
-        claim_folder(tmp_path, {"plan": 1}, overwrite=True)
+        claim(tmp_path, {"plan": 1}, overwrite=True)
 
 
 # Report --------------------------------------------------------------------------------------------------------------
