@@ -24,11 +24,12 @@ from data.calls.call import Call, Reply
 from data.calls.caller import Caller
 from data.calls.engine import OnReply
 from data.refine.asking import Asker
-from data.refine.loop import Engines, Refinement
+from data.refine.loop import Refinement
 from data.refine.make import refine_tasks
 from data.refine.plan import read_plan
 from data.refine.prompts import read_prompts
 from data.refine.reconstruct import Reconstruction
+from data.refine.work import Engines
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import Task
 
@@ -82,8 +83,9 @@ def measure(number: int, folder: Path) -> dict[str, float]:
     caller = Caller(folder / "calls")
     asker = Asker(caller, seed=0)
     (folder / "calls").mkdir()
-    refinement = Refinement(plan, prompts, Engines({"student": engine}, engine, engine), asker, verifiers)
-    reconstruction = Reconstruction(plan, prompts, engine, engine, asker, verifiers)
+    engines = Engines({"student": engine}, engine, engine)
+    refinement = Refinement(plan, prompts, engines, asker, verifiers)
+    reconstruction = Reconstruction(plan, prompts, engines, asker, verifiers)
     before, start = memory_mb("VmRSS"), time.process_time()
     report = refine_tasks(tasks, refinement, reconstruction, caller, {}, folder, batch=512)
     seconds = time.process_time() - start

@@ -26,7 +26,7 @@ from data.prepare.claim import as_json, claim_folder
 from data.prepare.source_writer import locked
 from data.refine.anchoring import AnchoringModel
 from data.refine.asking import Asker
-from data.refine.loop import Engines, Refinement
+from data.refine.loop import Refinement
 from data.refine.make import CALLS, FILES, SAMPLES, describe_other_work, digest_of, refine_tasks
 from data.refine.plan import NO_VERIFIER, read_plan, shipped_plans
 from data.refine.prompts import read_prompts
@@ -34,6 +34,7 @@ from data.refine.reconstruct import Reconstruction
 from data.refine.report import format_report
 from data.refine.show import show, write_page
 from data.refine.tournament import tournament_of
+from data.refine.work import Engines
 from nb_lightning.checkpoints.pretrained import find_origin
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import sha256_of
@@ -130,7 +131,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         asker = Asker(caller, a.seed)
         tournament = tournament_of(plan.tournament, a.device, a.dtype) if plan.tournament else None
         refinement = Refinement(plan, prompts, engines, asker, verifiers, tournament)
-        reconstruction = Reconstruction(plan, prompts, engines.writer, engines.critic, asker, verifiers, anchoring)
+        reconstruction = Reconstruction(plan, prompts, engines, asker, verifiers, anchoring)
         provenance = {"engines": about, "plan": a.plan, "seed": a.seed, "claim": digest_of(claim)}
         return refine_tasks(tasks, refinement, reconstruction, caller, provenance, a.output, a.batch)
 

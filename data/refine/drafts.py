@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from nb_lightning.rewards.tasks import Task
 from nb_lightning.text.thoughts import END_OF_THINK, THINK
 
 REVISION = "round"  # what the names of revised drafts begin with
+CANDIDATE_ROLES = ("teacher", "student")  # what the names of roles begin with that write candidates
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Draft:
     total: float = 0.0
     passed: bool = False
     critiques: list[Critique] | None = None
+
+    @property
+    def is_revision(self) -> bool:
+        return self.name.startswith(REVISION)
 
     @property
     def is_cut(self) -> bool:
@@ -134,10 +140,20 @@ class History:
         return self.best_draft is not None and self.best_draft.passed
 
     @property
+    def candidates(self) -> list[Draft]:
+        """The drafts that are no revisions."""
+        return [draft for draft in self.drafts if not draft.is_revision]
+
+    @property
+    def first_right(self) -> Draft | None:
+        """The first candidate that passes: what rejection sampling would keep."""
+        return next((draft for draft in self.candidates if draft.passed), None)
+
+    @property
     def first_draft(self) -> Draft | None:
         """The draft that the first revision began with: the best candidate."""
-        candidates = [draft for draft in self.drafts if draft.scores and not draft.name.startswith(REVISION)]
-        return max(candidates, key=lambda draft: (draft.passed, draft.total), default=None)
+        scored = [draft for draft in self.candidates if draft.scores]
+        return max(scored, key=lambda draft: (draft.passed, draft.total), default=None)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,3 +167,8 @@ def history_of(fields: dict[str, Any]) -> History:
     ]
     chains = [Chain(**chain) for chain in fields["chains"]]
     return History(**{**fields, "task": Task(**fields["task"]), "drafts": drafts, "chains": chains})
+
+
+def of_candidates(by_role: Mapping[str, int]) -> int:
+    """Sum counts of calls or tokens over the roles that write candidates."""
+    return sum(n for role, n in by_role.items() if role.startswith(CANDIDATE_ROLES))

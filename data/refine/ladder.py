@@ -22,9 +22,8 @@ from pathlib import Path
 
 from data.prepare.make import prepare
 from data.prepare.settings import ChatSettings, SourceSettings
-from data.refine.drafts import REVISION, Draft, History
+from data.refine.drafts import Draft, History, of_candidates
 from data.refine.make import conversation, read_histories
-from data.refine.report import CANDIDATE_ROLES
 from nb_lightning.errors import one_line_errors
 from nb_lightning.files import atomic_write, json_line, write_json
 
@@ -82,8 +81,7 @@ def write_source(records: Path, source: Path, tokenizer: str) -> None:
 
 def rung_response(history: History, rung: str) -> tuple[str, str] | None:
     """Return the reasoning and the answer that a method would keep for a task; None if it keeps none."""
-    candidates = [d for d in history.drafts if not d.name.startswith(REVISION)]
-    first_right = next((d for d in candidates if d.passed), None)
+    candidates, first_right = history.candidates, history.first_right
     if rung == "raw":
         return _own(candidates[0]) if candidates and candidates[0].content and not candidates[0].is_cut else None
     if rung == "rejection":
@@ -98,15 +96,13 @@ def rung_response(history: History, rung: str) -> tuple[str, str] | None:
 
 def rung_tokens(history: History) -> Counter[str]:
     """Return the generated tokens that each method needs for a task."""
-    candidates = sum(n for role, n in history.tokens.items() if role.startswith(CANDIDATE_ROLES))
+    candidates, n_candidates = of_candidates(history.tokens), of_candidates(history.calls)
     rebuilding = sum(history.tokens.get(role, 0) for role in REBUILDING)
     everything, refining = sum(history.tokens.values()), sum(history.tokens.values()) - rebuilding
-    is_right_at_once = any(d.passed and not d.name.startswith(REVISION) for d in history.drafts)
-    n_candidates = sum(n for role, n in history.calls.items() if role.startswith(CANDIDATE_ROLES))
     return Counter(
         raw=round(candidates / n_candidates) if n_candidates else 0,
         rejection=candidates,
-        rejection_rebuilt=candidates + rebuilding * is_right_at_once,
+        rejection_rebuilt=candidates + rebuilding * (history.first_right is not None),
         refined_old_chain=refining,
         refined_rebuilt=everything,
     )

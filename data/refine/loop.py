@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data.calls.engine import Engine
-from data.refine.asking import Asker, Question
+from data.refine.asking import Question
 from data.refine.drafts import REVISION, Draft, History
 from data.refine.parse import (
     read_checklist,
@@ -22,10 +21,11 @@ from data.refine.parse import (
     read_scores,
     write_line_critiques,
 )
-from data.refine.plan import Dimension, RefinePlan
-from data.refine.prompts import Prompts, task_text
+from data.refine.plan import Dimension
+from data.refine.prompts import task_text
+from data.refine.work import Work
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.rewards.verifier import SCORING_THREADS, Verifier, score_texts
+from nb_lightning.rewards.verifier import SCORING_THREADS, score_texts
 
 FAILED_CANDIDATES = "no candidate is a finished answer"
 NOT_PASSED = "no draft passed"
@@ -33,35 +33,14 @@ NOT_PASSED = "no draft passed"
 Tournament = Callable[[Task, Sequence[Draft]], int | None]
 
 
-@dataclass(frozen=True)
-class Engines:
-    """Who does what.
-
-    Attributes:
-        candidates: name -> a model that answers the instructions: teachers and the student.
-        critic: writes checklists, scores and critiques.
-        writer: revises drafts, and writes skeletons and chains.
-    """
-
-    candidates: Mapping[str, Engine]
-    critic: Engine
-    writer: Engine
-
-
 @dataclass
-class Refinement:
+class Refinement(Work):
     """Refines batches of instructions.
 
     Attributes:
-        verifiers: by name, of all tasks that have one.
         tournament: chooses among drafts that pass; None takes the first of the highest total.
     """
 
-    plan: RefinePlan
-    prompts: Prompts
-    engines: Engines
-    asker: Asker
-    verifiers: Mapping[str, Verifier]
     tournament: Tournament | None = None
 
     def refine(self, tasks: Iterable[Task]) -> list[History]:
@@ -230,8 +209,7 @@ class Refinement:
 
 
 def _rank(number: int, draft: Draft) -> tuple[bool, float, int]:
-    is_revision = draft.name.startswith(REVISION)
-    return draft.passed, draft.total, number if is_revision and not draft.passed else 0
+    return draft.passed, draft.total, number if draft.is_revision and not draft.passed else 0
 
 
 def _total(history: History) -> float:

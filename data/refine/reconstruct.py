@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.calls.call import Reply
-from data.calls.engine import Engine
 from data.refine.anchoring import AnchoringModel, contains_answer, lexical_anchoring
-from data.refine.asking import Asker, Question, warmer
+from data.refine.asking import Question, warmer
 from data.refine.drafts import Chain, History, with_thought
 from data.refine.line_checks import LINE_CHECKS
 from data.refine.parse import finished_answer, read_same, read_tagged, read_thought_chain
-from data.refine.plan import RefinePlan, RoleSampling
-from data.refine.prompts import Prompts, task_text
+from data.refine.plan import RoleSampling
+from data.refine.prompts import task_text
+from data.refine.work import Work
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.exact import final_answer
 from nb_lightning.rewards.extract import fold
-from nb_lightning.rewards.verifier import SCORING_THREADS, Verifier, score_texts
+from nb_lightning.rewards.verifier import SCORING_THREADS, score_texts
 
 # A chain that says so was written backwards from the answer.
 QUOTES = (
@@ -36,15 +36,13 @@ NO_CHAIN = "no chain"
 
 
 @dataclass
-class Reconstruction:
-    """Writes and checks the chains of histories whose best draft passed."""
+class Reconstruction(Work):
+    """Writes and checks the chains of histories whose best draft passed.
 
-    plan: RefinePlan
-    prompts: Prompts
-    writer: Engine
-    critic: Engine
-    asker: Asker
-    verifiers: Mapping[str, Verifier]
+    Attributes:
+        anchoring: measures anchoring by probability; None measures none.
+    """
+
     anchoring: AnchoringModel | None = None
 
     def reconstruct(self, histories: Sequence[History]) -> None:
@@ -75,7 +73,7 @@ class Reconstruction:
             for h in histories
         ]  # fmt: skip
         sampling = self._sampling(self.plan.sampling.skeleton, attempt)
-        skeletons = self.asker.ask("skeleton", self.writer, sampling, questions)
+        skeletons = self.asker.ask("skeleton", self.engines.writer, sampling, questions)
         return {h.task.key: skeleton for h, skeleton in zip(histories, skeletons)}
 
     def _sampling(self, role: RoleSampling, attempt: int) -> Sampling:
@@ -105,7 +103,7 @@ class Reconstruction:
                 )
                 questions.append(Question(history, str(attempt), messages, partial(self._read_chain, bool(shown))))
         sampling = self._sampling(self.plan.sampling.chain, attempt)
-        for question, parts in zip(questions, self.asker.ask("chain", self.writer, sampling, questions)):
+        for question, parts in zip(questions, self.asker.ask("chain", self.engines.writer, sampling, questions)):
             chain = question.history.chains[-1]
             if parts is None:
                 chain.problem = NO_CHAIN
@@ -163,7 +161,7 @@ class Reconstruction:
             )
             for h in asked
         ]  # fmt: skip
-        answers = self.asker.ask("same", self.critic, self.plan.sampling.same.sampling(), questions)
+        answers = self.asker.ask("same", self.engines.critic, self.plan.sampling.same.sampling(), questions)
         same |= dict(zip(map(id, asked), answers))
         for history in others:
             if not same[id(history)]:  # None: the critic's reply could not be read

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.refine.drafts import REVISION, History
-
-CANDIDATE_ROLES = ("teacher", "student")  # what the names of these roles begin with
+from data.refine.drafts import History, of_candidates
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Report:
 
     def add(self, history: History) -> None:
         source = self.by_source.setdefault(history.task.source, Counter())
-        first_right = any(draft.passed and not draft.name.startswith(REVISION) for draft in history.drafts)
+        first_right = history.first_right is not None
         self.tasks += 1
         self.first_right += first_right
         self.tokens.update(history.tokens)
@@ -95,7 +93,7 @@ class Report:
             calls: the caller's summary.
         """
         generated = sum(self.tokens.values())
-        candidates = sum(n for role, n in self.tokens.items() if role.startswith(CANDIDATE_ROLES))
+        candidates = of_candidates(self.tokens)
         return {
             "tasks": self.tasks,
             "kept": self.kept,

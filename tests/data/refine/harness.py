@@ -13,10 +13,11 @@ from data.calls.call import Call, Failure, Reply
 from data.calls.caller import NO_LIMIT, Caller
 from data.calls.engine import OnReply
 from data.refine.asking import Asker
-from data.refine.loop import Engines, Refinement, Tournament
+from data.refine.loop import Refinement, Tournament
 from data.refine.plan import Dimension, RefinePlan
 from data.refine.prompts import read_prompts
 from data.refine.reconstruct import Reconstruction
+from data.refine.work import Engines
 from nb_lightning.checkpoints.tokenizer_files import load_tokenizer
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import Task, write_tasks
@@ -118,7 +119,7 @@ def make_refinement(
     verifiers = get_verifiers(task for task in tasks if task.verifier != "preference")
     engines = Engines({"teacher": teacher or engine}, engine, engine)
     refinement = Refinement(plan, prompts, engines, asker, verifiers, tournament)
-    return refinement, Reconstruction(plan, prompts, engine, engine, asker, verifiers), asker.caller
+    return refinement, Reconstruction(plan, prompts, engines, asker, verifiers), asker.caller
 
 
 def solve(role: str, prompt: str) -> str:
