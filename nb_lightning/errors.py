@@ -1,7 +1,8 @@
-"""Errors that end a command with one line to the user instead of a traceback."""
+"""What a command says to the user in one line: errors that end it, and notes that do not."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,3 +29,24 @@ def one_line_errors(*kinds: type[Exception], interrupted: str | None = None, pre
         if interrupted is None:
             raise
         sys.exit(f"interrupted; {interrupted}")
+
+
+def require_at_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Check the numbers of a command's flags; one that is not given passes.
+
+    Args:
+        least: name of the argument -> the smallest value.
+
+    Raises:
+        ValueError: names the first flag that is too small.
+    """
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}")
+
+
+def note(text: str) -> None:
+    """Say something that the user may want to know; nothing if the text is empty."""
+    if text:
+        print(f"note: {text}", file=sys.stderr)

@@ -10,6 +10,7 @@ from data.calls.caller import MAX_FAILED
 from data.calls.endpoint import CONCURRENCY, TIMEOUT_S, Endpoint
 from data.calls.engine import Engine
 from data.calls.local import NO_VARIABLES, LocalModel
+from nb_lightning.errors import require_at_least
 from nb_lightning.generation.decoder import MAX_BATCH
 from nb_lightning.text.variables import Variables
 
@@ -55,9 +56,7 @@ def check_call_flags(a: argparse.Namespace) -> None:
     Raises:
         ValueError: names the flag whose value cannot be.
     """
-    for name in ("concurrency", "max_batch"):
-        if getattr(a, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; it must be at least 1")
+    require_at_least(a, concurrency=1, max_batch=1)
     if not 0 < a.timeout < float("inf"):
         raise ValueError(f"--timeout is {a.timeout:g}; it must be above 0 seconds")
 

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nb_lightning.text.messages import assistant_message
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = (
     "air ant apple arm ball bank bear bell bird boat bone book boot bowl box bread brick bus cake camel car cat chair "
@@ -168,12 +170,12 @@ def general_words(rng: random.Random) -> Problem:
             (f"Add {other} to the list: {word}", f"{word}, {other}"),
         )
     )
-    return Problem(question, [_user(question), _assistant(answer)], "exact", answer)
+    return Problem(question, [_user(question), assistant_message(answer)], "exact", answer)
 
 
 def general_spelling(rng: random.Random) -> Problem:
     word = "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(4))[: rng.randint(3, 8)]
-    return Problem(word, [_user(f"Spell {word} backwards"), _assistant(word[::-1])], "exact", word[::-1])
+    return Problem(word, [_user(f"Spell {word} backwards"), assistant_message(word[::-1])], "exact", word[::-1])
 
 
 def tools_calls(rng: random.Random) -> Problem:
@@ -215,7 +217,7 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
 
 
 def _worked(key: str, question: str, reasoning: str, answer: str) -> Problem:
-    return Problem(key, [_user(question), _assistant(f"Answer: {answer}", reasoning)], "exact", answer)
+    return Problem(key, [_user(question), assistant_message(f"Answer: {answer}", reasoning)], "exact", answer)
 
 
 def _function(question: str, reasoning: str, argument: str, body: str, inputs: list[Any]) -> Problem:
@@ -227,7 +229,7 @@ def _function(question: str, reasoning: str, argument: str, body: str, inputs: l
     tests = [{"args": [value], "expect": function(value)} for value in inputs]
     answer = f"```python\ndef f({argument}): return {body}\n```"
     reference = {"entry": "f", "tests": tests[:2], "private": tests[2:]}
-    return Problem(question, [_user(question), _assistant(answer, reasoning)], "code", reference)
+    return Problem(question, [_user(question), assistant_message(answer, reasoning)], "code", reference)
 
 
 def _tool(question: str, name: str, arguments: dict[str, Any], result: str, answer: str) -> Problem:
@@ -236,17 +238,13 @@ def _tool(question: str, name: str, arguments: dict[str, Any], result: str, answ
         _user(question),
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": name, "content": result},
-        _assistant(answer),
+        assistant_message(answer),
     ]
     return Problem(question, messages, "tool_call", {"name": name, "arguments": arguments})
 
 
 def _user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
-
-
-def _assistant(content: str, reasoning: str = "") -> dict[str, Any]:
-    return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
 
 
 def _not_zero(rng: random.Random, largest: int) -> int:

@@ -14,7 +14,6 @@ The result depends on the input, the settings and the seed alone.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from data.pairs.make import make_pairs
 from data.pairs.report import format_report
 from data.pairs.responses import Sampler
 from data.pairs.rule import BY, Rule
-from nb_lightning.errors import one_line_errors
+from nb_lightning.errors import note, one_line_errors, require_at_least
 from nb_lightning.files import sha256_of
 from nb_lightning.generation.sampling import Sampling
 from nb_lightning.rewards.tasks import read_task_files
@@ -129,17 +128,14 @@ def _judge(a: argparse.Namespace) -> Judge:
 def _samplers(a: argparse.Namespace) -> tuple[Sampler, Sampler, ChatTokenizer]:
     """Return teacher, student, and the student's tokenizer with the template that writes the pairs."""
     template = read_template(a.chat_template, f"--chat-template {a.chat_template}") if a.chat_template else None
-    for name, least in (("k", 1), ("student_k", 1), ("limit", 1), ("seed", 0)):
-        if getattr(a, name) is not None and getattr(a, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; it must be at least {least}")
+    require_at_least(a, k=1, student_k=1, limit=1, seed=0)
     if is_address(a.student):
         raise ValueError("--student is an endpoint; it must be a local model: its template writes the pairs")
     sampling = Sampling(a.max_new_tokens, a.temperature, top_p=a.top_p)
     variables = check_variables(a.template_kwargs or {}, "--template-kwargs")
     student = LocalModel(a.student, template, a.max_batch, a.device, a.dtype, variables)
     teacher, chat = make_engine("--teacher", a.teacher, a.teacher_model, a, template, variables), student.chat
-    if unread := chat.template.describe_unread():
-        print(f"note: {unread}", file=sys.stderr)
+    note(chat.template.describe_unread())
     is_local = isinstance(teacher, LocalModel)
     if is_local and teacher.chat.template.source != chat.template.source:
         raise ValueError(

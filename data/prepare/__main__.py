@@ -13,6 +13,7 @@ from data.prepare.samples import HISTORY
 from data.prepare.settings import ChatSettings, SourceSettings
 from data.prepare.source_writer import CHUNK_TOKENS
 from data.prepare.workers import GO_ON, BadRecord
+from nb_lightning.errors import note
 from nb_lightning.text.chat_template import read_template
 from nb_lightning.text.variables import check_variables
 
@@ -69,10 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
         settings = SourceSettings(
             a.tokenizer, a.eos, a.field, a.val_fraction, a.seed, a.chunk_tokens, chats, a.pairs, a.special_tokens
         )
-        if chats and not template and a.tokenizer != "bytes" and settings.load_tokenizer().chat_template is None:
-            print(f"note: {a.tokenizer} has no chat template; ChatML is used, or name one: --template", file=sys.stderr)
-        if variables and (unread := Chats(settings).encoder.template.describe_unread()):
-            print(f"note: {unread}", file=sys.stderr)
+        if chats:
+            form = Chats(settings)
+            if not template and a.tokenizer != "bytes" and form.tokenizer.chat_template is None:
+                note(f"{a.tokenizer} has no chat template; ChatML is used, or name one: --template")
+            note(form.encoder.template.describe_unread())
         prepared = prepare(
             a.input, a.output, settings, workers=a.workers, on_bad=a.on_bad, overwrite=a.overwrite,
             staging=a.staging, val_inputs=a.val_input, text_suffixes=a.text_suffix, hf_split=a.hf_split,

@@ -36,7 +36,7 @@ from data.refine.show import show, write_page
 from data.refine.tournament import tournament_of
 from data.refine.work import Engines
 from nb_lightning.checkpoints.pretrained import find_origin
-from nb_lightning.errors import one_line_errors
+from nb_lightning.errors import one_line_errors, require_at_least
 from nb_lightning.files import sha256_of
 from nb_lightning.rewards.registry import get_verifiers
 from nb_lightning.rewards.tasks import read_task_files
@@ -99,9 +99,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         ValueError: the arguments cannot be used, a limit of the calls is reached, or no task gives a sample.
     """
     check_call_flags(a)
-    for name in ("batch", "limit"):
-        if getattr(a, name) is not None and getattr(a, name) < 1:
-            raise ValueError(f"--{name} is {getattr(a, name)}; it must be at least 1")
+    require_at_least(a, batch=1, limit=1)
     if a.output.exists() and not a.output.is_dir():
         raise ValueError(f"--output {a.output} is no folder")
     plan = read_plan(a.plan, a.overrides)

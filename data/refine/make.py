@@ -16,6 +16,7 @@ from data.refine.reconstruct import Reconstruction
 from data.refine.report import Report
 from nb_lightning.files import atomic_write, json_line, write_json
 from nb_lightning.rewards.tasks import Task
+from nb_lightning.text.messages import assistant_message
 
 SAMPLES, HISTORIES, DROPPED, REPORT = "samples.jsonl", "histories.jsonl", "dropped.jsonl", "report.json"
 CALLS = "calls"  # folder of the calls' journal
@@ -88,7 +89,7 @@ def sample_of(history: History, provenance: Mapping[str, Any]) -> dict[str, Any]
 def conversation(task: Task, reasoning: str, content: str) -> dict[str, Any]:
     """Write a task and an answer as a record of `data.prepare --chat`; the answer alone is to be trained on."""
     asked = [{**message, "train": False} if message["role"] == "assistant" else message for message in task.messages]
-    answer = {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
+    answer = assistant_message(content, reasoning)
     return {"messages": [*asked, answer], **({"tools": task.tools} if task.tools else {})}
 
 

@@ -38,11 +38,11 @@ from data.refine.make import CALLS
 from data.refine.parse import read_draft, write_line_critiques
 from data.refine.plan import RefinePlan, read_plan
 from data.refine.prompts import Prompts, read_prompts, task_text
-from nb_lightning.errors import one_line_errors
+from nb_lightning.errors import one_line_errors, require_at_least
 from nb_lightning.files import atomic_write, json_line
 from nb_lightning.rewards.extract import fold
 from nb_lightning.rewards.tasks import Task
-from nb_lightning.text.messages import check_messages
+from nb_lightning.text.messages import assistant_message, check_messages
 from nb_lightning.text.thoughts import split_thought
 
 DESCRIPTION = "Make SFT data for a refiner and a writer of chains from worked answers."
@@ -97,9 +97,7 @@ def run(a: argparse.Namespace) -> dict[str, dict[str, int]]:
         ValueError: the arguments cannot be used, or a line is no worked answer; names file and line.
     """
     check_call_flags(a)
-    for name in ("drafts", "records", "limit"):
-        if getattr(a, name) is not None and getattr(a, name) < 1:
-            raise ValueError(f"--{name} is {getattr(a, name)}; it must be at least 1")
+    require_at_least(a, drafts=1, records=1, limit=1)
     plan = read_plan(a.plan, a.overrides)
     prompts = read_prompts(plan.language, plan.prompts, plan.critiques)
     paths = [Path(path) for path in a.worked]
@@ -215,12 +213,12 @@ def _critique_record(
     if kind == "critique":
         asked = prompts.messages("critique", verdict="", **shown)
         if plan.critiques == "lines":
-            return [*asked, _assistant(write_line_critiques(draft, wrong))]
+            return [*asked, assistant_message(write_line_critiques(draft, wrong))]
         problems = [{"item": c.item, "where": c.where, "problem": c.problem, "fix": c.fix} for c in draft.critiques]
-        return [*asked, _assistant(json.dumps({"problems": problems}, ensure_ascii=False))]
+        return [*asked, assistant_message(json.dumps({"problems": problems}, ensure_ascii=False))]
     signs = verdicts(draft) if plan.critiques == "lines" else ""
     asked = prompts.messages("revise", critiques=draft.critiques, verdicts=signs, verdict="", **shown)
-    return [*asked, _assistant(w.answer.content, w.answer.reasoning)]
+    return [*asked, assistant_message(w.answer.content, w.answer.reasoning)]
 
 
 def _fix(draft: Draft, wrong: int, worked: Draft) -> str:
@@ -236,15 +234,15 @@ def _chain_record(kind: str, w: Worked, plan: RefinePlan, prompts: Prompts, rng:
     skeleton = outline_of(w.answer.reasoning)
     if kind == "skeleton":
         asked = prompts.messages("skeleton", task=task, answer=w.answer.content)
-        return [*asked, _assistant(f"<skeleton>\n{skeleton}\n</skeleton>" if tagged else skeleton)]
+        return [*asked, assistant_message(f"<skeleton>\n{skeleton}\n</skeleton>" if tagged else skeleton)]
     is_plain = rng.random() < 0.5
     answer = w.answer.content if plan.reconstruct.answer_in_sight else ""
     asked = prompts.messages("chain", task=task, answer=answer, skeleton="" if is_plain else skeleton)
     if not tagged:
-        return [*asked, _assistant(w.answer.content, w.answer.reasoning)]
+        return [*asked, assistant_message(w.answer.content, w.answer.reasoning)]
     summary = f"<summary>\n{skeleton}\n</summary>\n" if is_plain and answer else ""
     chain = f"<chain>\n{w.answer.reasoning}\n</chain>\n<answer>\n{w.answer.content}\n</answer>"
-    return [*asked, _assistant(summary + chain)]
+    return [*asked, assistant_message(summary + chain)]
 
 
 def outline_of(reasoning: str) -> str:
@@ -316,10 +314,6 @@ def first_wrong_line(draft: Draft, w: Worked, plan: RefinePlan) -> int | None:
 def _first_difference(lines: Sequence[str], right: Sequence[str]) -> int | None:
     """Return the index of the first line that is not the one of `right`; None if `lines` are its beginning."""
     return next((i for i, line in enumerate(lines) if i >= len(right) or fold(line) != fold(right[i])), None)
-
-
-def _assistant(content: str, reasoning: str = "") -> dict[str, Any]:
-    return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from nb_lightning.checkpoints.pretrained import Pretrained, load_pretrained
-from nb_lightning.errors import one_line_errors
+from nb_lightning.errors import note, one_line_errors, require_at_least
 from nb_lightning.evaluate.accuracy import Report, evaluate_tasks
 from nb_lightning.evaluate.perplexity import perplexity, source_documents, text_documents
 from nb_lightning.files import atomic_write, write_json
@@ -98,8 +97,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pretrained.stop_ids += ends_of_turn(pretrained.tokenizer, pretrained.chat)
     if variables and pretrained.chat is not None:
         pretrained.chat = pretrained.chat.with_variables(variables)
-        if is_first and (unread := pretrained.chat.describe_unread()):
-            print(f"note: {unread}", file=sys.stderr)
+        if is_first:
+            note(pretrained.chat.describe_unread())
     result = {"model": _describe(pretrained, args.model), "settings": vars(args), "versions": _versions()}
     if tasks:
         ways = {"sampled": (sampling, args.k)} if args.k else {}
@@ -127,9 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     if not (args.tasks or args.source or args.text):
         raise ValueError("nothing to evaluate: give --tasks, --source or --text")
-    for flag in ("seq_len", "max_batch"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
+    require_at_least(args, seq_len=1, max_batch=1)
     if args.k < 0 or (args.k == 0 and args.no_greedy):
         raise ValueError(f"--k is {args.k}; it must be at least 1, or 0 for greedy only (without --no-greedy)")
     for path in (args.out, args.samples):

@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 
 from nb_lightning.checkpoints.hf_config import GENERATION_CONFIG, read_generation_config
 from nb_lightning.checkpoints.pretrained import find_origin
-from nb_lightning.errors import one_line_errors
+from nb_lightning.errors import note, one_line_errors, require_at_least
 from nb_lightning.generation.sampling import PAPER_DECODING, Sampling
 from nb_lightning.serve.engine import Engine, die_with_parent
 from nb_lightning.serve.routes import OpenAI, ServedModel, add_error_handlers
@@ -60,9 +60,7 @@ def describe_model(args: argparse.Namespace) -> ServedModel:
     Raises:
         ValueError: there is no model to serve, or an argument is out of range.
     """
-    for name, least in (("max_batch", 1), ("max_queue", 0), ("context", 2)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    require_at_least(args, max_batch=1, max_queue=0, context=2)
     origin = find_origin(args.model, verify=False)  # the worker verifies
     tokenizer = origin.tokenizer()
     context = args.context or origin.context
@@ -73,8 +71,7 @@ def describe_model(args: argparse.Namespace) -> ServedModel:
         if chat is None:
             raise ValueError(f"--template-kwargs: {args.model} has no chat template")
         chat = chat.with_variables(variables)
-        if unread := chat.template.describe_unread():
-            print(f"note: {unread}", file=sys.stderr)
+        note(chat.template.describe_unread())
     return ServedModel(
         name=args.name or Path(args.model).resolve().name,
         tokenizer=tokenizer,

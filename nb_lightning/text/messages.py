@@ -58,6 +58,11 @@ def or_raise(result: T | ChatError) -> T:
     return result
 
 
+def assistant_message(content: str, reasoning: str = "") -> dict[str, Any]:
+    """Return an assistant's message, with its reasoning if there is any."""
+    return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
+
+
 def check_messages(messages: Any, strict: bool = False) -> list[dict[str, Any]]:
     """Check messages, and return them as templates expect them.
 
