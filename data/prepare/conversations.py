@@ -66,11 +66,8 @@ def chat_of(record: Mapping[str, Any]) -> Chat:
         raise ChatError("no messages", detail=f": it has {', '.join(map(str, fields)) or 'nothing'}")
     checked = check_messages(messages, strict=True)
     if fields.get("system"):
-        if checked[0]["role"] == "system":
-            raise ChatError("two system prompts")
-        messages = [{"role": "system", "content": fields["system"]}, *messages]
+        messages, context = with_system(messages, checked, fields["system"]), context + 1
         checked = check_messages(messages, strict=True)
-        context += 1
     roles = [message["role"] for message in checked]
     assistant = [i for i, role in enumerate(roles) if role == "assistant" and i >= context]
     if not assistant:
@@ -102,6 +99,13 @@ def _require_written(chat: Chat) -> None:
     for i in chat.trained:
         if not any(chat.messages[i].get(key) for key in ("content", "reasoning_content", "tool_calls")):
             raise ChatError("an empty assistant turn", f"message {i}")
+
+
+def with_system(messages: list[Any], checked: list[dict[str, Any]], system: Any) -> list[Any]:
+    """Put a record's `system` before its messages, which `checked` holds as they were checked."""
+    if checked[0]["role"] == "system":
+        raise ChatError("two system prompts")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def messages_of(value: Any, role: str, name: str) -> list[Any]:

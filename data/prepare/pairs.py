@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.chats import Chats
-from data.prepare.conversations import TOOLS, VARIABLES, Chat, messages_of, question_of, tools_of, variables_of
+from data.prepare.conversations import (
+    TOOLS,
+    VARIABLES,
+    Chat,
+    messages_of,
+    question_of,
+    tools_of,
+    variables_of,
+    with_system,
+)
 from data.prepare.other_forms import alpaca_prompt, from_sharegpt, from_transcript, is_transcript
 from data.prepare.samples import Parsed, SampleBuilder, mark_trained
 from data.prepare.source_writer import SampleWriter
@@ -191,9 +200,7 @@ def _prompt_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ChatError("neither messages nor prompt, and the responses do not begin alike")
     checked = check_messages(messages, strict=True)
     if fields.get("system"):
-        if checked[0]["role"] == "system":
-            raise ChatError("two system prompts")
-        checked = check_messages([{"role": "system", "content": fields["system"]}, *checked], strict=True)
+        checked = check_messages(with_system(checked, checked, fields["system"]), strict=True)
     if checked[-1]["role"] == "assistant":
         raise ChatError("the prompt ends with the assistant")
     return checked
